@@ -1,0 +1,24 @@
+"""The teacher of the shapes world: flow matching with caption dropout, FLUX-shaped.
+
+    python -m jax_distill.main --config=configs/teacher.py
+"""
+
+from jax_distill.config import base
+
+
+def get_config(preset: str = ""):
+    config = base(preset)
+    config.name = "teacher"
+    config.total_steps = 4200
+    config.batch_size = 128
+    config.ema_decay = 0.999
+    config.objective.name = "flow_matching"
+    config.objective.time_mean = 0.5
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 8e-3
+    config.optimizer.schedule = "trapezoid"
+    config.optimizer.warmup_steps = 200
+    config.optimizer.weight_decay = 0.01
+    config.data.examples = 60_000
+    config.checkpoint.every = 200
+    return config.lock()

@@ -1,0 +1,1 @@
+"""Few-step distillation of FLUX-family text-to-image models in JAX."""

@@ -1,0 +1,94 @@
+"""From a configuration to its parts: networks, objective, encoders, data."""
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+
+from jax_distill import embedded
+from jax_distill.config import ConfigError
+from jax_distill.data import shapes
+from jax_distill.data.captions import CaptionEncoder
+from jax_distill.flow import Text
+from jax_distill.models import mmdit
+from jax_distill.models.autoencoder import AutoencoderConfig
+from jax_distill.models.latents import LatentCodec
+from jax_distill.objectives.flow_matching import FlowMatching
+from jax_distill.objectives.objective import Objective
+from jax_distill.objectives.scm import SCM
+from jax_distill.objectives.teacher import VELOCITIES
+from jax_distill.objectives.time_rescale import TimeRescale
+
+OBJECTIVES = {"flow_matching": FlowMatching, "time_rescale": TimeRescale, "scm": SCM}
+
+
+def network_config(config: ConfigDict) -> mmdit.MMDiTConfig:
+    try:
+        return mmdit.MMDiTConfig(**config.model)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
+
+
+def network(config: ConfigDict):
+    """The pure functions of the network that `config.model` describes."""
+    return mmdit.as_network(network_config(config), dtype=config.dtype)
+
+
+def initial_parameters(config: ConfigDict) -> dict:
+    """Fresh parameters of the network, from the seed."""
+    return mmdit.initial_parameters(network_config(config), nnx.Rngs(config.seed))
+
+
+def objective(config: ConfigDict, teacher: ConfigDict | None = None) -> Objective:
+    """The objective that `config.objective` names.
+
+    Args:
+      config: of the run.
+      teacher: configuration of the teacher; without one the objective can only be sampled.
+
+    Raises:
+      ConfigError: unknown name, or a value that the objective refuses.
+    """
+    settings = dict(config.objective)
+    name = settings.pop("name")
+    if name not in OBJECTIVES:
+        raise ConfigError(f"objective.name: {name!r} is not one of {', '.join(OBJECTIVES)}")
+    if name != "flow_matching":
+        settings["teacher"] = teacher_velocity(config, teacher) if teacher is not None else None
+    return OBJECTIVES[name](network(config), **settings)
+
+
+def teacher_velocity(config: ConfigDict, teacher: ConfigDict):
+    """The teacher's velocity, in the way its network takes guidance."""
+    kind = "embedded" if teacher.model.guidance_embeds else "cfg"
+    return VELOCITIES[kind](network(teacher))
+
+
+def caption_encoder(config: ConfigDict) -> CaptionEncoder:
+    return CaptionEncoder(config.data.text_length)
+
+
+def null_text(config: ConfigDict) -> Text:
+    """The empty caption, with a leading axis of length one."""
+    return Text(*caption_encoder(config).encode([""]))
+
+
+def embedded_codec() -> LatentCodec:
+    """The autoencoder that ships with the package."""
+    params, description = embedded.load("autoencoder")
+    return LatentCodec(AutoencoderConfig.from_dict(description), params)
+
+
+def picture_size(config: ConfigDict) -> tuple[int, int]:
+    """Height and width in pixels."""
+    return shapes.IMAGE_SIZE, shapes.IMAGE_SIZE
+
+
+def token_shape(config: ConfigDict) -> tuple[int, int]:
+    """Tokens and channels of one packed picture."""
+    side = shapes.IMAGE_SIZE // 16
+    return side * side, config.model.in_channels
+
+
+def count(params: dict) -> int:
+    """Number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

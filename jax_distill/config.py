@@ -1,0 +1,110 @@
+"""The configuration that every config file starts from, and its checks."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key and the fix."""
+
+
+def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
+    """All keys with their defaults; a config file sets what is special about it.
+
+    Args:
+      preset: what followed the colon of `--config=file.py:preset`.
+      presets: those that the config file knows.
+
+    Raises:
+      ConfigError: an unknown preset.
+    """
+    if preset not in presets:
+        known = ", ".join(repr(name) for name in presets)
+        raise ConfigError(f"config preset: {preset!r} is not one of {known}")
+    return ConfigDict(
+        {
+            "name": "",
+            "seed": 0,
+            "total_steps": 1000,
+            "batch_size": 64,
+            "accumulate": 1,  # micro-batches a step
+            "ema_decay": 0.999,
+            "on_nonfinite": "stop",  # or "skip": leave such steps out and count them
+            "dtype": "float32",  # of the networks' computation; parameters stay float32
+            "objective": {"name": ""},
+            "teacher": {
+                "checkpoint": "",  # a workdir of this program; empty: the embedded teacher
+                "velocity": "cfg",  # or "embedded": the guidance scale is the network's input
+            },
+            "model": {
+                "in_channels": 64,
+                "num_layers": 2,
+                "num_single_layers": 4,
+                "attention_head_dim": 64,
+                "num_attention_heads": 3,
+                "joint_attention_dim": 160,
+                "pooled_projection_dim": 144,
+                "guidance_embeds": False,
+                "axes_dims_rope": (16, 24, 24),
+                "time_scale": 1000.0,
+                "interval_embeds": False,
+                "remat": "none",
+            },
+            "autoencoder": {
+                "latent_channels": 16,
+                "block_out_channels": (8, 16, 48, 96),
+                "layers_per_block": 1,
+                "norm_num_groups": 4,
+            },
+            "data": {
+                "path": "",  # a folder made by jax_distill.prepare; empty: made in the workdir
+                "examples": 100_000,  # of the shapes world, when the folder is made
+                "seed": 0,
+                "text_length": 10,
+            },
+            "optimizer": {
+                "name": "adamw",
+                "learning_rate": 1e-3,
+                "schedule": "constant",  # or "cosine", or "trapezoid"
+                "decay_share": 0.3,  # of the steps, at the end of a trapezoid
+                "warmup_steps": 0,
+                "b1": 0.9,
+                "b2": 0.999,
+                "epsilon": 1e-8,
+                "weight_decay": 0.0,
+                "clip_norm": 1.0,
+                "adam_share": 0.4,  # of the learning rate, for what muon leaves to AdamW
+            },
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            "log_every": 50,
+            "checkpoint": {"every": 500, "keep": 2},
+            "samples": {"every": 0, "prompts": 8},
+            "evaluation": {
+                "prompts": 600,
+                "student_steps": (1, 2, 4),
+                "teacher_steps": (50, 4, 2, 1),
+                "guidance": 4.5,
+                "batch_size": 120,
+            },
+        }
+    )
+
+
+def save(config: ConfigDict, path: Path) -> None:
+    """Writes the resolved configuration as JSON."""
+    path.write_text(config.to_json_best_effort(indent=2) + "\n")
+
+
+def load(path: Path) -> ConfigDict:
+    """Reads what `save` wrote; raises ConfigError when it is not there or not JSON."""
+    try:
+        return ConfigDict(json.loads(path.read_text())).lock()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"'{path.parent}' has no {path.name}; it is no workdir of a run"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"'{path}' is not valid JSON ({error}); restore or remove it") from None

@@ -1,0 +1,1 @@
+"""Training data: embedded worlds of captioned pictures."""

@@ -1,0 +1,68 @@
+"""Input pipelines: a random-access source, shuffled, repeated and batched by grain."""
+
+import grain
+import jax
+import numpy as np
+
+from jax_distill.data import shapes
+from jax_distill.data.captions import CaptionEncoder
+from jax_distill.data.records import LatentRecords
+from jax_distill.flow import Text
+from jax_distill.objectives.objective import Batch
+
+
+class Pictures:
+    """Pictures of the shapes world, rendered when asked for: (64, 64, 3) float32 in [-1, 1]."""
+
+    def __init__(self, examples: int, seed: int):
+        self._examples, self._seed = examples, seed
+
+    def __len__(self) -> int:
+        return self._examples
+
+    def __getitem__(self, index: int) -> Batch:
+        image = shapes.sample(self._seed, int(index)).image
+        return Batch(image.astype(np.float32) / 127.5 - 1)
+
+
+class CaptionedLatents:
+    """Latents and their embedded captions, from records that `prepare` wrote."""
+
+    def __init__(self, records: LatentRecords, encoder: CaptionEncoder):
+        self._records, self._encoder = records, encoder
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Batch:
+        record = self._records[int(index)]
+        sequence, pooled = self._encoder.encode([record.caption])
+        return Batch(record.latents.astype(np.float32), Text(sequence[0], pooled[0]))
+
+
+def batches(source, batch_size: int, seed: int) -> grain.DatasetIterator:
+    """An endless stream of shuffled batches whose position can be saved and restored.
+
+    Each process reads its own share. Position and order depend on (source, batch size, seed) alone.
+
+    Args:
+      source: random-access, of `Batch` without the leading axis.
+      batch_size: of all processes together.
+      seed: of the shuffle, which differs from epoch to epoch.
+
+    Raises:
+      ValueError: the batch does not divide among the processes, or is larger than the source.
+    """
+    processes = jax.process_count()
+    if batch_size % processes:
+        raise ValueError(f"batch_size: {batch_size} does not divide among {processes} processes")
+    if batch_size > len(source):
+        raise ValueError(
+            f"batch_size: {batch_size} is more than the {len(source)} examples there are; lower it"
+            " or raise data.examples"
+        )
+    dataset = grain.MapDataset.source(source).shuffle(seed=seed)
+    dataset = dataset.repeat()[jax.process_index() :: processes]
+    dataset = dataset.batch(batch_size // processes, drop_remainder=True)
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(dataset.to_iter_dataset(options))

@@ -1,0 +1,77 @@
+"""Latents with captions on disk: ArrayRecord shards and a description beside them."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from flax import serialization
+
+DESCRIPTION = "dataset.json"
+
+
+class LatentRecord(NamedTuple):
+    latents: np.ndarray  # (N, C) packed, float16
+    caption: str
+
+
+class LatentRecords:
+    """Random access to a folder that `write` made.
+
+    Raises:
+      ValueError: the folder is missing, unfinished, or lacks a shard.
+    """
+
+    def __init__(self, path: Path):
+        path = Path(path)
+        try:
+            self.description = json.loads((path / DESCRIPTION).read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(
+                f"data.path: '{path}' has no {DESCRIPTION}; make the folder with"
+                " python -m jax_distill.prepare"
+            ) from None
+        shards = [path / name for name in self.description["shards"]]
+        for shard in shards:
+            if not shard.exists():
+                raise ValueError(f"data.path: '{shard}' is missing; make the folder again")
+        self._source = grain.sources.ArrayRecordDataSource([str(shard) for shard in shards])
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> LatentRecord:
+        return LatentRecord(**serialization.msgpack_restore(self._source[index]))
+
+
+def write(
+    path: Path, records: Iterable[LatentRecord], description: dict, shard_size: int = 20_000
+) -> None:
+    """Writes records in shards; the description comes last, so half a folder is never read.
+
+    Args:
+      path: folder, made if it is missing.
+      records: in order.
+      description: JSON-able facts about the data set, kept in `dataset.json`.
+      shard_size: records a shard.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    (path / DESCRIPTION).unlink(missing_ok=True)
+    shards: list[str] = []
+    writer = None
+    for index, record in enumerate(records):
+        if index % shard_size == 0:
+            if writer:
+                writer.close()
+            shards.append(f"latents-{len(shards):05d}.array_record")
+            # Groups of one record: reads are random.
+            writer = ArrayRecordWriter(str(path / shards[-1]), "group_size:1")
+        writer.write(serialization.msgpack_serialize(record._asdict()))
+    if writer:
+        writer.close()
+    partial = path / (DESCRIPTION + ".partial")
+    partial.write_text(json.dumps({**description, "shards": shards}, indent=2) + "\n")
+    partial.rename(path / DESCRIPTION)

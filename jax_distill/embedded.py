@@ -1,0 +1,38 @@
+"""The weights that ship with the package: the shapes world's autoencoder and teacher.
+
+They are made by `configs/autoencoder.py` and `configs/teacher.py` and by nothing else;
+`weights/shapes/README.md` has the commands, seeds, times and scores.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import load_file, save_file
+
+FOLDER = Path(__file__).parent / "weights" / "shapes"
+
+
+def save(name: str, params: dict, description: dict, folder: Path = FOLDER) -> None:
+    """Writes parameters in float16 with their description beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
+    half = {path: np.ascontiguousarray(leaf, np.float16) for path, leaf in flat.items()}
+    save_file(half, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def load(name: str, folder: Path = FOLDER) -> tuple[dict, dict]:
+    """Parameters in float32, and their description.
+
+    Raises:
+      ValueError: the package was installed without its weights.
+    """
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        raise ValueError(f"'{path}' is missing; reinstall the package or train configs/{name}.py")
+    flat = {key: leaf.astype(np.float32) for key, leaf in load_file(path).items()}
+    description = json.loads((folder / f"{name}.json").read_text())
+    return traverse_util.unflatten_dict(flat, sep="/"), description

@@ -1,0 +1,1 @@
+"""PyTorch in and out: key tables and the file layouts of other projects."""

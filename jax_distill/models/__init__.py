@@ -1,0 +1,1 @@
+"""Networks: transformer, text encoders, autoencoder."""

@@ -1,0 +1,195 @@
+"""sCM: continuous-time consistency distillation in TrigFlow coordinates.
+
+Source: Lu & Song, arXiv:2410.11081; in the form of SANA-Sprint, arXiv:2503.09641, and T2I-Distill,
+arXiv:2512.13006, whose loss this is; the options marked rCM are those of arXiv:2510.08431.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_distill import sampling
+from jax_distill.flow import (
+    Network,
+    log_normal_angle,
+    per_sample,
+    straight_step,
+    trig_to_linear,
+    trig_to_linear_time,
+    trig_velocity,
+)
+from jax_distill.objectives.objective import Batch
+from jax_distill.objectives.teacher import TeacherVelocity
+
+
+class SCMDraws(NamedTuple):
+    angle: jax.Array  # (B,), in (0, pi/2)
+    noise: jax.Array  # (B, N, C)
+    guidance: jax.Array  # (B,)
+
+
+class Tangent(NamedTuple):
+    """What one forward-mode pass through the student gives."""
+
+    output: jax.Array  # (B, N, C): F, TrigFlow's network output
+    tangent: jax.Array  # (B, N, C): g, before normalisation, no gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class SCM:
+    """Continuous-time consistency distillation.
+
+    With y = s_d (cos(a) x + sin(a) e) and dy/da = s_d F_teacher(y/s_d, a), the student's sample
+    f = cos(a) y - sin(a) s_d F is pulled along the tangent
+
+      g = -cos^2(a) (s_d F - dy/da) - r (cos a sin a y + s_d dF),    r = min(1, step / warmup),
+
+    where dF = cos a sin a (dF/da along the teacher's flow) comes, with F, from one jvp; then
+    g <- g / (|g| + c), the norm over a sample, and
+
+      loss = mean( (1 / (s_d tan a)) exp(-lv) (F - sg(F) - g)^2 + lv ),
+
+    lv a learned scalar a sample: a linear function of the network's summed embedding at a.
+
+    Attributes:
+      network: the student.
+      teacher: the velocity it learns from.
+      data_scale: s_d.
+      angle_mean, angle_std: a = atan(exp(mean + std n) / s_d).
+      guidance_scales: the scales w that are drawn, uniformly.
+      tangent_warmup: steps until the tangent's second term has full weight; 0 for none.
+      warmup: "scm", as above, or "rcm": the first term is
+        -cos(a) sqrt(1 - r^2 sin^2 a) (s_d F - dy/da).
+      normalize_tangent: False leaves g as it is.
+      tangent_constant: c.
+      weighting: "learned", as above, or "sum" (rCM): 100 times the sum of squares over a sample.
+      middle_angle: of the sampler's two-step schedule.
+    """
+
+    network: Network
+    teacher: TeacherVelocity
+    data_scale: float = 0.5
+    angle_mean: float = 0.2
+    angle_std: float = 1.6
+    guidance_scales: tuple[float, ...] = (4.0, 4.5, 5.0)
+    tangent_warmup: int = 4000
+    warmup: str = "scm"
+    normalize_tangent: bool = True
+    tangent_constant: float = 0.1
+    weighting: str = "learned"
+    middle_angle: float = 1.3
+
+    def __post_init__(self):
+        for name, value, known in (
+            ("warmup", self.warmup, ("scm", "rcm")),
+            ("weighting", self.weighting, ("learned", "sum")),
+        ):
+            if value not in known:
+                raise ValueError(f"objective.{name}: {value!r} is not one of {', '.join(known)}")
+
+    def init(self, key: jax.Array, params: dict) -> dict:
+        if self.weighting == "sum":
+            return {"network": params}
+        width = params["pooled_embedder"]["linear_2"]["bias"].shape[0]
+        kernel = jax.nn.initializers.xavier_uniform()(key, (width, 1), jnp.float32)
+        return {"network": params, "logvar": {"kernel": kernel, "bias": jnp.zeros(1)}}
+
+    def draw(self, key: jax.Array, batch: Batch) -> SCMDraws:
+        key_angle, key_noise, key_guidance = jax.random.split(key, 3)
+        count = batch.x.shape[:1]
+        scales = jnp.asarray(self.guidance_scales, jnp.float32)
+        return SCMDraws(
+            log_normal_angle(key_angle, count, self.angle_mean, self.angle_std, self.data_scale),
+            jax.random.normal(key_noise, batch.x.shape),
+            jax.random.choice(key_guidance, scales, count),
+        )
+
+    def tangent(
+        self, params: dict, frozen: dict, batch: Batch, draws: SCMDraws, step: jax.Array
+    ) -> Tangent:
+        """The student's output and its un-normalised tangent, from one jvp."""
+        sigma = self.data_scale
+        angle = per_sample(draws.angle, batch.x)
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        y = sigma * (cos * batch.x + sin * draws.noise)
+
+        def trig(velocity, z, angle):
+            """TrigFlow's F of a velocity function, at z = y / s_d."""
+            t, x_t = trig_to_linear_time(angle), trig_to_linear(z, angle, 1.0)
+            return trig_velocity(x_t, t, velocity(x_t, t))
+
+        def teacher(x, t):
+            return self.teacher(frozen, x, t, batch.text, draws.guidance)
+
+        def student(z, angle):
+            return trig(
+                lambda x, t: self.network.velocity(
+                    params["network"], x, t, batch.text, draws.guidance
+                ),
+                z,
+                angle,
+            )
+
+        dy = sigma * jax.lax.stop_gradient(trig(teacher, y / sigma, draws.angle))
+        speed = jnp.cos(draws.angle) * jnp.sin(draws.angle)
+        output, d_output = jax.jvp(
+            student, (y / sigma, draws.angle), (per_sample(speed, dy) * dy / sigma, speed)
+        )
+        fixed, d_output = jax.lax.stop_gradient((output, d_output))
+        ratio = jnp.minimum(1.0, step / self.tangent_warmup) if self.tangent_warmup else 1.0
+        if self.warmup == "scm":
+            pull = cos**2
+        else:
+            pull = cos * jnp.sqrt(1 - (ratio * sin) ** 2)
+        tangent = -pull * (sigma * fixed - dy) - ratio * (cos * sin * y + sigma * d_output)
+        return Tangent(output, tangent)
+
+    def loss(
+        self, params: dict, frozen: dict, batch: Batch, draws: SCMDraws, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        output, tangent = self.tangent(params, frozen, batch, draws, step)
+        axes = tuple(range(1, tangent.ndim))
+        norm = jnp.sqrt(jnp.sum(jnp.square(tangent), axes))
+        finite = jnp.isfinite(norm)
+        scale = 1 / (norm + self.tangent_constant) if self.normalize_tangent else 1.0
+        tangent = per_sample(jnp.where(finite, scale, 0), tangent) * tangent
+        tangent = jnp.where(per_sample(finite, tangent), tangent, 0)
+        square = jnp.square(output - jax.lax.stop_gradient(output) - tangent)
+        if self.weighting == "sum":
+            sample_loss = 100.0 * jnp.sum(square, axes)
+        else:
+            logvar = self.logvar(params, batch, draws)
+            weight = 1 / (self.data_scale * jnp.tan(draws.angle))
+            sample_loss = weight * jnp.exp(-logvar) * jnp.mean(square, axes) + logvar
+        kept = jnp.sum(finite)
+        loss = jnp.sum(jnp.where(finite, sample_loss, 0)) / jnp.maximum(kept, 1)
+        metrics = {
+            "tangent_norm": jnp.sum(jnp.where(finite, norm, 0)) / jnp.maximum(kept, 1),
+            "dropped_samples": finite.size - kept,
+        }
+        return loss, metrics
+
+    def logvar(self, params: dict, batch: Batch, draws: SCMDraws) -> jax.Array:
+        """(B,): a linear function of the network's embedding with the angle in time's place."""
+        embedding = self.network.embedding(
+            params["network"], draws.angle, batch.text, draws.guidance
+        )
+        head = params["logvar"]
+        return (embedding @ head["kernel"] + head["bias"])[:, 0]
+
+    def flow_map(self, params: dict):
+        """The map to s = 0, `x - t net(x, t)`: TrigFlow's cos(a) y - sin(a) s_d F."""
+
+        def jump(x, t, s, text, guidance):
+            velocity = self.network.velocity(params["network"], x, t, text, guidance)
+            return straight_step(x, t, s, velocity)
+
+        return jump
+
+    def sample(self, params, noise, text, null, guidance, key, steps):
+        """Jumps to data and restarts from there at the next angle, one evaluation a step."""
+        del null
+        times = sampling.consistency_times(steps, self.middle_angle)
+        return sampling.sample(self.flow_map(params), noise, times, text, guidance, renoise_key=key)

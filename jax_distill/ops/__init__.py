@@ -1,0 +1,1 @@
+"""Operations with their derivative rules and kernels; nothing here knows a model."""

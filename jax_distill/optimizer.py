@@ -1,0 +1,70 @@
+"""Optimizers by name, from optax."""
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from jax_distill.config import ConfigError
+
+
+def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
+    """The schedule: linear warm-up, then one of
+
+    - constant;
+    - cosine: to zero at `total_steps`;
+    - trapezoid: constant, then linear to zero over the last `decay_share` of the steps, so that a
+      run can be made longer from any checkpoint before that.
+    """
+    warmup = config.warmup_steps
+    if config.schedule == "constant":
+        later = optax.constant_schedule(config.learning_rate)
+    elif config.schedule == "cosine":
+        later = optax.cosine_decay_schedule(config.learning_rate, max(total_steps - warmup, 1))
+    elif config.schedule == "trapezoid":
+        decay = max(int(config.decay_share * total_steps), 1)
+        fall = optax.linear_schedule(config.learning_rate, 0.0, decay)
+        later = optax.join_schedules(
+            [optax.constant_schedule(config.learning_rate), fall], [total_steps - warmup - decay]
+        )
+    else:
+        raise ConfigError(
+            f"optimizer.schedule: {config.schedule!r} is not one of constant, cosine, trapezoid"
+        )
+    ramp = optax.linear_schedule(0.0, config.learning_rate, max(warmup, 1))
+    return optax.join_schedules([ramp, later], [warmup]) if warmup else later
+
+
+def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then the optimizer that `config.name` names.
+
+    `muon` orthogonalises the momentum of every matrix inside the blocks (stacked layers one by
+    one) at AdamW's update size (arXiv:2502.16982); all else falls to AdamW, at `adam_share` of the
+    learning rate.
+    """
+    schedule = learning_rate(config, total_steps)
+    if config.name == "adamw":
+        optimizer = optax.adamw(
+            schedule, config.b1, config.b2, config.epsilon, weight_decay=config.weight_decay
+        )
+    elif config.name == "muon":
+        optimizer = optax.contrib.muon(
+            schedule,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            adam_learning_rate=lambda count: config.adam_share * schedule(count),
+            muon_weight_dimension_numbers=_matrices_of_blocks,
+            consistent_rms=0.2,
+        )
+    else:
+        raise ConfigError(f"optimizer.name: {config.name!r} is not one of adamw, muon")
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def _matrices_of_blocks(params: dict) -> dict:
+    def dimensions(path, leaf):
+        stacked_matrix = leaf.ndim == 3 and path[-1].key == "kernel"
+        return optax.contrib.MuonDimensionNumbers(1, 2) if stacked_matrix else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
