@@ -1,6 +1,6 @@
 """The teacher of the shapes world: flow matching with caption dropout, FLUX-shaped.
 
-    python -m jax_distill.main --config=configs/teacher.py
+python -m jax_distill.main --config=configs/teacher.py
 """
 
 from jax_distill.config import base

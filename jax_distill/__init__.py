@@ -1,1 +1,17 @@
-"""Few-step distillation of FLUX-family text-to-image models in JAX."""
+"""Few-step distillation of text-to-image models in JAX."""
+
+import os
+
+# TensorFlow, which writes TensorBoard's files, is silent unless it fails.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+
+def load(source="embedded"):
+    """The pipeline of a training run's workdir, or of the teacher that ships with the package.
+
+    See `jax_distill.pipeline.load`, which this calls (and imports only then).
+    """
+    from jax_distill import pipeline
+
+    return pipeline.load(source)

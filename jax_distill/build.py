@@ -15,7 +15,7 @@ from jax_distill.models.latents import LatentCodec
 from jax_distill.objectives.flow_matching import FlowMatching
 from jax_distill.objectives.objective import Objective
 from jax_distill.objectives.scm import SCM
-from jax_distill.objectives.teacher import VELOCITIES
+from jax_distill.objectives.teacher import TeacherVelocity, classifier_free, embedded_guidance
 from jax_distill.objectives.time_rescale import TimeRescale
 
 OBJECTIVES = {"flow_matching": FlowMatching, "time_rescale": TimeRescale, "scm": SCM}
@@ -53,14 +53,14 @@ def objective(config: ConfigDict, teacher: ConfigDict | None = None) -> Objectiv
     if name not in OBJECTIVES:
         raise ConfigError(f"objective.name: {name!r} is not one of {', '.join(OBJECTIVES)}")
     if name != "flow_matching":
-        settings["teacher"] = teacher_velocity(config, teacher) if teacher is not None else None
+        settings["teacher"] = teacher_velocity(teacher) if teacher is not None else None
     return OBJECTIVES[name](network(config), **settings)
 
 
-def teacher_velocity(config: ConfigDict, teacher: ConfigDict):
+def teacher_velocity(teacher: ConfigDict) -> TeacherVelocity:
     """The teacher's velocity, in the way its network takes guidance."""
-    kind = "embedded" if teacher.model.guidance_embeds else "cfg"
-    return VELOCITIES[kind](network(teacher))
+    kind = embedded_guidance if teacher.model.guidance_embeds else classifier_free
+    return kind(network(teacher))
 
 
 def caption_encoder(config: ConfigDict) -> CaptionEncoder:

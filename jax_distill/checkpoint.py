@@ -72,13 +72,17 @@ def load_averaged(workdir: Path) -> dict:
     """
     directory = (Path(workdir) / "checkpoints").resolve()
     if not directory.is_dir():
-        raise ValueError(f"'{workdir}' has no checkpoints; train it with python -m jax_distill.main")
+        raise ValueError(
+            f"'{workdir}' has no checkpoints; train it with python -m jax_distill.main"
+        )
     with ocp.CheckpointManager(directory) as manager:
         step = manager.latest_step()
         if step is None:
-            raise ValueError(f"'{directory}' has no complete checkpoint yet; train on and try again")
-        restored = manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore())
-        )["state"]
+            raise ValueError(
+                f"'{directory}' has no complete checkpoint yet; train on and try again"
+            )
+        restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))[
+            "state"
+        ]
     ema = restored["ema"] if isinstance(restored, dict) else restored.ema
     return jax.tree.map(jax.numpy.asarray, ema)

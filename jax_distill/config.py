@@ -37,7 +37,12 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
             "objective": {"name": ""},
             "teacher": {
                 "checkpoint": "",  # a workdir of this program; empty: the embedded teacher
-                "velocity": "cfg",  # or "embedded": the guidance scale is the network's input
+                "velocity": "rescaled",  # or "original", of the teacher before the rescale
+            },
+            "rescale": {  # the stage before sCM and MeanFlow, see objectives/time_rescale.py
+                "total_steps": 0,
+                "batch_size": 64,
+                "learning_rate": 1e-3,
             },
             "model": {
                 "in_channels": 64,
@@ -81,30 +86,32 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "log_every": 50,
             "checkpoint": {"every": 500, "keep": 2},
-            "samples": {"every": 0, "prompts": 8},
+            "samples": {"every": 0, "prompts": 8, "teacher_steps": 50},  # 0: at the end only
             "evaluation": {
                 "prompts": 600,
                 "student_steps": (1, 2, 4),
                 "teacher_steps": (50, 4, 2, 1),
                 "guidance": 4.5,
-                "batch_size": 120,
             },
         }
     )
 
 
-def save(config: ConfigDict, path: Path) -> None:
-    """Writes the resolved configuration as JSON."""
-    path.write_text(config.to_json_best_effort(indent=2) + "\n")
+def save(config: ConfigDict, workdir: Path) -> None:
+    """Writes the resolved configuration as `config.json` into the workdir, made if missing."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
 
 
-def load(path: Path) -> ConfigDict:
+def load(workdir: Path) -> ConfigDict:
     """Reads what `save` wrote; raises ConfigError when it is not there or not JSON."""
+    path = Path(workdir) / "config.json"
     try:
         return ConfigDict(json.loads(path.read_text())).lock()
     except FileNotFoundError:
         raise ConfigError(
-            f"'{path.parent}' has no {path.name}; it is no workdir of a run"
+            f"'{workdir}' is no workdir of a run: it has no config.json; make one with"
+            " python -m jax_distill.main"
         ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"'{path}' is not valid JSON ({error}); restore or remove it") from None

@@ -1,7 +1,8 @@
 """The weights that ship with the package: the shapes world's autoencoder and teacher.
 
-They are made by `configs/autoencoder.py` and `configs/teacher.py` and by nothing else;
-`weights/shapes/README.md` has the commands, seeds, times and scores.
+They are made by `configs/autoencoder.py` and `configs/teacher.py` and by nothing else, and put here
+by `python -m jax_distill.ship --run=runs/autoencoder` and `--run=runs/teacher`;
+`weights/shapes/README.md` has the seeds, times and scores.
 """
 
 import json
@@ -20,7 +21,9 @@ def save(name: str, params: dict, description: dict, folder: Path = FOLDER) -> N
     folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     half = {path: np.ascontiguousarray(leaf, np.float16) for path, leaf in flat.items()}
-    save_file(half, folder / f"{name}.safetensors")
+    path = folder / f"{name}.safetensors"
+    save_file(half, path)
+    path.chmod(0o644)
     (folder / f"{name}.json").write_text(json.dumps(description, indent=2) + "\n")
 
 

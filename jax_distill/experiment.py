@@ -1,37 +1,46 @@
 """Runs: what happens, in which order, for a configuration."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jax_distill import build, prepare, train
+from jax_distill import build, flow, pipeline, prepare, scoring, train
 from jax_distill import config as configuration
 from jax_distill.data import shapes
 from jax_distill.data.pipeline import CaptionedLatents, Pictures
 from jax_distill.data.records import DESCRIPTION, LatentRecords
-from jax_distill.models import autoencoder
+from jax_distill.evaluation import grids
+from jax_distill.models import autoencoder, mmdit
 from jax_distill.models.binding import binder, parameters
 from jax_distill.models.latents import LatentCodec
+from jax_distill.objectives import time_rescale
 from jax_distill.objectives.autoencoder import AutoencoderObjective
+from jax_distill.train import Interrupted
+
+__all__ = ["Interrupted", "run"]
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
     """Trains what `config` describes in `workdir`, or goes on with what is there."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    configuration.save(config, workdir / "config.json")
     if config.objective.name == "autoencoder":
         train_autoencoder(config, workdir)
-    else:
+    elif config.objective.name == "flow_matching":
         train_teacher(config, workdir)
+    else:
+        distill(config, workdir)
 
 
 def train_autoencoder(config: ConfigDict, workdir: Path) -> None:
     """Trains the autoencoder and measures the scale and shift of its latents."""
+    configuration.save(config, workdir)
     settings = autoencoder.AutoencoderConfig(**config.autoencoder)
     size = shapes.IMAGE_SIZE // settings.downsampling
     bind = binder(lambda: autoencoder.Autoencoder(settings, rngs=nnx.Rngs(0)))
@@ -69,7 +78,145 @@ def latents_source(config: ConfigDict, workdir: Path) -> CaptionedLatents:
 
 
 def train_teacher(config: ConfigDict, workdir: Path) -> None:
+    """Trains a network from scratch by flow matching."""
+    configuration.save(config, workdir)
     objective = build.objective(config)
     params = build.initial_parameters(config)
     source = latents_source(config, workdir)
     train.fit(config, workdir, objective, params, {"null": build.null_text(config)}, source)
+
+
+def distill(config: ConfigDict, workdir: Path) -> None:
+    """Makes a few-step student of a teacher: time rescale, the objective, and the evaluation."""
+    teacher = pipeline.load(config.teacher.checkpoint or pipeline.EMBEDDED)
+    config = student_config(config, teacher.config)
+    configuration.save(config, workdir)
+    source = latents_source(config, workdir)
+    rescaled = rescale(config, workdir / "time_rescale", teacher, source)
+    origin = rescaled if config.teacher.velocity == "rescaled" else teacher
+    objective = build.objective(config, origin.config)
+    frozen = {"teacher": origin.params["network"], "null": origin.null}
+    preview = previewer(config, workdir, teacher)
+    initial = rescaled.params["network"]
+    params = train.fit(config, workdir, objective, initial, frozen, source, preview=preview)
+    student = pipeline.Pipeline(config, params, teacher.codec)
+    preview(config.total_steps, student.params)
+    scoring.conclude(workdir, teacher, student)
+
+
+def rescale(
+    config: ConfigDict, workdir: Path, teacher: pipeline.Pipeline, source: CaptionedLatents
+) -> pipeline.Pipeline:
+    """The teacher with the student's inputs: t for 1000 t, and the guidance scale embedded."""
+    config = rescale_config(config)
+    configuration.save(config, workdir)
+    original = teacher.params["network"]
+    initial = rescaled_parameters(config, teacher.config, original)
+    objective = build.objective(config, teacher.config)
+    frozen = {"teacher": original, "null": teacher.null}
+    params = train.fit(config, workdir, objective, initial, frozen, source)
+    if not (workdir / "rescale.json").exists():
+        unfitted = {**initial, "time_embedder": original["time_embedder"]}
+        stages = {"unfitted": unfitted, "refitted": initial, "finetuned": params["network"]}
+        compare_stages(workdir / "rescale.json", config, teacher, stages, source)
+    return pipeline.Pipeline(config, params, teacher.codec)
+
+
+def compare_stages(
+    path: Path,
+    config: ConfigDict,
+    teacher: pipeline.Pipeline,
+    stages: dict[str, dict],
+    source: CaptionedLatents,
+) -> None:
+    """Writes how near each stage of the rescale is to the teacher, and how smooth in time."""
+    batch = jax.tree.map(lambda *rows: np.stack(rows), *[source[index] for index in range(64)])
+    t = jnp.linspace(0.01, 0.99, 64)
+    noise = jax.random.normal(jax.random.key(config.seed), batch.x.shape)
+    guidance = jnp.full(64, config.evaluation.guidance)
+    frozen = {"teacher": teacher.params["network"], "null": teacher.null}
+    old = build.teacher_velocity(teacher.config)
+    network = build.network(config)
+
+    @jax.jit
+    def measure(params):
+        return time_rescale.compare(
+            lambda x, t: network.velocity(params, x, t, batch.text, guidance),
+            lambda x, t: old(frozen, x, t, batch.text, guidance),
+            flow.interpolate(batch.x, noise, t),
+            t,
+        )
+
+    report = {}
+    for name, params in stages.items():
+        values = {key: float(value) for key, value in measure(params)._asdict().items()}
+        report[name] = values
+        logging.info(
+            "time rescale, %s: relative velocity error %.3f, rms d(net)/dt %.3g (teacher's %.3g)",
+            name,
+            values["velocity_error"],
+            values["time_derivative"],
+            values["old_time_derivative"],
+        )
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def previewer(config: ConfigDict, workdir: Path, teacher: pipeline.Pipeline):
+    """A function (step, averaged parameters) that draws fixed prompts beside the teacher's."""
+    steps = config.evaluation.student_steps
+    prompts = [prompt.caption for prompt in scoring.spread(config.samples.prompts)]
+    reference = functools.cache(lambda: teacher(prompts, steps=config.samples.teacher_steps))
+    student = pipeline.Pipeline(config, {}, teacher.codec)
+
+    def preview(step: int, params: dict) -> None:
+        student.params = params
+        grids.save_grid(
+            workdir / "samples" / f"step-{step:06d}.png",
+            [reference(), *[student(prompts, steps=count) for count in steps]],
+            row_labels=[
+                f"teacher, {config.samples.teacher_steps} steps",
+                *[f"student, {count} step{'s' * (count > 1)}" for count in steps],
+            ],
+            column_labels=prompts,
+            title=f"{config.name}, step {step}",
+        )
+
+    return preview
+
+
+def student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
+    """The configuration with the student's whole network: the teacher's, and what differs."""
+    resolved = config.copy_and_resolve_references()
+    with resolved.unlocked():
+        resolved.model = {**teacher.model, **config.model}
+        resolved.data.text_length = teacher.data.text_length
+    return resolved
+
+
+def rescale_config(config: ConfigDict) -> ConfigDict:
+    """The configuration of the stage before distillation, a run of its own."""
+    stage = config.copy_and_resolve_references()
+    with stage.unlocked():
+        stage.name = f"{config.name}/time_rescale"
+        stage.objective = {
+            "name": "time_rescale",
+            "guidance_scales": config.objective.guidance_scales,
+        }
+        stage.total_steps = config.rescale.total_steps
+        stage.batch_size = config.rescale.batch_size
+        stage.optimizer.learning_rate = config.rescale.learning_rate
+    return stage
+
+
+def rescaled_parameters(config: ConfigDict, teacher: ConfigDict, params: dict) -> dict:
+    """The teacher's parameters in the student's network, its time embedder refitted.
+
+    Embedders that the teacher does not have start as they are initialised: adding nothing.
+    """
+    merged = {**build.initial_parameters(config), **params}
+    old, new = build.network_config(teacher), build.network_config(config)
+    if old.time_scale != new.time_scale:
+        merged["time_embedder"] = time_rescale.refit_time_embedder(
+            lambda t: mmdit.time_embedding(old, params["time_embedder"], t), new.hidden_size
+        )
+    return merged

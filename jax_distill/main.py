@@ -1,13 +1,12 @@
-"""Train: `python -m jax_distill.main --config=configs/scm.py [--workdir=DIR] [--config.a.b=value]`."""
+"""Train: `python -m jax_distill.main --config=configs/scm.py [--workdir=DIR] [--config.a.b=c]`."""
 
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
-from jax_distill import experiment
-from jax_distill.train import Interrupted, NonFiniteLoss
+from jax_distill import commands, experiment
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration.")
 _WORKDIR = flags.DEFINE_string(
@@ -16,19 +15,16 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.INFO)
+    del argv
     config = _CONFIG.value
     workdir = Path(_WORKDIR.value or Path("runs") / config.name)
     try:
         experiment.run(config, workdir)
-    except Interrupted as stop:
+    except experiment.Interrupted as stop:
         logging.info("%s; run the same command to go on", stop)
-    except (ValueError, NonFiniteLoss) as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    if not any(argument.lstrip("-").startswith("config") for argument in sys.argv):
+        flags.mark_flag_as_required("config")
+    commands.run(main)

@@ -77,9 +77,7 @@ class Pipeline:
     @functools.partial(jax.jit, static_argnums=(0, 6))
     def _draw(self, params, text, rows, scale, seed, steps):
         def one_row(row):
-            key_noise, key_restart = jax.random.split(
-                jax.random.fold_in(jax.random.key(seed), row)
-            )
+            key_noise, key_restart = jax.random.split(jax.random.fold_in(jax.random.key(seed), row))
             return jax.random.normal(key_noise, build.token_shape(self.config)), key_restart
 
         noise, keys = jax.vmap(one_row)(rows)
@@ -101,5 +99,5 @@ def load(source: str | Path = EMBEDDED) -> Pipeline:
         config = ConfigDict(description["config"]).lock()
         return Pipeline(config, {"network": params}, build.embedded_codec())
     workdir = Path(source)
-    config = configuration.load(workdir / "config.json")
+    config = configuration.load(workdir)
     return Pipeline(config, checkpoint.load_averaged(workdir), build.embedded_codec())

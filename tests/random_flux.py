@@ -1,6 +1,7 @@
 """Small random networks of diffusers' FLUX class and their weights as ours."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax_distill.models.mmdit import MMDiT, MMDiTConfig
 OURS_ONLY = ("rope_theta", "time_scale", "interval_embeds", "remat")
 
 
+@functools.cache
 def shapes(config: MMDiTConfig) -> dict:
     """The shapes of our parameters, as a nested dict."""
     return parameters(nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0))))

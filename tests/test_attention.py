@@ -50,7 +50,9 @@ def test_jvp_is_the_finite_difference():
         out, tangent = jax.jvp(attention, arrays, tangents)
         step = 1e-5
         ahead, behind = (
-            softmax_attention(*(x + sign * step * dx for x, dx in zip(arrays, tangents)))
+            softmax_attention(
+                *(x + sign * step * dx for x, dx in zip(arrays, tangents, strict=True))
+            )
             for sign in (1, -1)
         )
         np.testing.assert_allclose(out, softmax_attention(*arrays), rtol=1e-12, atol=1e-14)
@@ -60,12 +62,16 @@ def test_jvp_is_the_finite_difference():
 def test_vjp_is_the_transpose_of_the_jvp():
     with jax.enable_x64(True):
         arrays, tangents = inputs(jnp.float64)
-        out, pullback = jax.vjp(attention, *arrays)
-        _, tangent = jax.jvp(attention, arrays, tangents)
-        cotangent = jnp.cos(out)
-        gradients = pullback(cotangent)
-        pulled = sum(jnp.vdot(g, dx) for g, dx in zip(gradients, tangents))
-        np.testing.assert_allclose(pulled, jnp.vdot(cotangent, tangent), rtol=1e-12)
+
+        @jax.jit
+        def products(arrays, tangents):
+            out, tangent = jax.jvp(attention, arrays, tangents)
+            cotangent = jnp.cos(out)
+            gradients = jax.vjp(attention, *arrays)[1](cotangent)
+            pulled = sum(jnp.vdot(g, dx) for g, dx in zip(gradients, tangents, strict=True))
+            return pulled, jnp.vdot(cotangent, tangent)
+
+        np.testing.assert_allclose(*products(arrays, tangents), rtol=1e-12)
 
 
 def test_gradient_beside_a_stopped_tangent_is_the_plain_gradient():
@@ -73,16 +79,18 @@ def test_gradient_beside_a_stopped_tangent_is_the_plain_gradient():
 
     def with_tangent(*arrays):
         out, tangent = jax.jvp(attention, arrays, tangents)
-        return jnp.sum(out * jnp.sin(jax.lax.stop_gradient(tangent)))
+        tangent = jax.lax.stop_gradient(tangent)
+        return jnp.sum(out * jnp.sin(tangent)), tangent
 
-    _, tangent = jax.jvp(attention, arrays, tangents)
-
-    def plain(*arrays):
+    def plain(tangent, *arrays):
         return jnp.sum(attention(*arrays) * jnp.sin(tangent))
 
-    for one, other in zip(
-        jax.grad(with_tangent, (0, 1, 2))(*arrays), jax.grad(plain, (0, 1, 2))(*arrays)
-    ):
+    @jax.jit
+    def both(*arrays):
+        one, tangent = jax.grad(with_tangent, (0, 1, 2), has_aux=True)(*arrays)
+        return one, jax.grad(plain, (1, 2, 3))(tangent, *arrays)
+
+    for one, other in zip(*both(*arrays), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 

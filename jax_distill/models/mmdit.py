@@ -426,3 +426,13 @@ def as_network(config: MMDiTConfig, *, dtype: Any = jnp.float32, grid=None) -> N
 def initial_parameters(config: MMDiTConfig, rngs: nnx.Rngs, param_dtype: Any = jnp.float32) -> dict:
     """Freshly initialised parameters as a nested dict of arrays, adaLN-zero."""
     return parameters(MMDiT(config, rngs=rngs, param_dtype=param_dtype))
+
+
+def time_embedding(config: MMDiTConfig, embedder: dict, t: jax.Array) -> jax.Array:
+    """The time embedder alone: parameters `embedder` of it at times t (M,), (M, hidden size)."""
+
+    def create():
+        layers = Layers(nnx.Rngs(0), jnp.float32, jnp.float32)
+        return Embedder(TIME_FREQUENCIES, config.hidden_size, layers)
+
+    return binder(create)(embedder)(sinusoidal_features(config.time_scale * t))

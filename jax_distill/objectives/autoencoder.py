@@ -21,7 +21,7 @@ class AutoencoderDraws(NamedTuple):
 class AutoencoderObjective:
     """Negative evidence bound of a Gaussian autoencoder, per pixel.
 
-    `mean (x - decode(z))^2 + l1_weight mean |x - decode(z)| + kl_weight mean KL(q(z|x) || N(0, I))`,
+    `mean (x - decode(z))^2 + l1_weight mean |x - decode(z)| + kl_weight mean KL(q(z|x) | N(0, 1))`,
     z = mean + exp(logvar / 2) noise. The heavier the KL term, the smoother the latents and the
     easier they are to model; the reconstructions say how far one may go.
 

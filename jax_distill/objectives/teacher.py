@@ -11,7 +11,7 @@ TeacherVelocity = Callable[..., jax.Array]
 """(frozen, x, t, text, guidance) -> velocity (B, N, C)."""
 
 
-def embedded(network: Network) -> TeacherVelocity:
+def embedded_guidance(network: Network) -> TeacherVelocity:
     """A teacher that takes the guidance scale as an input, such as FLUX.1-dev: one evaluation."""
 
     def velocity(frozen, x, t, text, guidance):
@@ -30,9 +30,6 @@ def classifier_free(network: Network) -> TeacherVelocity:
         return guided(network, frozen["teacher"], x, t, text, frozen["null"], guidance)
 
     return velocity
-
-
-VELOCITIES = {"embedded": embedded, "cfg": classifier_free}
 
 
 def guided(

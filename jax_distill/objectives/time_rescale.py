@@ -21,7 +21,6 @@ from jax_distill.flow import Network, interpolate, shift_time
 from jax_distill.objectives.objective import Batch
 from jax_distill.objectives.teacher import TeacherVelocity
 
-
 SINE = 128  # the sinusoidal feature sin(t), of frequency one: see `models/mmdit.py`
 
 

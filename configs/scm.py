@@ -1,0 +1,26 @@
+"""sCM: a student that draws in 1, 2 or 4 evaluations, from the embedded teacher or from FLUX.
+
+python -m jax_distill.main --config=configs/scm.py
+"""
+
+from jax_distill.config import base
+
+
+def get_config(preset: str = ""):
+    config = base(preset)
+    config.name = "scm"
+    config.total_steps = 600
+    config.batch_size = 64
+    config.ema_decay = 0.99
+    # What the student's network changes of the teacher's.
+    config.model = {"time_scale": 1.0, "guidance_embeds": True}
+    config.objective = {"name": "scm", "guidance_scales": (4.0, 4.5, 5.0), "tangent_warmup": 200}
+    config.teacher.velocity = "rescaled"
+    config.rescale.total_steps = 300
+    config.rescale.batch_size = 64
+    config.rescale.learning_rate = 1e-3
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.clip_norm = 1.0
+    config.data.examples = 12_800
+    return config.lock()

@@ -1,0 +1,38 @@
+"""Score: `python -m jax_distill.evaluate --checkpoint=DIR --steps=1,2,4 [--output=FILE]`."""
+
+from pathlib import Path
+
+from absl import flags
+
+from jax_distill import commands, pipeline, scoring
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", pipeline.EMBEDDED, "Workdir of a run, or 'embedded' for the shipped teacher."
+)
+_STEPS = flags.DEFINE_list("steps", ["1", "2", "4"], "Numbers of sampling steps to score.")
+_OUTPUT = flags.DEFINE_string("output", None, "File to write; default: print only.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+_PROMPTS = flags.DEFINE_integer("prompts", 600, "How many of the 600 held-out prompts.")
+_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the configuration's.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    try:
+        steps = [int(text) for text in _STEPS.value]
+    except ValueError:
+        raise ValueError(f"--steps: {','.join(_STEPS.value)} are not whole numbers") from None
+    prompts = scoring.held_out(_PROMPTS.value)
+    pipe = pipeline.load(_CHECKPOINT.value)
+    scores = scoring.score(pipe, steps, prompts, seed=_SEED.value, guidance=_GUIDANCE.value)
+    if _OUTPUT.value:
+        kind = "teacher" if pipe.config.objective.name == "flow_matching" else "student"
+        layout = scoring.results(**{kind: scores}, config=pipe.config, seed=_SEED.value)
+        scoring.save(Path(_OUTPUT.value), layout)
+    for count, entry in scores.items():
+        tasks = "  ".join(f"{task} {value:.2f}" for task, value in entry["tasks"].items())
+        print(f"{count:>3} steps  score {entry['score']:.3f}  {tasks}")
+
+
+if __name__ == "__main__":
+    commands.run(main)

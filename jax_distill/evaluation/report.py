@@ -1,0 +1,387 @@
+"""What a run shows to people: a page of its workdir, and the table of its scores."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Mapping
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jax_distill.evaluation import plots
+from jax_distill.evaluation.grids import write_atomically
+from jax_distill.evaluation.metrics import Metrics, read_metrics
+from jax_distill.evaluation.results import Results, parse_results, read_results
+
+MAX_SAMPLES = 4
+MAX_SAMPLE_WIDTH = 2400  # px; wider grids are reduced, or a page of large pictures gets too heavy
+
+
+def format_table(results: Mapping[str, Any]) -> str:
+    """The scores of results.json as a plain-text table, for a terminal.
+
+    Args:
+      results: as in results.json; what is missing has no column.
+
+    Raises:
+      ValueError: it holds something else than scores, naming what.
+    """
+    parsed = parse_results(results)
+    columns = parsed.columns()
+    lines = [
+        ("", [who for who, _, _ in columns]),
+        ("steps", [steps for _, steps, _ in columns]),
+        *parsed.rows(),
+    ]
+    first = max(len(name) for name, _ in lines) + 1
+    return "\n".join(
+        name.ljust(first) + "".join(cell.rjust(9) for cell in cells) for name, cells in lines
+    )
+
+
+def write_report(workdir: str | Path) -> Path:
+    """Writes `report.html`: one file, which needs no other, about what lies in a workdir.
+
+    Read are config.json, metrics.jsonl (and those of stages before, one folder down),
+    results.json and samples/*.png. What is missing is left out.
+
+    Returns:
+      The page's path.
+
+    Raises:
+      ValueError: no such folder, or a results.json that holds something else.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise ValueError(f"'{workdir}' is no folder; give the workdir of a run")
+    results = read_results(workdir / "results.json")
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    notes = []
+    try:
+        config = json.loads((workdir / "config.json").read_text())
+    except FileNotFoundError:
+        config = {}
+    except ValueError:
+        config = {}
+        notes.append("config.json is not valid JSON and is left out.")
+    config = config if isinstance(config, dict) else {}
+    if metrics is not None and metrics.unreadable:
+        count = metrics.unreadable
+        notes.append(f"{count} unreadable {_plural('line', count)} of metrics.jsonl left out.")
+
+    name = str(config.get("name") or workdir.resolve().name)
+    sections = [
+        _summary(results, metrics, config, notes),
+        _scores(results),
+        _samples(workdir / "samples"),
+        _training("Training", metrics),
+    ]
+    for path in sorted(workdir.glob("*/metrics.jsonl")):
+        stage = path.parent.name.replace("_", " ")
+        sections.append(_training(f"Stage before: {stage}", read_metrics(path)))
+    sections.append(_configuration(config))
+    body = "\n".join(filter(None, sections))
+    path = workdir / "report.html"
+    write_atomically(path, _PAGE.substitute(title=escape(name), body=body).encode())
+    return path
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else noun + "s"
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _summary(
+    results: Results | None, metrics: Metrics | None, config: Mapping, notes: list[str]
+) -> str:
+    sentences, tiles = [], ""
+    if results is None or not results.columns():
+        sentences.append("This run has not been evaluated yet.")
+    else:
+        steps = sorted(results.student)
+        in_steps = f"{_listed([str(n) for n in steps])} {_plural('step', max(steps, default=0))}"
+        shares = [results.share(results.student[n].score) for n in steps]
+        if results.teacher is not None:
+            full = f"{results.teacher.score:.3f}"
+            full += f" in {results.nfe} steps" if results.nfe else ""
+        if shares and None not in shares:
+            sentences.append(
+                f"In {in_steps} per picture, the student reaches"
+                f" {_listed([f'{100 * share:.1f}%' for share in shares])}"
+                f" of its teacher's score ({full})."
+            )
+            tiles = "".join(
+                f"<div><dt>{n} {_plural('step', n)}</dt><dd>{100 * share:.1f}%</dd></div>"
+                for n, share in zip(steps, shares)
+            )
+            tiles = (
+                f'<div class="tiles"><p>Share of the teacher&#x27;s score</p><dl>{tiles}</dl></div>'
+            )
+        else:
+            if results.teacher is not None:
+                sentences.append(f"The teacher scores {full}.")
+            if steps:
+                values = _listed([f"{results.student[n].score:.3f}" for n in steps])
+                sentences.append(f"In {in_steps} per picture, the student scores {values}.")
+        few = sorted(results.few)
+        kept = [results.share(results.few[n].score) for n in few]
+        if few and None not in kept:
+            sentences.append(
+                f"Without distillation, the teacher keeps"
+                f" {_listed([f'{100 * share:.1f}%' for share in kept])} of it in"
+                f" {_listed([str(n) for n in few])} {_plural('step', few[-1])}."
+            )
+    if metrics is not None:
+        sentences.append(_training_sentence(metrics, config))
+    sentences += notes
+    return f"<p>{escape(' '.join(sentences), quote=False)}</p>{tiles}"
+
+
+def _training_sentence(metrics: Metrics, config: Mapping) -> str:
+    total = config.get("total_steps")
+    of = f" of {total:,}" if isinstance(total, int) and total != metrics.last_step else ""
+    sentence = f"Trained for {metrics.last_step:,}{of} steps"
+    if isinstance(config.get("batch_size"), int):
+        sentence += f" of {config['batch_size']:,} pictures"
+    objective = config.get("objective")
+    if isinstance(objective, Mapping) and objective.get("name"):
+        sentence += f" with the objective {objective['name']}"
+    if metrics.seconds:
+        sentence += f" in {_duration(metrics.seconds)}"
+    return sentence + "."
+
+
+def _figure(image: str, caption: str = "") -> str:
+    """`image` is HTML; `caption` is not."""
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{image}</figure>"
+
+
+def _scores(results: Results | None) -> str:
+    if results is None or not results.columns():
+        return ""
+    columns, figures = results.columns(), []
+    if results.student or results.few:
+        draw = plots.score_by_steps(
+            {n: score.score for n, score in results.student.items()},
+            {n: score.score for n, score in results.few.items()},
+            results.teacher.score if results.teacher else None,
+            results.teacher_name,
+        )
+        figures.append(
+            _figure(
+                plots.inline(draw, (4.6, 3.2), "Score against steps; the table has the numbers"),
+                "Score against steps per picture",
+            )
+        )
+    if results.tasks:
+        draw = plots.bars_by_task(
+            results.tasks,
+            results.teacher.tasks if results.teacher else None,
+            results.teacher_name,
+            {n: score.tasks for n, score in results.student.items()},
+        )
+        if results.teacher or results.student:
+            figures.append(
+                _figure(
+                    plots.inline(draw, (4.6, 3.2), "Score by task; the table has the numbers"),
+                    "Score by task",
+                )
+            )
+    groups = [(who, len(list(group))) for who, group in groupby(columns, lambda column: column[0])]
+    spans = "".join(f'<colgroup span="{width}"></colgroup>' for _, width in groups)
+    head = "".join(f'<th colspan="{width}" scope="colgroup">{who}</th>' for who, width in groups)
+    steps = "".join(f'<th scope="col">{escape(steps)}</th>' for _, steps, _ in columns)
+    body = "".join(
+        f'<tr><th scope="row">{escape(name)}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in cells)
+        + "</tr>"
+        for name, cells in results.rows()
+    )
+    return (
+        "<h2>Scores</h2><p>The share of pictures that show what was asked for, by task; overall is"
+        " the mean of the tasks.</p>"
+        f'<div class="scroll"><table class="scores"><colgroup></colgroup>{spans}'
+        f"<thead><tr><td></td>{head}</tr>"
+        f'<tr><th scope="row">steps</th>{steps}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<div class="plots">{"".join(figures)}</div>'
+    )
+
+
+def _samples(folder: Path) -> str:
+    """The latest grid, and those before it in a box that opens."""
+    found = []
+    for path in folder.glob("*.png"):
+        step = re.search("[0-9]+", path.stem)
+        found.append((int(step[0]) if step else math.inf, path.stem, path))
+    figures = []
+    for step, stem, path in sorted(found, reverse=True)[:MAX_SAMPLES]:
+        caption = {"final": "At the end"}.get(
+            stem, f"After {step:,} steps" if step < math.inf else stem
+        )
+        image = _picture(path)
+        if image:
+            figures.append(
+                f'<figure><figcaption>{escape(caption)}</figcaption><div class="scroll grid">'
+                f'<img src="{image}" alt="Pictures drawn for fixed prompts"></div></figure>'
+            )
+    if not figures:
+        return ""
+    earlier = "".join(figures[1:])
+    if earlier:
+        earlier = f"<details><summary>Earlier samples</summary>{earlier}</details>"
+    return f"<h2>Samples</h2>{figures[0]}{earlier}"
+
+
+def _picture(path: Path) -> str | None:
+    """A PNG file as a data URI, reduced if it is very wide; None if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if image.width <= MAX_SAMPLE_WIDTH:
+                return plots.data_uri(path.read_bytes(), "image/png")
+            height = round(image.height * MAX_SAMPLE_WIDTH / image.width)
+            content = io.BytesIO()
+            reduced = image.convert("RGB").resize((MAX_SAMPLE_WIDTH, height))
+            reduced.save(content, format="jpeg", quality=90)
+            return plots.data_uri(content.getvalue(), "image/jpeg")
+    except (OSError, SyntaxError):  # Pillow's errors for a file cut short or of another kind
+        return None
+
+
+def _training(heading: str, metrics: Metrics | None) -> str:
+    """Loss and throughput, then the other metrics smaller; a metric that never changes is named."""
+    if metrics is None:
+        return ""
+    speed = next((n for n in ("examples_per_sec", "steps_per_sec") if n in metrics.names()), None)
+    large, small, constant = [], [], []
+    for name in metrics.names():
+        steps, values = metrics.series(name)
+        if name in ("step", "time") or not len(values):
+            continue
+        if name.endswith("_per_sec") and name != speed:
+            continue
+        if name == "loss":
+            log = bool(values.min() > 0)
+            caption = "Loss"
+            lost = sum(name in line for line in metrics.lines) - len(values)
+            if lost:
+                caption += f" ({lost} {_plural('value', lost)} not finite, not drawn)"
+        elif name == speed:
+            log = False
+            caption = f"{name.replace('_per_sec', '').capitalize()} per second"
+            caption += f": median {np.median(values):,.3g}"
+        elif values.min() == values.max():
+            constant.append(f"{name} = {values[0]:g}")
+            continue
+        else:
+            log = bool(values.min() > 0 and values.max() > 100 * values.min())
+            caption = name
+        is_large = name in ("loss", speed)
+        draw = plots.curve(steps, values, log=log, from_zero=name == speed)
+        size = (4.6, 2.6) if is_large else (3.3, 2.1)
+        figure = _figure(plots.inline(draw, size, f"{name} against training steps"), caption)
+        (large if is_large else small).append(figure)
+    parts = [f"<h2>{escape(heading)}</h2>"]
+    parts += [f'<div class="plots">{"".join(large)}</div>'] * bool(large)
+    parts += [f'<div class="plots small">{"".join(small)}</div>'] * bool(small)
+    if constant:
+        parts.append(f'<p class="note">Constant throughout: {escape(", ".join(constant))}.</p>')
+    return "".join(parts)
+
+
+def _configuration(config: Mapping) -> str:
+    """The settings by the dotted names that the command line takes."""
+
+    def flat(value: Any, name: str) -> list[tuple[str, str]]:
+        if isinstance(value, Mapping):
+            return [item for key in value for item in flat(value[key], f"{name}.{key}".strip("."))]
+        return [(name, json.dumps(value, ensure_ascii=False))]
+
+    if not config:
+        return ""
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
+        for name, value in flat(config, "")
+    )
+    return (
+        "<h2>Configuration</h2><details><summary>All settings</summary>"
+        f'<div class="scroll"><table class="settings"><tbody>{rows}</tbody></table></div></details>'
+    )
+
+
+_PAGE = Template("""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>$title</title>
+<style>
+:root { --ink: #1f2328; --faint: #59636e; --line: #d8dee4; --page: #ffffff; --accent: #0a58b8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --faint: #9198a1; --line: #3d444d; --page: #0d1117; --accent: #6cb0ff; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--page);
+  color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; }
+h1 { margin: 0 0 .5rem; font-size: 1.9rem; line-height: 1.2; overflow-wrap: anywhere; }
+h2 { margin: 2.75rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line);
+  font-size: 1.25rem; }
+p { max-width: 44rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
+.note { margin-top: .75rem; color: var(--faint); font-size: .875rem; }
+.tiles { margin: 1.25rem 0 0; }
+.tiles p, .tiles dt { margin: 0 0 .25rem; color: var(--faint); font-size: .875rem; }
+.tiles dl { display: flex; flex-wrap: wrap; gap: .5rem clamp(1.25rem, 5vw, 2.5rem); margin: 0; }
+.tiles dd { margin: 0; color: var(--accent); font-size: clamp(1.5rem, 6vw, 2rem);
+  font-weight: 600; line-height: 1.1; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9375rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap; }
+th { font-weight: 500; }
+tbody th, thead th[scope=row] { padding-left: 0; text-align: left; }
+thead th { color: var(--faint); }
+thead th[scope=colgroup] { text-align: center; }
+.scores tbody tr:first-child > * { font-weight: 700; }
+colgroup + colgroup + colgroup { border-left: 1px solid var(--line); }
+.settings { font: .8125rem/1.4 ui-monospace, monospace; }
+.settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+figure { margin: 0; }
+figcaption { margin-bottom: .35rem; font-size: .875rem; font-weight: 600; overflow-wrap: anywhere; }
+img { display: block; width: 100%; height: auto; }
+.plots { display: grid; gap: 1.75rem 2rem; margin-top: 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
+.plots.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
+.small figcaption { font-weight: 400; font-family: ui-monospace, monospace; }
+.grid img { width: auto; max-width: max(100%, 62rem); border-radius: 6px; }
+details { margin-top: 1rem; }
+details > figure { margin-top: 1rem; }
+summary { cursor: pointer; color: var(--accent); }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+$body
+</body>
+</html>
+""")

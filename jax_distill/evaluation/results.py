@@ -1,0 +1,121 @@
+"""The scores of a run, as results.json holds them, and their table."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Score(NamedTuple):
+    """The mean over tasks and each task's score."""
+
+    score: float
+    tasks: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Results:
+    """results.json: scores by steps; `teacher` is at its full number of steps, `nfe`."""
+
+    teacher: Score | None = None
+    nfe: int | None = None
+    few: dict[int, Score] = field(default_factory=dict)
+    student: dict[int, Score] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(task for _, _, score in self.columns() for task in score.tasks))
+
+    @property
+    def teacher_name(self) -> str:
+        return f"teacher, {self.nfe} steps" if self.nfe else "teacher"
+
+    def columns(self) -> list[tuple[str, str, Score]]:
+        """Who, in how many steps, with what score, in the order of a table."""
+        columns = []
+        if self.teacher is not None:
+            columns.append(("teacher", str(self.nfe or "full"), self.teacher))
+        columns += [("student", str(n), self.student[n]) for n in sorted(self.student)]
+        columns += [("teacher", str(n), self.few[n]) for n in sorted(self.few)]
+        return columns
+
+    def share(self, score: float) -> float | None:
+        """A score as a share of the teacher's, or None without a teacher that scores."""
+        if self.teacher is None or not self.teacher.score > 0:
+            return None
+        return score / self.teacher.score
+
+    def rows(self) -> list[tuple[str, list[str]]]:
+        """The table's rows below its head: a name, and a text for each of `columns`."""
+        scores = [score for _, _, score in self.columns()]
+        rows = [("overall", [f"{score.score:.3f}" for score in scores])]
+        shares = [self.share(score.score) for score in scores]
+        if any(share is not None for share in shares):
+            rows.append(("share of teacher", [f"{100 * share:.1f}%" for share in shares]))
+        for task in self.tasks:
+            values = [score.tasks.get(task) for score in scores]
+            rows.append((task.replace("_", " "), [_cell(value) for value in values]))
+        return rows
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def parse_results(results: Mapping[str, Any]) -> Results:
+    """Checks the content of results.json, see `Results`; raises ValueError naming what is wrong."""
+
+    def number(value: Any, name: str) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+            raise ValueError(f"{name} is {value!r}, not a finite number")
+        return float(value)
+
+    def mapping(value: Any, name: str) -> Mapping[str, Any]:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} is {value!r}, not a table of names and values")
+        return value
+
+    def score(value: Any, name: str) -> Score:
+        value = mapping(value, name)
+        tasks = mapping(value.get("tasks", {}), f"{name}.tasks")
+        return Score(
+            number(value.get("score"), f"{name}.score"),
+            {task: number(tasks[task], f"{name}.tasks.{task}") for task in tasks},
+        )
+
+    def by_steps(value: Any, name: str) -> dict[int, Score]:
+        table = {}
+        for steps, content in mapping(value, name).items():
+            if not re.fullmatch("[1-9][0-9]*", str(steps)):
+                raise ValueError(f"{name} has {steps!r} for a number of steps")
+            table[int(steps)] = score(content, f"{name}.{steps}")
+        return table
+
+    results = mapping(results, "the content")
+    student = by_steps(results.get("student", {}), "student")
+    if "teacher" not in results:
+        return Results(student=student)
+    teacher = mapping(results["teacher"], "teacher")
+    return Results(
+        teacher=score(teacher, "teacher"),
+        nfe=int(number(teacher["nfe"], "teacher.nfe")) if "nfe" in teacher else None,
+        few=by_steps(teacher.get("few", {}), "teacher.few"),
+        student=student,
+    )
+
+
+def read_results(path: Path) -> Results | None:
+    """Reads a results.json; None if there is none, ValueError if it is not one."""
+    if not path.exists():
+        return None
+    try:
+        return parse_results(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' does not hold the scores of a run ({error}); evaluate again to replace it"
+        ) from None

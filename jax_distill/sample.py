@@ -1,0 +1,32 @@
+"""Draw: `python -m jax_distill.sample --checkpoint=DIR --prompt="..." [--steps=2] [--seed=0]`."""
+
+from pathlib import Path
+
+from absl import flags
+
+from jax_distill import commands, pipeline
+from jax_distill.evaluation import grids
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", pipeline.EMBEDDED, "Workdir of a run, or 'embedded' for the shipped teacher."
+)
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "Caption; give it again for more pictures.")
+_STEPS = flags.DEFINE_integer("steps", 2, "Sampling steps: 1, 2 or 4 for a student.", 1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the configuration's.")
+_OUTPUT = flags.DEFINE_string("output", "out.png", "PNG: the picture, or a grid of several.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    if not _PROMPT.value:
+        raise ValueError('--prompt is missing; say what to draw, such as --prompt="a red circle"')
+    pipe = pipeline.load(_CHECKPOINT.value)
+    pictures = pipe(_PROMPT.value, steps=_STEPS.value, seed=_SEED.value, guidance=_GUIDANCE.value)
+    output = Path(_OUTPUT.value)
+    grids.save_pictures(output, pictures, _PROMPT.value)
+    print(f"wrote {output}")
+
+
+if __name__ == "__main__":
+    commands.run(main)

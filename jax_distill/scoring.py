@@ -1,0 +1,98 @@
+"""Scores of a pipeline on the held-out prompts, and what becomes of them: results.json."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import logging
+
+from jax_distill.data import shapes
+from jax_distill.evaluation import report, shapes_eval
+from jax_distill.pipeline import Pipeline
+
+Scores = dict[str, dict]
+"""By number of steps: {"2": {"score": .., "tasks": {..}}, ...}."""
+
+
+def held_out(count: int) -> list[shapes.Prompt]:
+    """`count` of the held-out prompts, evenly over the tasks.
+
+    Raises:
+      ValueError: more than there are, or not a multiple of the number of tasks.
+    """
+    prompts, tasks = shapes.held_out_prompts(), len(shapes.TASKS)
+    if not 0 < count <= len(prompts) or count % tasks:
+        raise ValueError(f"prompts: {count} is not a multiple of {tasks} up to {len(prompts)}")
+    each = len(prompts) // tasks
+    return [p for task in range(tasks) for p in prompts[task * each :][: count // tasks]]
+
+
+def spread(count: int) -> list[shapes.Prompt]:
+    """`count` of the held-out prompts, taken evenly from first to last, for sample grids."""
+    prompts = shapes.held_out_prompts()
+    return [prompts[index * len(prompts) // count] for index in range(count)]
+
+
+def score(
+    pipe: Pipeline,
+    steps: Sequence[int],
+    prompts: Sequence[shapes.Prompt],
+    *,
+    seed: int = 0,
+    guidance: float | None = None,
+) -> Scores:
+    """The score at each number of sampling steps."""
+    scores = {}
+    captions = [prompt.caption for prompt in prompts]
+    for count in steps:
+        pictures = pipe(captions, steps=count, seed=seed, guidance=guidance)
+        scores[str(count)] = shapes_eval.score(pictures, prompts)
+        logging.info("%d steps: score %.3f", count, scores[str(count)]["score"])
+    return scores
+
+
+def results(
+    *, teacher: Scores | None = None, student: Scores | None = None, config=None, seed: int = 0
+) -> dict:
+    """The layout of results.json: the teacher at its most steps, at few, and the student."""
+    layout: dict = {"seed": seed}
+    if teacher:
+        most = max(teacher, key=int)
+        few = {count: entry for count, entry in teacher.items() if count != most}
+        layout["teacher"] = {"nfe": int(most), **teacher[most], "few": few}
+    if student:
+        layout["student"] = student
+    if config is not None:
+        layout["config"] = json.loads(config.to_json_best_effort())
+    return layout
+
+
+def save(path: Path, layout: dict) -> None:
+    """Writes results atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(layout, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def conclude(workdir: Path, teacher: Pipeline, student: Pipeline) -> None:
+    """Scores teacher and student, writes results.json and report.html, prints the table.
+
+    Does nothing but print when the results are there already.
+    """
+    path = workdir / "results.json"
+    if not path.exists():
+        settings = student.config.evaluation
+        prompts, seed = held_out(settings.prompts), student.config.seed
+        logging.info("scoring %d held-out prompts", len(prompts))
+        layout = results(
+            student=score(student, settings.student_steps, prompts, seed=seed),
+            teacher=score(teacher, settings.teacher_steps, prompts, seed=seed),
+            config=student.config,
+            seed=seed,
+        )
+        save(path, layout)
+    page = report.write_report(workdir)
+    print(report.format_table(json.loads(path.read_text())))
+    print(f"report: {page}")

@@ -1,0 +1,30 @@
+"""Ship: `python -m jax_distill.ship --run=runs/teacher` makes a run's weights the embedded ones."""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from jax_distill import checkpoint, commands, embedded
+from jax_distill import config as configuration
+
+_RUN = flags.DEFINE_string("run", None, "Workdir of configs/autoencoder.py or configs/teacher.py.")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    run = Path(_RUN.value)
+    config = configuration.load(run)
+    params = checkpoint.load_averaged(run)
+    if config.objective.name == "autoencoder":
+        name, description = "autoencoder", json.loads((run / "autoencoder.json").read_text())
+    else:
+        name, params = "teacher", params["network"]
+        description = {"config": json.loads(config.to_json_best_effort())}
+    embedded.save(name, params, description)
+    print(f"wrote {embedded.FOLDER / name}.safetensors")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("run")
+    commands.run(main)

@@ -1,0 +1,54 @@
+"""Installs jax_distill; `pip install -e .[test]` for development."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="jax-distill",
+    version="0.1.0",
+    description="Few-step distillation of text-to-image models in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["jax_distill", "jax_distill.*"]),
+    package_data={"jax_distill": ["weights/*/*"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",  # models: Flax NNX
+        "optax>=0.2.5",  # optimizer.py
+        "orbax-checkpoint>=0.11.20",  # checkpoint.py
+        "grain>=0.2.10",  # data/pipeline.py
+        "array-record",  # data/records.py
+        "clu>=0.0.12",  # train.py: metric writers
+        # clu writes TensorBoard's files through TensorFlow, without declaring either.
+        "tensorflow-cpu; platform_machine == 'x86_64' and sys_platform == 'linux'",
+        "tensorflow; platform_machine != 'x86_64' or sys_platform != 'linux'",
+        "tensorboard",
+        "ml-collections>=1.0",  # config.py
+        "absl-py",
+        "numpy>=2.0",
+        "scipy",  # evaluation/shapes_eval.py: connected components
+        "pillow",  # evaluation/grids.py
+        "matplotlib",  # evaluation/report.py
+        "safetensors",  # embedded.py
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda13]>=0.10"],
+        # FLUX's tokenizers, and public data sets; what ships with the package needs neither.
+        "flux": ["transformers>=4.56"],
+        "data": ["tensorflow-datasets>=4.9"],
+        "test": [
+            "chex>=0.1.90",
+            "diffusers>=0.35",
+            "transformers>=4.56",
+            "tensorflow-datasets>=4.9",
+            "torch==2.13.0",
+            "pytest>=8",
+            "pytest-xdist",
+            "ruff>=0.12",
+        ],
+    },
+)

@@ -1,0 +1,249 @@
+"""sCM: the oracle, the equations, and what a step costs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_distill import flow
+from jax_distill.flops import count_flops
+from jax_distill.flow import GaussianOracle, Network, Text
+from jax_distill.models import mmdit
+from jax_distill.objectives import teacher
+from jax_distill.objectives.objective import Batch
+from jax_distill.objectives.scm import SCM, SCMDraws
+
+SHAPE = (6, 4, 3)
+TEXT = Text(jnp.zeros((6, 2, 5)), jnp.zeros((6, 4)))
+
+
+def draws_for(shape=SHAPE, dtype=np.float32, seed=0) -> SCMDraws:
+    rng = np.random.default_rng(seed)
+    return SCMDraws(
+        jnp.asarray(rng.uniform(0.05, 1.5, shape[0]), dtype),
+        jnp.asarray(rng.standard_normal(shape), dtype),
+        jnp.full(shape[0], 4.5, dtype),
+    )
+
+
+def batch_for(shape=SHAPE, dtype=np.float32, seed=1) -> Batch:
+    return Batch(jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype), TEXT)
+
+
+def smooth_network() -> Network:
+    """A small nonlinear network whose derivatives are easy to trust."""
+
+    def velocity(params, x, t, text=None, guidance=None, interval=None):
+        time = flow.per_sample(t, x)
+        return jnp.tanh(x @ params["mix"]) * jnp.cos(3 * time) + params["gain"] * x * time
+
+    def embedding(params, t, text=None, guidance=None):
+        return jnp.stack([t, t**2, jnp.ones_like(t)], -1) * params["gain"]
+
+    return Network(velocity, embedding)
+
+
+def smooth_params(dtype=np.float32) -> dict:
+    rng = np.random.default_rng(2)
+    network = {
+        "mix": jnp.asarray(rng.standard_normal((3, 3)), dtype),
+        "gain": jnp.asarray(0.7, dtype),
+    }
+    head = {"kernel": jnp.asarray([[0.3], [-0.2], [0.1]], dtype), "bias": jnp.zeros(1, dtype)}
+    return {"network": network, "logvar": head}
+
+
+def scm(network: Network, **settings) -> SCM:
+    return SCM(network, teacher.embedded_guidance(network), **settings)
+
+
+@pytest.mark.parametrize("step", [0, 1000, 4000])
+def test_tangent_vanishes_on_the_exact_consistency_function(step):
+    """With the oracle as teacher, the oracle's own map to data has no tangent at full weight."""
+    with jax.enable_x64(True):
+        oracle = GaussianOracle(np.array([0.3, -0.5, 1.0]), np.array([0.5, 1.2, 0.8]))
+        objective = SCM(
+            GaussianOracle.consistency_network(),
+            teacher.embedded_guidance(GaussianOracle.network()),
+        )
+        state = {"network": oracle}, {"teacher": oracle}
+        batch, draws = batch_for(dtype=np.float64), draws_for(dtype=np.float64)
+        tangent = objective.tangent(*state, batch, draws, jnp.asarray(step)).tangent
+        largest = float(jnp.max(jnp.abs(tangent)))
+    if step >= objective.tangent_warmup:
+        assert largest <= 1e-10
+    else:  # during the warm-up it is not: only the sum of the two terms vanishes
+        assert largest > 1e-3
+
+
+def test_tangent_is_the_derivative_of_the_sampled_data():
+    """g = cos(a) df/da along the teacher's flow, f = s_d x_0 by finite differences in float64."""
+    with jax.enable_x64(True):
+        network, params = smooth_network(), smooth_params(np.float64)
+        objective = scm(network)
+        oracle = GaussianOracle(0.2, 0.7)
+        objective = dataclasses.replace(
+            objective, teacher=teacher.embedded_guidance(GaussianOracle.network())
+        )
+        batch, draws = batch_for(dtype=np.float64), draws_for(dtype=np.float64)
+        got = objective.tangent(params, {"teacher": oracle}, batch, draws, 10**6).tangent
+
+        sigma, a0 = objective.data_scale, flow.per_sample(draws.angle, batch.x)
+        y0 = sigma * (jnp.cos(a0) * batch.x + jnp.sin(a0) * draws.noise)
+
+        def data(change):
+            """f at angle a + change, y moved along the teacher's exact trajectory."""
+            a = draws.angle + change
+            t0, t1 = map(flow.trig_to_linear_time, (draws.angle, a))
+            x = oracle.flow_map(flow.trig_to_linear(y0, draws.angle, sigma), t0, t1)
+            return flow.straight_step(
+                x, t1, jnp.zeros_like(t1), network.velocity(params["network"], x, t1)
+            )
+
+        h = 1e-4
+        slope = (8 * (data(h) - data(-h)) - (data(2 * h) - data(-2 * h))) / (12 * h)
+        want = jnp.cos(a0) * sigma * slope
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-9 * float(jnp.abs(want).max()))
+
+
+def test_loss_is_the_published_formula():
+    """Written out again with numpy from the tangent and the output."""
+    network, params = smooth_network(), smooth_params()
+    objective, batch, draws = scm(network), batch_for(), draws_for()
+    frozen = {"teacher": smooth_params()["network"]}
+    loss, metrics = objective.loss(params, frozen, batch, draws, jnp.asarray(1000))
+    output, g = map(np.asarray, objective.tangent(params, frozen, batch, draws, 1000))
+    norm = np.sqrt((g**2).sum((1, 2)))
+    g = g / (norm + 0.1)[:, None, None]
+    embedding = np.asarray(network.embedding(params["network"], draws.angle))
+    lv = (embedding @ np.asarray(params["logvar"]["kernel"]))[:, 0]
+    weight = 1 / (0.5 * np.tan(np.asarray(draws.angle)))
+    want = ((weight / np.exp(lv))[:, None, None] * g**2 + lv[:, None, None]).mean()
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    np.testing.assert_allclose(metrics["tangent_norm"], norm.mean(), rtol=1e-5)
+
+
+def test_gradient_follows_the_tangent():
+    """d loss / d F = -2 weight g / size: descending moves F along +g, through nothing else."""
+    params, batch, draws = smooth_params(), batch_for(), draws_for()
+    frozen = {"teacher": smooth_params()["network"]}
+
+    def network_of(offset):
+        base = smooth_network()
+        return base._replace(velocity=lambda *args, **kw: base.velocity(*args, **kw) + offset)
+
+    def loss(offset):
+        objective = SCM(
+            network_of(offset), teacher.embedded_guidance(smooth_network()), weighting="sum"
+        )
+        return objective.loss(params, frozen, batch, draws, jnp.asarray(10**6))[0]
+
+    objective = SCM(smooth_network(), teacher.embedded_guidance(smooth_network()))
+    g = objective.tangent(params, frozen, batch, draws, 10**6).tangent
+    g = g / (jnp.sqrt(jnp.sum(g**2, (1, 2), keepdims=True)) + 0.1)
+    radius = 1 / (jnp.sin(draws.angle) + jnp.cos(draws.angle))
+    want = -200 / SHAPE[0] * g * flow.per_sample(radius, g)  # F = ... + rho v
+    np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(SHAPE)), want, rtol=2e-4, atol=1e-5)
+
+
+def test_rcm_warmup_joins_scm_at_full_weight():
+    params, batch, draws = smooth_params(), batch_for(), draws_for()
+    frozen = {"teacher": GaussianOracle(0.2, 0.7)}
+    velocity = teacher.embedded_guidance(GaussianOracle.network())
+    plain, rcm = (SCM(smooth_network(), velocity, warmup=kind) for kind in ("scm", "rcm"))
+
+    def tangent(objective, step):
+        return objective.tangent(params, frozen, batch, draws, step).tangent
+
+    np.testing.assert_allclose(tangent(plain, 4000), tangent(rcm, 4000), atol=1e-5)
+    # At step 0 nothing is left of the derivative, only the pull towards the teacher.
+    ratio = tangent(plain, 0) / tangent(rcm, 0)
+    cos = flow.per_sample(jnp.cos(draws.angle), ratio)
+    np.testing.assert_allclose(ratio, jnp.broadcast_to(cos, SHAPE), rtol=1e-3)
+
+
+def test_samples_with_a_nonfinite_tangent_are_dropped_and_counted():
+    params, batch, draws = smooth_params(), batch_for(), draws_for()
+    frozen = {"teacher": smooth_params()["network"]}
+    broken = SCM(
+        smooth_network(),
+        lambda frozen, x, t, text, w: jnp.where(
+            flow.per_sample(jnp.arange(SHAPE[0]) == 2, x), jnp.nan, x
+        ),
+    )
+    healthy = dataclasses.replace(broken, teacher=lambda frozen, x, t, text, w: x)
+    step = jnp.asarray(4000)
+    (loss, metrics), gradient = jax.value_and_grad(broken.loss, has_aux=True)(
+        params, frozen, batch, draws, step
+    )
+    assert metrics["dropped_samples"] == 1
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    rest = jnp.asarray([0, 1, 3, 4, 5])
+    pick = lambda tree: jax.tree.map(lambda leaf: leaf[rest], tree)  # noqa: E731
+    alone, _ = healthy.loss(params, frozen, pick(batch), pick(draws), step)
+    np.testing.assert_allclose(loss, alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize("field", ["warmup", "weighting"])
+def test_unknown_option_is_named(field):
+    with pytest.raises(ValueError, match=f"objective.{field}: 'x' is not one of"):
+        scm(smooth_network(), **{field: "x"})
+
+
+def test_flow_map_reaches_the_oracles_data_in_one_step():
+    with jax.enable_x64(True):
+        oracle = GaussianOracle(0.3, 0.6)
+        objective = SCM(GaussianOracle.consistency_network(), None)
+        noise = jax.random.normal(jax.random.key(0), (5, 4, 3), jnp.float64)
+        got = objective.sample({"network": oracle}, noise, None, None, None, jax.random.key(1), 1)
+        want = oracle.flow_map(noise, jnp.ones(5), jnp.zeros(5))
+        np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_a_step_spends_one_student_forward_less_than_computing_the_output_apart():
+    config = mmdit.MMDiTConfig(
+        in_channels=8,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=6,
+        pooled_projection_dim=5,
+        guidance_embeds=True,
+        axes_dims_rope=(2, 2, 4),
+    )
+    network = mmdit.as_network(config)
+    shape = (2, 4, 8)
+    text = Text(jnp.zeros((2, 3, 6)), jnp.zeros((2, 5)))
+    batch, draws = Batch(jnp.zeros(shape), text), draws_for(shape)
+    params = jax.eval_shape(lambda: mmdit.initial_parameters(config, nnx.Rngs(0)))
+    objective = SCM(network, teacher.embedded_guidance(network), weighting="sum")
+    step = jnp.asarray(0)
+
+    def gradient(loss):
+        return jax.grad(lambda p, f: loss({"network": p}, {"teacher": f}, batch, draws, step)[0])
+
+    def apart(*args):
+        """The same loss with the output from a forward of its own beside the jvp."""
+        loss, metrics = objective.loss(*args)
+        t = flow.trig_to_linear_time(draws.angle)
+        x = flow.interpolate(batch.x, draws.noise, t)
+        own = network.velocity(args[0]["network"], x, t, text, draws.guidance)
+        return loss + jnp.mean(own), metrics
+
+    def forward(p):
+        return network.velocity(p, batch.x, draws.angle, text, draws.guidance)
+
+    one = count_flops(forward, params)
+    ours = count_flops(gradient(objective.loss), params, params)
+    embedding = count_flops(
+        lambda p: network.embedding(p, draws.angle, text, draws.guidance), params
+    )
+    # teacher 1 + student 1 + tangent 1 + backward 2; what does not depend on x has fewer terms.
+    assert ours == pytest.approx(5 * one, rel=0.12)
+    assert embedding < one
+    separate = count_flops(gradient(apart), params, params)
+    assert separate - ours >= one
