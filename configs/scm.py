@@ -7,7 +7,7 @@ from jax_distill.config import base
 
 
 def get_config(preset: str = ""):
-    config = base(preset)
+    config = base(preset, presets=("", "smoke"))
     config.name = "scm"
     config.total_steps = 600
     config.batch_size = 64
@@ -23,4 +23,13 @@ def get_config(preset: str = ""):
     config.optimizer.schedule = "cosine"
     config.optimizer.clip_norm = 1.0
     config.data.examples = 12_800
+    if preset == "smoke":  # every stage of the run, in a minute or two; the student learns nothing
+        config.total_steps = config.rescale.total_steps = 4
+        config.batch_size = config.rescale.batch_size = 16
+        config.log_every = 2
+        config.data.examples = 256
+        config.samples.prompts = 2
+        config.samples.teacher_steps = 4
+        config.evaluation.prompts = 12
+        config.evaluation.teacher_steps = (4, 2)
     return config.lock()

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,7 @@ from PIL import Image
 from jax_distill.evaluation import plots
 from jax_distill.evaluation.grids import write_atomically
 from jax_distill.evaluation.metrics import Metrics, read_metrics
-from jax_distill.evaluation.results import Results, parse_results, read_results
+from jax_distill.evaluation.results import Results, Score, parse_results, read_results
 
 MAX_SAMPLES = 4
 MAX_SAMPLE_WIDTH = 2400  # px; wider grids are reduced, or a page of large pictures gets too heavy
@@ -98,7 +98,8 @@ def _plural(noun: str, count: int) -> str:
     return noun if count == 1 else noun + "s"
 
 
-def _listed(words: list[str]) -> str:
+def _listed(words: Iterable[str]) -> str:
+    words = list(words)
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
@@ -116,43 +117,51 @@ def _summary(
     if results is None or not results.columns():
         sentences.append("This run has not been evaluated yet.")
     else:
-        steps = sorted(results.student)
-        in_steps = f"{_listed([str(n) for n in steps])} {_plural('step', max(steps, default=0))}"
-        shares = [results.share(results.student[n].score) for n in steps]
-        if results.teacher is not None:
-            full = f"{results.teacher.score:.3f}"
-            full += f" in {results.nfe} steps" if results.nfe else ""
-        if shares and None not in shares:
-            sentences.append(
-                f"In {in_steps} per picture, the student reaches"
-                f" {_listed([f'{100 * share:.1f}%' for share in shares])}"
-                f" of its teacher's score ({full})."
-            )
-            tiles = "".join(
-                f"<div><dt>{n} {_plural('step', n)}</dt><dd>{100 * share:.1f}%</dd></div>"
-                for n, share in zip(steps, shares)
-            )
-            tiles = (
-                f'<div class="tiles"><p>Share of the teacher&#x27;s score</p><dl>{tiles}</dl></div>'
-            )
-        else:
-            if results.teacher is not None:
-                sentences.append(f"The teacher scores {full}.")
-            if steps:
-                values = _listed([f"{results.student[n].score:.3f}" for n in steps])
-                sentences.append(f"In {in_steps} per picture, the student scores {values}.")
-        few = sorted(results.few)
-        kept = [results.share(results.few[n].score) for n in few]
-        if few and None not in kept:
-            sentences.append(
-                f"Without distillation, the teacher keeps"
-                f" {_listed([f'{100 * share:.1f}%' for share in kept])} of it in"
-                f" {_listed([str(n) for n in few])} {_plural('step', few[-1])}."
-            )
+        sentences += _score_sentences(results)
+        tiles = "".join(
+            f"<div><dt>{n} {_plural('step', n)}</dt><dd>{_percent(share)}</dd></div>"
+            for n, share in results.shares(results.student).items()
+        )
+    if tiles:
+        tiles = f'<div class="tiles"><p>Share of the teacher&#x27;s score</p><dl>{tiles}</dl></div>'
     if metrics is not None:
         sentences.append(_training_sentence(metrics, config))
-    sentences += notes
-    return f"<p>{escape(' '.join(sentences), quote=False)}</p>{tiles}"
+    return f"<p>{escape(' '.join(sentences + notes))}</p>{tiles}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _score_sentences(results: Results) -> list[str]:
+    def in_steps(scores: Mapping[int, Score]) -> str:
+        return f"in {_listed(map(str, scores))} {_plural('step', max(scores))}"
+
+    sentences = []
+    shares = results.shares(results.student)
+    if results.teacher is not None:
+        full = f"{results.teacher.score:.3f}"
+        full += f" in {results.nfe} steps" if results.nfe else ""
+    if shares:
+        sentences.append(
+            f"The student reaches {_listed(map(_percent, shares.values()))} of its teacher's score"
+            f" ({full}) {in_steps(shares)} per picture."
+        )
+    else:
+        if results.teacher is not None:
+            sentences.append(f"The teacher scores {full}.")
+        if results.student:
+            values = _listed(f"{score.score:.3f}" for score in results.student.values())
+            sentences.append(
+                f"The student scores {values} {in_steps(results.student)} per picture."
+            )
+    kept = results.shares(results.few)
+    if kept:
+        sentences.append(
+            f"The teacher itself keeps {_listed(map(_percent, kept.values()))} of it"
+            f" {in_steps(kept)}."
+        )
+    return sentences
 
 
 def _training_sentence(metrics: Metrics, config: Mapping) -> str:
@@ -169,7 +178,7 @@ def _training_sentence(metrics: Metrics, config: Mapping) -> str:
     return sentence + "."
 
 
-def _figure(image: str, caption: str = "") -> str:
+def _figure(image: str, caption: str) -> str:
     """`image` is HTML; `caption` is not."""
     return f"<figure><figcaption>{escape(caption)}</figcaption>{image}</figure>"
 
@@ -198,13 +207,12 @@ def _scores(results: Results | None) -> str:
             results.teacher_name,
             {n: score.tasks for n, score in results.student.items()},
         )
-        if results.teacher or results.student:
-            figures.append(
-                _figure(
-                    plots.inline(draw, (4.6, 3.2), "Score by task; the table has the numbers"),
-                    "Score by task",
-                )
+        figures.append(
+            _figure(
+                plots.inline(draw, (4.6, 3.2), "Score by task; the table has the numbers"),
+                "Score by task",
             )
+        )
     groups = [(who, len(list(group))) for who, group in groupby(columns, lambda column: column[0])]
     spans = "".join(f'<colgroup span="{width}"></colgroup>' for _, width in groups)
     head = "".join(f'<th colspan="{width}" scope="colgroup">{who}</th>' for who, width in groups)
@@ -286,8 +294,9 @@ def _training(heading: str, metrics: Metrics | None) -> str:
                 caption += f" ({lost} {_plural('value', lost)} not finite, not drawn)"
         elif name == speed:
             log = False
-            caption = f"{name.replace('_per_sec', '').capitalize()} per second"
-            caption += f": median {np.median(values):,.3g}"
+            median = np.median(values)
+            caption = f"{name.removesuffix('_per_sec').capitalize()} per second, median "
+            caption += f"{median:,.0f}" if median >= 100 else f"{median:.3g}"
         elif values.min() == values.max():
             constant.append(f"{name} = {values[0]:g}")
             continue
@@ -377,6 +386,10 @@ img { display: block; width: 100%; height: auto; }
 details { margin-top: 1rem; }
 details > figure { margin-top: 1rem; }
 summary { cursor: pointer; color: var(--accent); }
+@media (max-width: 30rem) {
+  table { font-size: .875rem; }
+  th, td { padding: .3rem .35rem; }
+}
 </style>
 </head>
 <body>

@@ -20,7 +20,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """results.json: scores by steps; `teacher` is at its full number of steps, `nfe`."""
+    """results.json: scores by ascending steps; `teacher` is at its full number of steps, `nfe`."""
 
     teacher: Score | None = None
     nfe: int | None = None
@@ -40,31 +40,28 @@ class Results:
         columns = []
         if self.teacher is not None:
             columns.append(("teacher", str(self.nfe or "full"), self.teacher))
-        columns += [("student", str(n), self.student[n]) for n in sorted(self.student)]
-        columns += [("teacher", str(n), self.few[n]) for n in sorted(self.few)]
+        columns += [("student", str(steps), score) for steps, score in self.student.items()]
+        columns += [("teacher", str(steps), score) for steps, score in self.few.items()]
         return columns
 
-    def share(self, score: float) -> float | None:
-        """A score as a share of the teacher's, or None without a teacher that scores."""
+    def shares(self, scores: Mapping[int, Score]) -> dict[int, float]:
+        """Scores as shares of the teacher's; empty without a teacher that scores."""
         if self.teacher is None or not self.teacher.score > 0:
-            return None
-        return score / self.teacher.score
+            return {}
+        return {steps: score.score / self.teacher.score for steps, score in scores.items()}
 
     def rows(self) -> list[tuple[str, list[str]]]:
         """The table's rows below its head: a name, and a text for each of `columns`."""
         scores = [score for _, _, score in self.columns()]
         rows = [("overall", [f"{score.score:.3f}" for score in scores])]
-        shares = [self.share(score.score) for score in scores]
-        if any(share is not None for share in shares):
-            rows.append(("share of teacher", [f"{100 * share:.1f}%" for share in shares]))
+        shares = self.shares(dict(enumerate(scores)))
+        if shares:
+            rows.append(("share of teacher", [f"{100 * share:.1f}%" for share in shares.values()]))
         for task in self.tasks:
             values = [score.tasks.get(task) for score in scores]
-            rows.append((task.replace("_", " "), [_cell(value) for value in values]))
+            cells = ["-" if value is None else f"{value:.2f}" for value in values]
+            rows.append((task.replace("_", " "), cells))
         return rows
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def parse_results(results: Mapping[str, Any]) -> Results:
@@ -94,7 +91,7 @@ def parse_results(results: Mapping[str, Any]) -> Results:
             if not re.fullmatch("[1-9][0-9]*", str(steps)):
                 raise ValueError(f"{name} has {steps!r} for a number of steps")
             table[int(steps)] = score(content, f"{name}.{steps}")
-        return table
+        return dict(sorted(table.items()))
 
     results = mapping(results, "the content")
     student = by_steps(results.get("student", {}), "student")
