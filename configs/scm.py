@@ -14,14 +14,16 @@ def get_config(preset: str = ""):
     config.ema_decay = 0.99
     # What the student's network changes of the teacher's.
     config.model = {"time_scale": 1.0, "guidance_embeds": True}
-    config.objective = {"name": "scm", "guidance_scales": (4.0, 4.5, 5.0), "tangent_warmup": 200}
-    config.teacher.velocity = "rescaled"
-    config.rescale.total_steps = 300
+    config.objective = {"name": "scm", "guidance_scales": (2.0, 2.5, 3.0), "tangent_warmup": 100}
+    config.evaluation.guidance = 2.5
+    config.teacher.velocity = "original"
+    config.rescale.total_steps = 150
     config.rescale.batch_size = 64
-    config.rescale.learning_rate = 1e-3
-    config.optimizer.learning_rate = 1e-3
+    config.rescale.learning_rate = 3e-3
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.schedule = "cosine"
-    config.optimizer.clip_norm = 1.0
+    config.optimizer.warmup_steps = 20
     config.data.examples = 12_800
     if preset == "smoke":  # every stage of the run, in a minute or two; the student learns nothing
         config.total_steps = config.rescale.total_steps = 4

@@ -1,48 +1,111 @@
 """What all commands share: quiet libraries, and one clear sentence for what is wrong."""
 
-import os
+import itertools
+import re
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
-from absl import app, logging
+from absl import app, flags, logging
+from ml_collections.config_flags import config_flags
 
-from jax_distill.train import NonFiniteLoss
+from jax_distill.config import ConfigError
+
+PACKAGE = str(Path(__file__).parent)
 
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a command; what a user can mend ends it with `error: ...` and exit code 1."""
     try:
-        app.run(_guarded(main), flags_parser=_parse)
-    except (ValueError, NonFiniteLoss, OSError) as error:
+        app.run(_prepared(main), flags_parser=_parse)
+    except Exception as error:
+        if not _mendable(error):
+            raise
         sys.exit(f"error: {error}")
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """Parses flags; unknown ones, and unknown or ill-typed configuration keys, end the command."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:
-        # ml_collections' words: 'totl_steps' and, on a second line, what was perhaps meant.
-        reason = str(error).strip("'\"").replace("\\n", "\n").replace("\\'", "'").strip("'")
-        key, _, hint = reason.partition("\n")
-        sys.exit(f"error: --config has no key {key.strip(chr(39))}. {hint}".rstrip())
+def _mendable(error: Exception) -> bool:
+    """Whether our own checks raised it, or the system; all else is a fault that needs its trace."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    ours = isinstance(error, ValueError | RuntimeError) and raised_in.startswith(PACKAGE)
+    return ours or isinstance(error, OSError)
 
 
-def _guarded(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+def _prepared(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     def command(argv):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}; flags begin with --")
         logging.set_verbosity(logging.INFO)
         logging.get_absl_handler().setFormatter(None)
-        _quiet_libraries()
+        # Libraries log through the same logger; the terminal is for our own lines.
+        logging.get_absl_handler().addFilter(
+            lambda record: record.levelno >= 40 or record.pathname.startswith(PACKAGE)
+        )
         main(argv)
 
     return command
 
 
-def _quiet_libraries() -> None:
-    """Leaves the terminal to our own lines: libraries log at INFO through the same logger."""
-    own = os.path.dirname(__file__)
-    logging.get_absl_handler().addFilter(
-        lambda record: record.levelno > 20 or record.pathname.startswith(own)
-    )
+def _parse(argv: list[str]) -> list[str]:
+    """Parses flags; what is wrong with them, or with a configuration file, ends the command."""
+    path = _config_path(argv)
+    if path is not None and "config" in flags.FLAGS and not Path(path).is_file():
+        sys.exit(f"error: --config: there is no file '{path}'")
+    try:
+        return flags.FLAGS(argv)
+    except SystemExit:  # absl has printed the help, which it counts as failure
+        sys.exit(0)
+    except Exception as error:
+        sys.exit(f"error: {_explain(error, path, argv)}")
+
+
+_PLAIN_WORDS = {
+    r"invalid literal for int\(\).*": "not a whole number",
+    r"could not convert string to float.*": "not a number",
+    r"\('Non-boolean argument.*": "neither true nor false",
+}
+
+
+def _explain(error: Exception, path: str | None, argv: list[str]) -> str:
+    """One sentence for an exception that parsing flags, or the file at `path`, has raised."""
+    overrides = [arg.partition("=")[0] for arg in argv[1:] if re.match(r"--?config\.", arg)]
+    if path is None and overrides:
+        return f"--config is missing before {overrides[0]}; such as --config=configs/scm.py"
+    if isinstance(error, config_flags.FlagOrderError):
+        return f"{overrides[0]} comes before --config; put --config=FILE first"
+    # ml_collections puts the traceback of a faulty file into the message of a second exception.
+    while "Error whilst parsing config file" in str(error) and error.__context__:
+        error = error.__context__
+    text = str(error).replace("\\n", "\n").replace("\\'", "'")
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    where = f"{path}, line {lines[-1]}: " if lines else f"{path}: "
+    if isinstance(error, ConfigError):
+        return text
+    if isinstance(error, flags.Error):
+        for pattern, words in _PLAIN_WORDS.items():
+            text = re.sub(pattern, words, text)
+        return text.replace("flag --", "--", 1)
+    if "attribute 'get_config'" in text:
+        return f"--config: '{path}' has no function get_config(preset='')"
+    if isinstance(error, AttributeError | KeyError) and "ml_collections" in frames[-1].filename:
+        patterns = (r"lookup: ([\w.]+)", r'Key "(\w+)"', r"'(\w+)'")
+        key = next(match[1] for p in patterns if (match := re.search(p, text)))
+        guilty = [name for name in overrides if f".{key}." in f"{name}."]
+        close = re.search(r'Did you mean "(\w+)"', text)
+        hint = f"; did you mean '{close[1]}'?" if close else ""
+        return f"{where if lines or not guilty else f'{guilty[0]}: '}there is no key '{key}'{hint}"
+    kinds = re.search(r"field '(\w+)'.*?<class '(\w+)'>.*<class '(\w+)'>", text)
+    if isinstance(error, TypeError) and kinds:
+        return f"{where}{kinds[1]} must be of type {kinds[3]}, not {kinds[2]}"
+    return f"{where}{type(error).__name__}: {text}"
+
+
+def _config_path(argv: list[str]) -> str | None:
+    """The file that --config names, without its preset; None where the flag is not given."""
+    for arg, following in itertools.pairwise([*argv, ""]):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", arg):
+            value = following if match[1] is None else match[1]
+            return value.partition(":")[0] or None
+    return None

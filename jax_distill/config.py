@@ -1,6 +1,7 @@
-"""The configuration that every config file starts from, and its checks."""
+"""The configuration that every config file starts from; how it is kept."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,9 @@ class ConfigError(ValueError):
 def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
     """All keys with their defaults; a config file sets what is special about it.
 
+    It is locked, so that a misspelt key is an error; only `objective`, whose keys are the
+    objective's, takes new ones.
+
     Args:
       preset: what followed the colon of `--config=file.py:preset`.
       presets: those that the config file knows.
@@ -22,9 +26,11 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
       ConfigError: an unknown preset.
     """
     if preset not in presets:
-        known = ", ".join(repr(name) for name in presets)
-        raise ConfigError(f"config preset: {preset!r} is not one of {known}")
-    return ConfigDict(
+        known = ", ".join(name for name in presets if name) or "none"
+        raise ConfigError(
+            f"--config: there is no preset {preset!r} after the colon; known: {known}"
+        )
+    config = ConfigDict(
         {
             "name": "",
             "seed": 0,
@@ -94,13 +100,17 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
                 "guidance": 4.5,
             },
         }
-    )
+    ).lock()
+    config.objective.unlock()
+    return config
 
 
 def save(config: ConfigDict, workdir: Path) -> None:
     """Writes the resolved configuration as `config.json` into the workdir, made if missing."""
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(config.to_json_best_effort(indent=2) + "\n")
+    partial = workdir / "config.json.partial"
+    partial.write_text(config.to_json_best_effort(indent=2) + "\n")
+    os.replace(partial, workdir / "config.json")
 
 
 def load(workdir: Path) -> ConfigDict:

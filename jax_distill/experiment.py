@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -78,12 +79,16 @@ def latents_source(config: ConfigDict, workdir: Path) -> CaptionedLatents:
 
 
 def train_teacher(config: ConfigDict, workdir: Path) -> None:
-    """Trains a network from scratch by flow matching."""
+    """Trains a network from scratch by flow matching, and scores it."""
     configuration.save(config, workdir)
     objective = build.objective(config)
-    params = build.initial_parameters(config)
+    initial = build.initial_parameters(config)
     source = latents_source(config, workdir)
-    train.fit(config, workdir, objective, params, {"null": build.null_text(config)}, source)
+    frozen = {"null": build.null_text(config)}
+    preview = previewer(config, workdir, {"teacher": config.evaluation.teacher_steps})
+    params = train.fit(config, workdir, objective, initial, frozen, source, preview=preview)
+    preview(config.total_steps, params)
+    scoring.conclude(workdir, teacher=pipeline.Pipeline(config, params, build.embedded_codec()))
 
 
 def distill(config: ConfigDict, workdir: Path) -> None:
@@ -96,12 +101,13 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     origin = rescaled if config.teacher.velocity == "rescaled" else teacher
     objective = build.objective(config, origin.config)
     frozen = {"teacher": origin.params["network"], "null": origin.null}
-    preview = previewer(config, workdir, teacher)
+    counts = {"student": config.evaluation.student_steps}
+    preview = previewer(config, workdir, counts, teacher)
     initial = rescaled.params["network"]
     params = train.fit(config, workdir, objective, initial, frozen, source, preview=preview)
     student = pipeline.Pipeline(config, params, teacher.codec)
     preview(config.total_steps, student.params)
-    scoring.conclude(workdir, teacher, student)
+    scoring.conclude(workdir, teacher=teacher, student=student)
 
 
 def rescale(
@@ -161,22 +167,37 @@ def compare_stages(
     path.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def previewer(config: ConfigDict, workdir: Path, teacher: pipeline.Pipeline):
-    """A function (step, averaged parameters) that draws fixed prompts beside the teacher's."""
-    steps = config.evaluation.student_steps
+def previewer(
+    config: ConfigDict,
+    workdir: Path,
+    steps: dict[str, Sequence[int]],
+    teacher: pipeline.Pipeline | None = None,
+):
+    """A function (step, averaged parameters) that draws fixed prompts into `samples/`.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      steps: numbers of sampling steps, a row each, under the name of what is trained.
+      teacher: draws the first row, once.
+    """
     prompts = [prompt.caption for prompt in scoring.spread(config.samples.prompts)]
-    reference = functools.cache(lambda: teacher(prompts, steps=config.samples.teacher_steps))
-    student = pipeline.Pipeline(config, {}, teacher.codec)
+    full = config.samples.teacher_steps
+    reference = functools.cache(lambda: teacher(prompts, steps=full))
+    ((name, counts),) = steps.items()
+    trained = pipeline.Pipeline(config, {}, build.embedded_codec())
 
     def preview(step: int, params: dict) -> None:
-        student.params = params
+        trained.params = params
+        rows = {f"{name}, {count} step{'s' * (count > 1)}": count for count in counts}
+        pictures = [trained(prompts, steps=count) for count in rows.values()]
+        labels = list(rows)
+        if teacher is not None:
+            pictures, labels = [reference(), *pictures], [f"teacher, {full} steps", *labels]
         grids.save_grid(
             workdir / "samples" / f"step-{step:06d}.png",
-            [reference(), *[student(prompts, steps=count) for count in steps]],
-            row_labels=[
-                f"teacher, {config.samples.teacher_steps} steps",
-                *[f"student, {count} step{'s' * (count > 1)}" for count in steps],
-            ],
+            pictures,
+            row_labels=labels,
             column_labels=prompts,
             title=f"{config.name}, step {step}",
         )

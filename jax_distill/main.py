@@ -1,30 +1,39 @@
 """Train: `python -m jax_distill.main --config=configs/scm.py [--workdir=DIR] [--config.a.b=c]`."""
 
-import sys
 from pathlib import Path
 
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from jax_distill import commands, experiment
+from jax_distill import commands, experiment, preflight
+from jax_distill.train import Interrupted, Signals
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File of the configuration.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "File of the configuration; --config.key=value changes one of its values."
+)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run lives; a run that is there is resumed. Default: runs/<name>."
+    "workdir", None, "Where the run lives; a run that is there goes on. Default: runs/<name>."
 )
 
 
 def main(argv: list[str]) -> None:
     del argv
     config = _CONFIG.value
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            "--config: give a file such as configs/scm.py, whose get_config returns what"
+            " jax_distill.config.base made"
+        )
+    config.unlock()
+    config.lock()  # all of it: sections that were set as a whole are still open
     workdir = Path(_WORKDIR.value or Path("runs") / config.name)
     try:
-        experiment.run(config, workdir)
-    except experiment.Interrupted as stop:
+        with Signals(interrupt=True):
+            preflight.check(config, workdir)
+            experiment.run(config, workdir)
+    except Interrupted as stop:
         logging.info("%s; run the same command to go on", stop)
 
 
 if __name__ == "__main__":
-    if not any(argument.lstrip("-").startswith("config") for argument in sys.argv):
-        flags.mark_flag_as_required("config")
     commands.run(main)

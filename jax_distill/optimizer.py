@@ -14,6 +14,9 @@ def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
     - cosine: to zero at `total_steps`;
     - trapezoid: constant, then linear to zero over the last `decay_share` of the steps, so that a
       run can be made longer from any checkpoint before that.
+
+    Raises:
+      ConfigError: another name.
     """
     warmup = config.warmup_steps
     if config.schedule == "constant":
@@ -38,8 +41,11 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
     """Clipping by global norm, then the optimizer that `config.name` names.
 
     `muon` orthogonalises the momentum of every matrix inside the blocks (stacked layers one by
-    one) at AdamW's update size (arXiv:2502.16982); all else falls to AdamW, at `adam_share` of the
+    one) at AdamW's update size (arXiv:2502.16982); all else falls to NAdamW, at `adam_share` of the
     learning rate.
+
+    Raises:
+      ConfigError: unknown name of the optimizer or of its schedule.
     """
     schedule = learning_rate(config, total_steps)
     if config.name == "adamw":
@@ -49,6 +55,7 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
     elif config.name == "muon":
         optimizer = optax.contrib.muon(
             schedule,
+            eps=config.epsilon,
             weight_decay=config.weight_decay,
             adam_b1=config.b1,
             adam_b2=config.b2,

@@ -76,23 +76,21 @@ def save(path: Path, layout: dict) -> None:
     os.replace(partial, path)
 
 
-def conclude(workdir: Path, teacher: Pipeline, student: Pipeline) -> None:
-    """Scores teacher and student, writes results.json and report.html, prints the table.
+def conclude(workdir: Path, *, teacher: Pipeline, student: Pipeline | None = None) -> None:
+    """Scores what was trained beside its teacher, writes results.json and report.html, prints.
 
-    Does nothing but print when the results are there already.
+    Scores that are there already are not measured again.
     """
     path = workdir / "results.json"
+    config = (student or teacher).config
     if not path.exists():
-        settings = student.config.evaluation
-        prompts, seed = held_out(settings.prompts), student.config.seed
+        prompts = held_out(config.evaluation.prompts)
         logging.info("scoring %d held-out prompts", len(prompts))
-        layout = results(
-            student=score(student, settings.student_steps, prompts, seed=seed),
-            teacher=score(teacher, settings.teacher_steps, prompts, seed=seed),
-            config=student.config,
-            seed=seed,
-        )
-        save(path, layout)
+        settings, seed = config.evaluation, config.seed
+        scores = {"teacher": score(teacher, settings.teacher_steps, prompts, seed=seed)}
+        if student:
+            scores["student"] = score(student, settings.student_steps, prompts, seed=seed)
+        save(path, results(**scores, config=config, seed=seed))
     page = report.write_report(workdir)
     print(report.format_table(json.loads(path.read_text())))
     print(f"report: {page}")

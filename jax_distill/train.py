@@ -1,10 +1,8 @@
 """The training loop: one jitted, sharded step, and everything a long run needs around it."""
 
-import json
 import math
-import os
 import signal
-import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
-from clu import metric_writers
 from ml_collections import ConfigDict
 
 from jax_distill import parallel
@@ -21,6 +18,7 @@ from jax_distill.checkpoint import Checkpoints
 from jax_distill.data.pipeline import batches
 from jax_distill.objectives.objective import Batch, Objective
 from jax_distill.optimizer import learning_rate, make_optimizer
+from jax_distill.progress import Report
 
 INIT_STREAM = 2**32 - 1  # apart from the streams of the steps
 
@@ -39,8 +37,8 @@ class NonFiniteLoss(RuntimeError):
     """Training stopped: a loss or gradient was not finite."""
 
 
-class Interrupted(Exception):
-    """SIGTERM or SIGINT came; the state is saved."""
+class Interrupted(BaseException):
+    """SIGTERM or SIGINT came; the state is saved. No `Exception`, so that nothing swallows it."""
 
 
 def init_state(
@@ -85,7 +83,7 @@ def make_step(
             total, _ = jax.lax.scan(add, zeros, (micro, keys))
             metrics, gradient = jax.tree.map(lambda leaf: leaf / config.accumulate, total)
 
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -117,7 +115,7 @@ def fit(
     """Trains until `config.total_steps`, from the latest checkpoint in `workdir` if there is one.
 
     A run that was stopped, at whatever moment, ends with the parameters of one that was not, bit
-    for bit. SIGTERM and SIGINT save and raise `Interrupted`.
+    for bit, and with its metrics. SIGTERM and SIGINT let the step end, save, raise `Interrupted`.
 
     Args:
       config: the run's configuration.
@@ -142,77 +140,124 @@ def fit(
     def create(params):
         return init_state(objective, optimizer, params, config.seed)
 
-    shardings = parallel.shard_state(jax.eval_shape(create, params), mesh)
-    state = jax.jit(create, out_shardings=shardings)(params)
-    frozen = jax.device_put(frozen, parallel.shard_state(frozen, mesh))
-    iterator = batches(source, config.batch_size, config.seed)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-    if checkpoints.latest is not None:
-        state, position = checkpoints.restore(checkpoints.latest, state)
-        iterator.set_state(position)
-    start = int(state.step)
-    if start >= config.total_steps:
-        logging.info("%s: finished at step %d, nothing to do", workdir, start)
-        checkpoints.close()
-        return state.ema
-    logging.info("%s: %s at step %d", workdir, "resuming" if start else "starting", start)
+    abstract = jax.eval_shape(create, params)
+    shardings = parallel.shard_state(abstract, mesh)
+    total = config.total_steps
+    with (
+        Signals() as signals,
+        Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
+        Report(workdir, total, config.batch_size) as report,
+    ):
+        iterator = batches(source, config.batch_size, config.seed)
+        found = checkpoints.restore_latest(_with_shardings(abstract, shardings))
+        if found is None:
+            start, window = 0, {}
+            state = jax.jit(create, out_shardings=shardings)(params)
+        else:
+            start, (state, position, window) = found
+            iterator.set_state(position)
+        if start >= total:
+            logging.info("%s: finished at step %d, nothing to do", workdir, start)
+            return state.ema
+        what = f"{config.name}: {_count(state.params)} on {_devices()}, in {workdir}"
+        logging.info("%s, %s step %d of %d", what, "after" if start else "from", start, total)
 
-    train_step = jax.jit(
-        make_step(objective, optimizer, config), donate_argnums=0, out_shardings=(shardings, None)
-    )
-    schedule = learning_rate(config.optimizer, config.total_steps)
-    report = Report(workdir, start, config.total_steps, config.batch_size)
+        frozen = jax.device_put(frozen, parallel.shard_state(frozen, mesh))
+        train_step = jax.jit(
+            make_step(objective, optimizer, config),
+            donate_argnums=0,
+            out_shardings=(shardings, None),
+        )
+        schedule = learning_rate(config.optimizer, total)
+        report.begin(start, window)
+        running: deque[tuple[int, dict]] = deque()  # steps under way and their metrics
 
-    def save(step):
-        # The position belongs to the state: both after `step` batches.
-        checkpoints.save(step, state, iterator.get_state())
+        def settle(leave: int) -> None:
+            """Waits for all but the last `leave` steps, and looks at what came of them."""
+            while len(running) > leave:
+                step, metrics = running.popleft()
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                check_finite(values, step, config, checkpoints)
+                report.add(values)
 
-    with Signals() as signals:
-        pending = None  # metrics of the last step, read once the next one is under way
-        for step in range(start + 1, config.total_steps + 1):
+        for step in range(start + 1, total + 1):
             batch = parallel.shard_batch(next(iterator), mesh)
             state, metrics = train_step(state, frozen, batch)
-            if pending is not None:
-                check_finite(pending, step - 1, config, checkpoints)
-            pending = metrics
-            report.add(metrics)
-            if step % config.log_every == 0 or step == config.total_steps:
-                report.write(step, {"learning_rate": float(schedule(step - 1))})
+            if step == start + 1:
+                report.start_clock()  # the step is compiled
+            running.append((step, metrics))
+            settle(leave=1)  # the last runs while the next batch is made
+            last = step == total
+            if step % config.log_every == 0 or last:
+                settle(leave=0)
+                report.write(step, float(schedule(step - 1)))
             if config.samples.every and step % config.samples.every == 0 and preview:
                 preview(step, state.ema)
-            last = step == config.total_steps
-            if last or signals.received or step % config.checkpoint.every == 0:
-                check_finite(metrics, step, config, checkpoints)
-                save(step)
-            if signals.received and not last:
-                checkpoints.wait()
-                report.close()
-                checkpoints.close()
-                raise Interrupted(f"{workdir}: stopped by a signal, saved at step {step}")
-    checkpoints.wait()
-    report.close()
-    checkpoints.close()
+            stop = signals.received
+            if step % config.checkpoint.every == 0 or last or stop:
+                settle(leave=0)
+                # The input's position belongs to the state: both after `step` batches.
+                checkpoints.save(step, state, iterator.get_state(), report.window)
+            if stop:
+                break
+        if stop:
+            raise Interrupted(f"{workdir}: stopped by a signal, saved at step {step}")
     return state.ema
 
 
-def check_finite(metrics: dict, step: int, config: ConfigDict, checkpoints: Checkpoints) -> None:
-    """Raises NonFiniteLoss if the step's loss or gradient is not finite and that is to stop us."""
-    if config.on_nonfinite == "skip":
-        return
+def check_finite(
+    metrics: dict[str, float], step: int, config: ConfigDict, checkpoints: Checkpoints
+) -> None:
+    """Raises NonFiniteLoss, or warns, if the step's loss or gradient is not finite.
+
+    With `on_nonfinite="skip"` the step has changed nothing, which a warning says.
+    """
     if math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"]):
         return
+    values = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
+    what = f"step {step}: the loss or its gradient is not finite ({values})"
+    if config.on_nonfinite == "skip":
+        logging.warning("%s; step skipped", what)
+        return
     checkpoints.wait()
-    values = ", ".join(f"{name} {float(value):g}" for name, value in metrics.items())
     good = checkpoints.latest
     where = f"'{checkpoints.directory / str(good)}'" if good is not None else "none yet"
     raise NonFiniteLoss(
-        f"step {step}: the loss or its gradient is not finite ({values}); last good checkpoint:"
-        f" {where}; lower optimizer.learning_rate or set on_nonfinite='skip'"
+        f"{what}; last good checkpoint: {where}; lower optimizer.learning_rate or set"
+        " on_nonfinite='skip'"
     )
 
 
+def _with_shardings(abstract: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        shardings,
+    )
+
+
+def _devices() -> str:
+    count = jax.device_count()
+    return f"{count} {jax.devices()[0].device_kind} device{'s' * (count > 1)}"
+
+
+def _count(params: dict) -> str:
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    for unit, name in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name} parameters"
+    return f"{count} parameters"
+
+
 class Signals:
-    """Notes SIGTERM and SIGINT instead of dying of them, so that a step can end and be saved."""
+    """Notes SIGTERM and SIGINT instead of dying of them, so that a step can end and be saved.
+
+    Args:
+      interrupt: raise `Interrupted` at once instead: outside of steps there is nothing to save.
+    """
+
+    def __init__(self, interrupt: bool = False):
+        self._interrupt = interrupt
 
     def __enter__(self) -> "Signals":
         self.received = False
@@ -222,79 +267,11 @@ class Signals:
         return self
 
     def _note(self, number, frame) -> None:
-        del frame
+        del number, frame
         self.received = True
+        if self._interrupt:
+            raise Interrupted("stopped by a signal")
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-class Report:
-    """Progress on the terminal, TensorBoard events, and one line of metrics.jsonl a logged step."""
-
-    def __init__(self, workdir: Path, start: int, total: int, batch_size: int):
-        self._active = jax.process_index() == 0
-        self._path = workdir / "metrics.jsonl"
-        self._total, self._batch_size = total, batch_size
-        self._pending: list[dict] = []
-        self._begun = self._last = time.monotonic()
-        self._start = self._last_step = start
-        if self._active:
-            self._forget_after(start)
-            self._writer = metric_writers.create_default_writer(
-                str(workdir), just_logging=False, asynchronous=True
-            )
-
-    def _forget_after(self, step: int) -> None:
-        """Lines of steps that will be taken again are dropped, atomically."""
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:  # the last line of a killed run may be half a line
-                continue
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self._path)
-
-    def add(self, metrics: dict) -> None:
-        self._pending.append(metrics)
-
-    def write(self, step: int, extra: dict[str, float]) -> None:
-        """Averages what was added since the last line and writes it."""
-        values = jax.device_get(self._pending)
-        self._pending = []
-        mean = {name: float(sum(v[name] for v in values) / len(values)) for name in values[0]}
-        mean["skipped"] = int(values[-1]["skipped"])
-        now = time.monotonic()
-        rate = (step - self._last_step) / max(now - self._last, 1e-9)
-        self._last, self._last_step = now, step
-        line = {
-            **mean,
-            **extra,
-            "steps_per_sec": rate,
-            "examples_per_sec": rate * self._batch_size,
-            "time": now - self._begun,
-        }
-        if not self._active:
-            return
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **line}) + "\n")
-        self._writer.write_scalars(step, line)
-        remaining = (self._total - step) / max(rate, 1e-9)
-        logging.info(
-            "step %d/%d  loss %.4f  %.0f examples/s  %s left",
-            step,
-            self._total,
-            mean["loss"],
-            line["examples_per_sec"],
-            f"{int(remaining // 60)}:{int(remaining % 60):02d}",
-        )
-
-    def close(self) -> None:
-        if self._active:
-            self._writer.close()

@@ -36,7 +36,10 @@ class CaptionedLatents:
 
     def __getitem__(self, index: int) -> Batch:
         record = self._records[int(index)]
-        sequence, pooled = self._encoder.encode([record.caption])
+        try:
+            sequence, pooled = self._encoder.encode([record.caption])
+        except ValueError as error:
+            raise ValueError(f"data.text_length, example {int(index)}: {error}") from None
         return Batch(record.latents.astype(np.float32), Text(sequence[0], pooled[0]))
 
 
@@ -51,18 +54,24 @@ def batches(source, batch_size: int, seed: int) -> grain.DatasetIterator:
       seed: of the shuffle, which differs from epoch to epoch.
 
     Raises:
-      ValueError: the batch does not divide among the processes, or is larger than the source.
+      ValueError: see `check_batch_size`.
     """
+    check_batch_size(batch_size, len(source))
     processes = jax.process_count()
-    if batch_size % processes:
-        raise ValueError(f"batch_size: {batch_size} does not divide among {processes} processes")
-    if batch_size > len(source):
-        raise ValueError(
-            f"batch_size: {batch_size} is more than the {len(source)} examples there are; lower it"
-            " or raise data.examples"
-        )
     dataset = grain.MapDataset.source(source).shuffle(seed=seed)
     dataset = dataset.repeat()[jax.process_index() :: processes]
     dataset = dataset.batch(batch_size // processes, drop_remainder=True)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(dataset.to_iter_dataset(options))
+
+
+def check_batch_size(batch_size: int, examples: int, key: str = "batch_size") -> None:
+    """Raises ValueError if a batch is larger than the data or does not divide among processes."""
+    processes = jax.process_count()
+    if batch_size % processes:
+        raise ValueError(f"{key}: {batch_size} does not divide among {processes} processes")
+    if batch_size > examples:
+        raise ValueError(
+            f"{key}: {batch_size} is more than the {examples} examples there are; lower it or raise"
+            " data.examples"
+        )

@@ -29,12 +29,18 @@ class LatentRecords:
         path = Path(path)
         try:
             self.description = json.loads((path / DESCRIPTION).read_text())
+            shards = [path / name for name in self.description["shards"]]
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(
                 f"data.path: '{path}' has no {DESCRIPTION}; make the folder with"
                 " python -m jax_distill.prepare"
             ) from None
-        shards = [path / name for name in self.description["shards"]]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(
+                f"data.path: '{path / DESCRIPTION}' is no list of shards; make the folder again"
+            ) from None
+        if not shards:
+            raise ValueError(f"data.path: '{path}' has no examples; make the folder again")
         for shard in shards:
             if not shard.exists():
                 raise ValueError(f"data.path: '{shard}' is missing; make the folder again")

@@ -1,0 +1,319 @@
+"""What can be wrong with a run, found before anything is written."""
+
+import dataclasses
+import difflib
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jax_distill import build, checkpoint, embedded, experiment, parallel, pipeline, scoring
+from jax_distill.config import ConfigError, base, load
+from jax_distill.data import shapes
+from jax_distill.data.pipeline import check_batch_size
+from jax_distill.data.records import LatentRecords
+from jax_distill.models.autoencoder import AutoencoderConfig
+from jax_distill.objectives.autoencoder import AutoencoderObjective
+from jax_distill.optimizer import make_optimizer
+
+FROM_SCRATCH = ("autoencoder", "flow_matching")
+"""Objectives without a teacher."""
+
+CAPTIONS_CHECKED = 1000  # of the shapes world; of a folder, all
+
+
+def check(config: ConfigDict, workdir: Path) -> None:
+    """Checks a configuration, what it points to, and the workdir.
+
+    Raises:
+      ConfigError or ValueError: one sentence that names the key and the fix.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"--workdir: '{workdir}' is a file; give a folder")
+    validate(config)
+    make_optimizer(config.optimizer, config.total_steps)
+    name = config.objective.name
+    if name == "autoencoder":
+        check_objective(config, AutoencoderObjective)
+        AutoencoderConfig(**config.autoencoder)
+        check_batches(config, ("batch_size",), config.data.examples)
+    elif name not in build.OBJECTIVES:
+        known = ", ".join(["autoencoder", *build.OBJECTIVES])
+        raise ConfigError(f"objective.name: {name!r} is not one of {known}")
+    else:
+        check_objective(config, build.OBJECTIVES[name])
+        if name not in FROM_SCRATCH:
+            config = student_config(config, teacher_config(config.teacher.checkpoint))
+        check_evaluation(config)
+        check_data(config)
+        build.objective(config)
+    check_same_run(config, workdir)
+
+
+def check_objective(config: ConfigDict, kind: type) -> None:
+    """Checks the names and types of an objective's settings."""
+    made_by_us = ("network", "teacher", "encode", "decode", "latent_shape")
+    known = {f.name: f.default for f in dataclasses.fields(kind) if f.name not in made_by_us}
+    given = {key: value for key, value in config.objective.items() if key != "name"}
+    check_keys(given, known, "objective.", partial=("objective",))
+
+
+def check_batches(config: ConfigDict, keys: Sequence[str], examples: int) -> None:
+    """Checks that batches divide among processes, micro-batches and devices, and can be filled."""
+    mesh = parallel.make_mesh(config.mesh)
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    values = flatten(config.to_dict())
+    for key in keys:
+        size = values[key]
+        if size % (config.accumulate * devices):
+            raise ConfigError(
+                f"{key}: {size} does not divide into accumulate={config.accumulate} micro-batches"
+                f" on {devices} device{'s' * (devices > 1)} (mesh.data x mesh.fsdp); make it a"
+                f" multiple of {config.accumulate * devices}"
+            )
+        check_batch_size(size, examples, key)
+
+
+def teacher_config(source: str) -> ConfigDict:
+    """The teacher's configuration, without its weights.
+
+    Raises:
+      ConfigError: `source`, of `teacher.checkpoint`, holds no trained teacher.
+    """
+    if source in ("", pipeline.EMBEDDED):
+        return ConfigDict(embedded.load("teacher")[1]["config"])
+    try:
+        config = load(Path(source))
+        checkpoint.complete_steps(Path(source))
+    except ValueError as error:
+        raise ConfigError(f"teacher.checkpoint: {error}") from None
+    if config.objective.name != "flow_matching":
+        raise ConfigError(
+            f"teacher.checkpoint: '{source}' is a run of objective {config.objective.name!r}, no"
+            " teacher; give one of flow_matching, such as configs/teacher.py makes"
+        )
+    return config
+
+
+def student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
+    """As `experiment.student_config`, which passes over a `data.text_length` of our own."""
+    length = config.data.text_length
+    if length not in (base().data.text_length, teacher.data.text_length):
+        raise ConfigError(
+            f"data.text_length: {length} differs from the teacher's {teacher.data.text_length},"
+            " which a student takes over; leave it out"
+        )
+    return experiment.student_config(config, teacher)
+
+
+def check_evaluation(config: ConfigDict) -> None:
+    """Checks what else would only fail when training is over."""
+    try:
+        scoring.held_out(config.evaluation.prompts)
+    except ValueError as error:
+        raise ConfigError(f"evaluation.{error}") from None
+    channels = 4 * embedded.load("autoencoder")[1]["latent_channels"]
+    if config.model.in_channels != channels:
+        raise ConfigError(
+            f"model.in_channels: {config.model.in_channels} cannot be drawn by the embedded"
+            f" autoencoder, whose packed latents have {channels} channels"
+        )
+    limit = len(shapes.held_out_prompts())
+    if config.samples.prompts > limit:
+        raise ConfigError(f"samples.prompts: {config.samples.prompts} is more than {limit}")
+
+
+def check_data(config: ConfigDict) -> None:
+    """Checks the data against the network's shapes, the batch and the caption encoder."""
+    null = build.null_text(config)
+    for key, width in (
+        ("joint_attention_dim", null.sequence.shape[-1]),
+        ("pooled_projection_dim", null.pooled.shape[-1]),
+    ):
+        if config.model[key] != width:
+            raise ConfigError(f"model.{key}: {config.model[key]} must be the captions' {width}")
+    if config.data.path:
+        records = LatentRecords(Path(config.data.path))
+        examples = len(records)
+        channels = records[0].latents.shape[-1]
+        if channels != config.model.in_channels:
+            raise ConfigError(
+                f"data.path: the latents in '{config.data.path}' have {channels} channels,"
+                f" model.in_channels is {config.model.in_channels}; they must be equal"
+            )
+        captions = (records[index].caption for index in range(examples))
+    else:
+        examples = config.data.examples
+        checked = range(min(examples, CAPTIONS_CHECKED))
+        captions = (shapes.sample(config.data.seed, index).caption for index in checked)
+    distils = config.objective.name not in FROM_SCRATCH
+    check_batches(config, ("batch_size", "rescale.batch_size")[: 1 + distils], examples)
+    encoder = build.caption_encoder(config)
+    try:
+        for caption in captions:
+            encoder.concepts(caption)
+    except ValueError as error:
+        raise ConfigError(f"data.text_length: {error}") from None
+
+
+_MODEL_SIZES = (
+    "model.in_channels",
+    "model.num_layers",
+    "model.num_single_layers",
+    "model.attention_head_dim",
+    "model.num_attention_heads",
+    "model.joint_attention_dim",
+    "model.pooled_projection_dim",
+)
+_POSITIVE = (
+    *("total_steps", "batch_size", "accumulate", "log_every", "checkpoint.every"),
+    *("checkpoint.keep", "data.examples", "data.text_length", "samples.prompts"),
+    *("samples.teacher_steps", "rescale.batch_size", "rescale.learning_rate"),
+    *("optimizer.learning_rate", "optimizer.epsilon", "optimizer.clip_norm"),
+    *("optimizer.adam_share", "evaluation.prompts", *_MODEL_SIZES),
+)
+_NOT_NEGATIVE = (
+    *("samples.every", "rescale.total_steps", "evaluation.guidance"),
+    *("optimizer.warmup_steps", "optimizer.weight_decay"),
+)
+_SHARES = ("ema_decay", "optimizer.b1", "optimizer.b2")
+_SEEDS = ("seed", "data.seed")
+_STEP_COUNTS = ("evaluation.student_steps", "evaluation.teacher_steps")
+_CHOICES = {
+    "on_nonfinite": ("stop", "skip"),
+    "dtype": ("float32", "bfloat16"),
+    "teacher.velocity": ("rescaled", "original"),
+}
+
+
+def _rules() -> Iterable[tuple[Sequence[str], Callable[[Any], bool], str]]:
+    """Keys, what must hold of their values, and how that is said."""
+    yield _POSITIVE, lambda value: 0 < value < math.inf, "positive"
+    yield _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "zero or more"
+    yield _SHARES, lambda value: 0 <= value < 1, "at least 0 and less than 1"
+    yield _SEEDS, lambda value: 0 <= value < 2**32, "at least 0 and less than 2^32"
+    yield ("optimizer.decay_share",), lambda value: 0 <= value <= 1, "from 0 to 1"
+    yield ("name",), bool, "a word; it names the default workdir"
+    yield _STEP_COUNTS, lambda value: min(value) > 0, "a list of positive numbers"
+    for key, known in _CHOICES.items():
+        yield (key,), known.__contains__, f"one of {', '.join(known)}"
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks everything that can be told from the configuration alone.
+
+    Raises:
+      ConfigError: naming the key, its value, and what it must be.
+    """
+    distils = config.objective.get("name") not in FROM_SCRATCH
+    given, known = config.to_dict(), base().to_dict()
+    given.pop("objective", None), known.pop("objective")
+    # A student's model is its teacher's, where the configuration says nothing else.
+    check_keys(given, known, partial=("model",) if distils else ())
+    values = flatten(given)
+    for keys, holds, words in _rules():
+        for key in keys:
+            if key in values and not holds(values[key]):
+                raise ConfigError(f"{key}: {values[key]!r} is not {words}")
+
+
+def check_keys(
+    given: Mapping[str, Any],
+    known: Mapping[str, Any],
+    prefix: str = "",
+    partial: Sequence[str] = (),
+) -> None:
+    """Checks that settings have the keys of their defaults, with values of their types.
+
+    Args:
+      given: what was set, nested.
+      known: the defaults, nested in the same way; None takes any type, a tuple
+        one value or more of its first one's type.
+      prefix: of the keys in error messages, such as "objective.".
+      partial: names of the keys below which some may be missing; "" for all.
+
+    Raises:
+      ConfigError: naming the first key that is unknown, missing or of another type.
+    """
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
+            raise ConfigError(f"{prefix}{key}: there is no such key; {hint}")
+    for key, default in known.items():
+        name = prefix + key
+        if key not in given:
+            if prefix.rstrip(".") in partial:
+                continue
+            raise ConfigError(
+                f"{name}: missing; set keys of config.{prefix.rstrip('.')} one by one instead of"
+                " replacing it"
+            )
+        value = given[key]
+        if isinstance(default, Mapping) and isinstance(value, Mapping):
+            check_keys(value, default, f"{name}.", partial)
+        elif not _fits(value, default):
+            kind = type(default).__name__
+            if isinstance(default, tuple):
+                kind = f"a list of one {type(default[0]).__name__} or more"
+            raise ConfigError(f"{name}: {value!r} must be {kind}")
+
+
+def _fits(value: Any, default: Any) -> bool:
+    if default is None:
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, float | int)
+    if isinstance(default, tuple):
+        return (
+            isinstance(value, tuple | list) and value and all(_fits(v, default[0]) for v in value)
+        )
+    return isinstance(value, type(default))
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} to {"a.b": 1}."""
+    flat = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check_same_run(config: ConfigDict, workdir: Path) -> None:
+    """Checks that a workdir is empty or holds a run that `config` can go on with.
+
+    What makes a run the one it is may not change. Its length, its batches, its learning rate, how
+    often it logs and saves, and how it is evaluated may.
+
+    Raises:
+      ConfigError: naming the key that differs.
+    """
+    if not (workdir / "config.json").exists():
+        return
+    identity = ["name", "seed", "objective", "optimizer.name", "data.examples", "data.seed"]
+    if config.objective.name == "autoencoder":
+        identity += ["autoencoder"]
+    else:
+        identity += ["model", "data.text_length"]
+    if config.objective.name not in FROM_SCRATCH:
+        identity += ["teacher", "rescale"]
+    old, new = (flatten(json.loads(c.to_json_best_effort())) for c in (load(workdir), config))
+    for name, key in itertools.product(identity, sorted(old.keys() | new.keys())):
+        if not f"{key}.".startswith(f"{name}."):
+            continue
+        # A key that an older version did not know had today's default, but for the objective's.
+        known = key in old and key in new or name == "objective"
+        if known and old.get(key) != new.get(key):
+            raise ConfigError(
+                f"--workdir: '{workdir}' holds another run, of {key}={old.get(key)!r} and not"
+                f" {new.get(key)!r}; give another --workdir or set --config.{key} back"
+            )

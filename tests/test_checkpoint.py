@@ -1,0 +1,186 @@
+"""Checkpoints: what comes back is what was saved, or it is refused."""
+
+import json
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jax_distill import checkpoint
+from jax_distill.checkpoint import Checkpoints
+
+
+class State(NamedTuple):
+    step: Any
+    params: dict
+    ema: dict
+
+
+def state_at(step: int) -> State:
+    rng = np.random.default_rng(step)
+    kernel = jnp.asarray(rng.standard_normal((32, 16)).astype(np.float32))
+    half = jnp.asarray(rng.standard_normal(7), jnp.bfloat16)
+    params = {"network": {"kernel": kernel, "half": half}}
+    return State(jnp.int32(step), params, jax.tree.map(lambda x: x / 2, params))
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A workdir with checkpoints of steps 1, 2 and 3."""
+    with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state_at(step), {"next_index": step}, {"loss": [step / 3, 1]})
+    return tmp_path
+
+
+def latest(run):
+    with Checkpoints(run / "checkpoints", keep=3) as checkpoints:
+        return checkpoints.restore_latest(state_at(0))
+
+
+def test_round_trip(run):
+    step, saved = latest(run)
+    assert step == 3 and same(saved.state, state_at(3))
+    assert jax.tree.structure(saved.state) == jax.tree.structure(state_at(3))
+    assert saved.position == {"next_index": 3} and saved.metrics == {"loss": [1.0, 1]}
+    assert same(checkpoint.load_averaged(run), state_at(3).ema)
+
+
+def test_the_copy_is_taken_at_once(tmp_path):
+    """The arrays are given away, and the dicts changed, while the files are being written."""
+    forget = jax.jit(lambda state: jax.tree.map(jnp.zeros_like, state), donate_argnums=0)
+    position, metrics = {"next_index": 5}, {"loss": [1.0, 2]}
+    state = State(jnp.int32(5), {"a": jnp.ones((1024, 1024))}, {"a": jnp.ones(3)})
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(5, state, position, metrics)
+        position["next_index"], metrics["loss"] = 6, None
+        forget(state)
+        checkpoints.wait()
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        saved = checkpoints.restore(5, like)
+    assert np.all(saved.state.params["a"] == 1)
+    assert saved.position == {"next_index": 5} and saved.metrics == {"loss": [1.0, 2]}
+
+
+def test_none_yet(tmp_path):
+    assert latest(tmp_path) is None
+    with pytest.raises(ValueError, match="no complete checkpoint yet"):
+        checkpoint.load_averaged(tmp_path)
+    with pytest.raises(ValueError, match="has no checkpoints; train it"):
+        checkpoint.load_averaged(tmp_path / "elsewhere")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(bytes(data))
+
+
+def largest(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def delete(path):
+    path.unlink()
+
+
+def write_7_for_3(path):
+    path.write_text(path.read_text().replace("3", "7"))
+
+
+@pytest.mark.parametrize(
+    ("item", "damage"),
+    [
+        ("state/ocdbt.process_0", cut),
+        ("state/ocdbt.process_0", flip_a_bit),
+        ("state/ocdbt.process_0", delete),
+        ("state/_METADATA", cut),
+        ("data/metadata", delete),
+        ("data/metadata", write_7_for_3),
+        ("progress/metadata", cut),
+    ],
+)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, item, damage, caplog, capfd):
+    path = run / "checkpoints" / "3" / item
+    damage(largest(path) if path.is_dir() else path)
+    # What is sampled from need not be what is damaged. A reader changes nothing.
+    average = checkpoint.load_averaged(run)
+    assert same(average, state_at(2).ema) or same(average, state_at(3).ema)
+    assert (run / "checkpoints" / "3").is_dir()
+    caplog.clear()
+    step, saved = latest(run)
+    assert step == 2 and same(saved.state, state_at(2)) and saved.position == {"next_index": 2}
+    assert f"{run / 'checkpoints' / '3'} is damaged" in caplog.text
+    assert "going back to step 2" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
+    # It is out of the way: step 3 can be saved again, and counts.
+    with Checkpoints(run / "checkpoints", keep=3) as checkpoints:
+        assert checkpoints.latest == 2
+        checkpoints.save(3, state_at(3), {"next_index": 3})
+    assert latest(run)[0] == 3
+    assert (run / "checkpoints" / "damaged-3").is_dir()
+
+
+def test_a_state_of_another_shape_is_refused_and_nothing_is_moved(run):
+    def other(x):
+        return jax.ShapeDtypeStruct((*x.shape, 2), x.dtype)
+
+    like = jax.tree.map(other, state_at(0))
+    with Checkpoints(run / "checkpoints", keep=3) as checkpoints:
+        with pytest.raises(ValueError, match="no checkpoint can be restored .*another --workdir"):
+            checkpoints.restore_latest(like)
+    assert latest(run)[0] == 3
+
+
+def test_what_a_killed_save_left_is_ignored_and_removed(run):
+    killed = run / "checkpoints" / "4.orbax-checkpoint-tmp"
+    (killed / "state").mkdir(parents=True)
+    (killed / "state" / "_METADATA").write_text("{")
+    assert checkpoint.complete_steps(run) == [3, 2, 1]
+    assert same(checkpoint.load_averaged(run), state_at(3).ema)
+    assert killed.exists()
+    assert latest(run)[0] == 3
+    assert not killed.exists()
+
+
+def test_checkpoints_without_progress_are_read(tmp_path):
+    """As the first version wrote them."""
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state_at(1)), data=ocp.args.JsonSave({"next_index": 1})
+        )
+        manager.save(1, args=items)
+    step, saved = latest(tmp_path)
+    assert (step, saved.position, saved.metrics) == (1, {"next_index": 1}, {})
+    assert same(saved.state, state_at(1))
+    assert same(checkpoint.load_averaged(tmp_path), state_at(1).ema)
+
+
+def test_checksums_see_every_bit_and_no_sharding():
+    state, position = state_at(1), {"next_index": 1}
+    expected = checkpoint.checksums(state, position)
+    assert json.loads(json.dumps(expected)) == expected
+    assert set(expected) == {"step", "params", "ema", "data"}
+    bits = np.asarray(state.params["network"]["kernel"]).view(np.uint32)
+    total = bits.sum(dtype=np.uint32) + np.asarray(state.params["network"]["half"]).view(
+        np.uint16
+    ).sum(dtype=np.uint32)
+    assert expected["params"] == total
+    for bit in (0, 13, 31):
+        flipped = bits.copy()
+        flipped[3, 5] ^= np.uint32(1 << bit)
+        network = {**state.params["network"], "kernel": jnp.asarray(flipped.view(np.float32))}
+        changed = checkpoint.checksums(state._replace(params={"network": network}), position)
+        assert {name for name in expected if changed[name] != expected[name]} == {"params"}
+    assert checkpoint.checksums(state, {"next_index": 2})["data"] != expected["data"]

@@ -1,0 +1,269 @@
+"""The command line: what is wrong ends in one sentence that names it, and nothing is written."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+
+from jax_distill import commands, experiment, main, train
+from jax_distill.data import records
+
+ROOT = Path(__file__).parents[1]
+TEACHER = f"--config={ROOT}/configs/teacher.py"
+SCM = f"--config={ROOT}/configs/scm.py"
+TINY = (
+    *("--config.model.num_layers=1", "--config.model.num_single_layers=1"),
+    *("--config.model.attention_head_dim=16", "--config.model.num_attention_heads=2"),
+    *("--config.model.axes_dims_rope=(4,6,6)", "--config.batch_size=4"),
+)
+
+
+def write_data(folder, captions, channels=64):
+    latents = np.zeros((16, channels), np.float16)
+    records.write(folder, [records.LatentRecord(latents, c) for c in captions], {"world": "none"})
+    return f"--config.data.path={folder}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), ["a red circle", "two squares"] * 4)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs the training command in this process, but for the training; returns its error."""
+    workdir, ran = tmp_path / "run", []
+    monkeypatch.setattr(experiment, "run", lambda config, workdir: ran.append(config))
+
+    def run(*argv, into=workdir):
+        monkeypatch.setattr(sys, "argv", ["main", *map(str, argv), f"--workdir={into}"])
+        with flagsaver.flagsaver():
+            try:
+                commands.run(main.main)
+            except SystemExit as stop:
+                if stop.code is None or stop.code == 0:
+                    return ran.pop()
+                assert not ran and not workdir.exists()
+                return stop.code
+
+    return run
+
+
+def one_sentence(error):
+    return isinstance(error, str) and error.startswith("error: ") and "\n" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        # The flags.
+        ([], "--config: give a file"),
+        (["--config.seed=3"], "--config is missing"),
+        (["--config.seed=3", TEACHER], "--config.seed comes before --config"),
+        ([f"--config={ROOT}/configs/nothing.py"], "no file '.*nothing.py'"),
+        ([TEACHER + ":huge"], "no preset 'huge'"),
+        ([TEACHER, "--wrkdir=x"], "flag 'wrkdir'. Did you mean: workdir"),
+        ([TEACHER, "x"], "unexpected arguments: x"),
+        # Their names and types.
+        ([TEACHER, "--config.totl_steps=9"], "config.totl_steps.*did you mean 'total_steps'"),
+        ([TEACHER, "--config.optimizer.lerning_rate=9"], "did you mean 'learning_rate'"),
+        ([SCM, "--config.objective.tangent_warm=9"], "tangent_warm: .* 'tangent_warmup'"),
+        ([TEACHER, "--config.seed.x=9"], "config.seed.x"),
+        ([TEACHER, "--config.total_steps=1.5"], "config.total_steps=1.5: not a whole number"),
+        ([TEACHER, "--config.ema_decay=high"], "config.ema_decay=high: not a number"),
+        ([TEACHER, "--config.model.guidance_embeds=maybe"], "guidance_embeds=maybe: neither"),
+        # Their values.
+        ([TEACHER, "--config.total_steps=0"], "total_steps: 0 is not positive"),
+        ([TEACHER, "--config.batch_size=-4"], "batch_size: -4 is not positive"),
+        ([TEACHER, "--config.log_every=0"], "log_every: 0 is not positive"),
+        ([TEACHER, "--config.checkpoint.every=0"], "checkpoint.every: 0 is not positive"),
+        ([TEACHER, "--config.checkpoint.keep=0"], "checkpoint.keep: 0 is not positive"),
+        ([TEACHER, "--config.model.num_layers=0"], "model.num_layers: 0 is not positive"),
+        ([TEACHER, "--config.optimizer.learning_rate=nan"], "learning_rate: nan is not positive"),
+        ([TEACHER, "--config.optimizer.clip_norm=0"], "clip_norm: 0.0 is not positive"),
+        ([TEACHER, "--config.optimizer.warmup_steps=-1"], "warmup_steps: -1 is not zero or more"),
+        ([TEACHER, "--config.ema_decay=1"], "ema_decay: 1.0 is not at least 0 and less than 1"),
+        ([TEACHER, "--config.seed=-1"], "seed: -1 is not"),
+        ([TEACHER, "--config.name="], "name: '' is not"),
+        ([TEACHER, "--config.dtype=float8"], "dtype: 'float8' is not one of float32, bfloat16"),
+        ([TEACHER, "--config.on_nonfinite=go"], "on_nonfinite: 'go' is not one of stop, skip"),
+        ([TEACHER, "--config.optimizer.name=adam"], "optimizer.name: 'adam' is not one of"),
+        ([TEACHER, "--config.optimizer.schedule=step"], "optimizer.schedule: 'step' is not one of"),
+        ([TEACHER, "--config.objective.name=gan"], "objective.name: 'gan' is not one of"),
+        ([SCM, "--config.teacher.velocity=fast"], "teacher.velocity: 'fast' is not one of"),
+        ([SCM, "--config.evaluation.student_steps=1,b"], "student_steps: .* list of one int"),
+        ([SCM, "--config.evaluation.student_steps=0,1"], "student_steps: .* list of positive"),
+        ([SCM, "--config.objective.guidance_scales=()"], "objective.guidance_scales"),
+        # How they fit together.
+        ([TEACHER, "--config.accumulate=3"], "batch_size: 128 .*accumulate=3.* multiple of 3"),
+        ([SCM, "--config.rescale.batch_size=6", "--config.accumulate=4"], "rescale.batch_size: 6"),
+        ([TEACHER, "--config.mesh.fsdp=3"], "mesh: .*fsdp.*devices"),
+        ([TEACHER, "--config.mesh.tensor=-1"], "mesh: only one of"),
+        ([TEACHER, "--config.data.examples=5"], "batch_size: 128 is more than the 5 examples"),
+        ([TEACHER, "--config.data.text_length=2"], "data.text_length: caption .* the limit is 2"),
+        ([SCM, "--config.data.text_length=3"], "data.text_length: 3 differs from the teacher's"),
+        ([SCM, "--config.evaluation.prompts=7"], "evaluation.prompts: 7 is not a multiple of 6"),
+        ([SCM, "--config.samples.prompts=601"], "samples.prompts: 601 is more than 600"),
+        ([TEACHER, "--config.model.in_channels=32"], "model.in_channels: 32"),
+        ([TEACHER, "--config.model.joint_attention_dim=32"], "joint_attention_dim: 32 must be"),
+        ([TEACHER, *TINY, "--config.model.attention_head_dim=18"], "model.axes_dims_rope"),
+        # What they point to.
+        ([TEACHER, "--config.data.path=no/where"], "data.path: 'no/where' has no dataset.json"),
+        ([SCM, "--config.teacher.checkpoint=no/where"], "teacher.checkpoint: 'no/where' is no"),
+    ],
+    ids=lambda value: " ".join(value).replace(str(ROOT), "") if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_said_in_one_sentence(run, arguments, expected):
+    error = run(*arguments)
+    assert one_sentence(error) and re.search(expected, error), error
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("config.totl_steps = 5", "line 4: there is no key 'totl_steps'; .* 'total_steps'"),
+        ("config.optimizer.rate = 1.0", "line 4: there is no key 'rate'"),
+        ("config.seed = config.sed", "line 4: there is no key 'sed'; .* 'seed'"),
+        ("config.total_steps = 'many'", "line 4: total_steps must be of type int, not str"),
+        ("config.total_steps = 1.5", "line 4: total_steps must be of type int, not float"),
+        ("config.objective.time_men = 1.0", "objective.time_men: .* objective.time_mean"),
+        ("config.objective.time_mean = 'x'", "objective.time_mean: 'x' must be float"),
+        ("config.optimizer = {'name': 'adamw'}", "optimizer.adam_share: missing"),
+        ("config.model = {'num_layers': 2}", "model.attention_head_dim: missing"),
+        ("config.model = {'layers': 2}", "model.layers: there is no such key"),
+        ("config.batch_size = 2 * undefined", "line 4: NameError: name 'undefined'"),
+        ("config = None", "get_config returns"),
+    ],
+)
+def test_what_is_wrong_in_a_configuration_file_is_said_with_its_place(
+    run, tmp_path, body, expected
+):
+    path = tmp_path / "config.py"
+    head = "from jax_distill.config import base\ndef get_config(preset=''):\n    config = base()\n"
+    tail = "    if config: config.name, config.objective.name = 'x', 'flow_matching'\n"
+    path.write_text(f"{head}    {body}\n{tail}    return config\n")
+    error = run(f"--config={path}")
+    assert one_sentence(error) and re.search(expected, error), error
+    if "line" in expected:
+        assert str(path) in error
+
+
+def test_a_file_that_is_no_configuration(run, tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text("def get_config(:\n")
+    error = run(f"--config={path}")
+    assert one_sentence(error) and "SyntaxError" in error and "broken.py" in error
+
+
+def test_a_valid_configuration_runs_and_is_locked(run, data):
+    config = run(TEACHER, *TINY, data, "--config.seed=3", "--config.evaluation.student_steps=2,4")
+    assert config.seed == 3 and config.evaluation.student_steps == (2, 4)
+    for section in (config, config.optimizer, config.objective):
+        with pytest.raises(AttributeError):
+            section.new = 1
+
+
+def test_data_that_does_not_fit(run, tmp_path):
+    long = "a red circle, a blue square, a green cross, a black triangle and a purple circle"
+    error = run(TEACHER, *TINY, write_data(tmp_path / "long", ["a red circle"] * 7 + [long]))
+    assert one_sentence(error) and re.search("data.text_length: caption .* shorten it", error)
+    error = run(TEACHER, *TINY, write_data(tmp_path / "few", ["a red circle"] * 3))
+    assert one_sentence(error) and "batch_size: 4 is more than the 3 examples" in error
+    error = run(TEACHER, *TINY, write_data(tmp_path / "other", ["a red circle"] * 8, channels=8))
+    assert one_sentence(error) and "data.path: the latents in" in error and "8 channels" in error
+
+
+def test_a_teacher_without_checkpoint(run, tmp_path, data):
+    teacher = tmp_path / "teacher"
+    config = run(TEACHER, *TINY, data)
+    experiment.configuration.save(config, teacher)
+    error = run(SCM, f"--config.teacher.checkpoint={teacher}")
+    assert one_sentence(error) and f"teacher.checkpoint: '{teacher}' has no checkpoints" in error
+    (teacher / "checkpoints").mkdir()
+    error = run(SCM, f"--config.teacher.checkpoint={teacher}")
+    assert one_sentence(error) and "no complete checkpoint yet" in error
+    (teacher / "config.json").write_text("{")
+    error = run(SCM, f"--config.teacher.checkpoint={teacher}")
+    assert one_sentence(error) and "teacher.checkpoint" in error and "not valid JSON" in error
+
+
+def test_a_workdir_of_another_run_is_left_alone(run, tmp_path, data):
+    other = tmp_path / "other"
+    config = run(TEACHER, *TINY, data)
+    experiment.configuration.save(config, other)
+    before = (other / "config.json").read_bytes()
+    for change, key in (
+        ("--config.name=x", "name"),
+        ("--config.seed=5", "seed"),
+        ("--config.model.num_layers=2", "model.num_layers"),
+        ("--config.objective.time_mean=0.0", "objective.time_mean"),
+        ("--config.optimizer.name=adamw", "optimizer.name"),
+        ("--config.data.seed=1", "data.seed"),
+    ):
+        error = run(TEACHER, *TINY, data, change, into=other)
+        assert one_sentence(error) and f"holds another run, of {key}=" in error, error
+    assert "of name='teacher' and not 'scm'" in run(SCM, into=other)
+    assert (other / "config.json").read_bytes() == before
+    harmless = ("total_steps=9", "checkpoint.every=2", "log_every=1", "optimizer.learning_rate=0.1")
+    assert run(TEACHER, *TINY, data, *(f"--config.{c}" for c in harmless), into=other)
+    file = tmp_path / "file"
+    file.write_text("")
+    assert f"'{file}' is a file" in run(TEACHER, *TINY, data, into=file)
+
+
+def test_a_run_of_an_older_version_goes_on(run, tmp_path, data):
+    """Keys that it did not know are taken to have had their defaults."""
+    other = tmp_path / "other"
+    experiment.configuration.save(run(TEACHER, *TINY, data), other)
+    old = json.loads((other / "config.json").read_text())
+    del old["rescale"], old["model"]["remat"], old["samples"]["teacher_steps"]
+    old["teacher"]["velocity"] = "cfg"
+    (other / "config.json").write_text(json.dumps(old))
+    assert run(TEACHER, *TINY, data, into=other)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (train.NonFiniteLoss("step 3"), "error: step 3"),
+        (PermissionError(13, "Permission denied", "x"), "error: [Errno 13] Permission denied: 'x'"),
+    ],
+)
+def test_a_stop_that_explains_itself_needs_no_trace(monkeypatch, error, code):
+    module = Path(commands.__file__).with_name("somewhere.py")
+    raiser = {"error": error}
+    exec(compile("def main(argv): raise error", module, "exec"), raiser)
+    monkeypatch.setattr(sys, "argv", ["main"])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
+        commands.run(raiser["main"])
+    assert caught.value.code == code
+
+
+def test_a_fault_of_a_library_keeps_its_trace(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main"])
+    with flagsaver.flagsaver(), pytest.raises(ValueError, match="reshape"):
+        commands.run(lambda argv: np.zeros(3).reshape(2))
+
+
+def process(*argv):
+    return subprocess.run(
+        [sys.executable, "-m", "jax_distill.main", *argv], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_the_process_ends_with_one_line_and_code_one():
+    done = process("--config=configs/teacher.py", "--config.totl_steps=5")
+    assert done.returncode == 1 and done.stdout == ""
+    assert one_sentence(done.stderr.removesuffix("\n"))
+
+
+def test_help():
+    done = process("--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert "--config" in done.stdout and "--workdir" in done.stdout
+    assert done.stdout.startswith("Train: `python -m jax_distill.main --config=")

@@ -1,0 +1,103 @@
+"""The input pipeline: every example once an epoch, the same stream from any point."""
+
+import jax
+import numpy as np
+import pytest
+
+from jax_distill.data import pipeline, records, shapes
+from jax_distill.data.captions import CaptionEncoder
+from jax_distill.data.pipeline import CaptionedLatents, Pictures, batches
+from jax_distill.objectives.objective import Batch
+
+
+class Numbers:
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return Batch(np.float32(index))
+
+
+def take(iterator, count):
+    return np.stack([next(iterator).x for _ in range(count)])
+
+
+def test_an_epoch_holds_every_example_once_in_an_order_of_its_own():
+    found = take(batches(Numbers(12), 4, seed=0), 9).reshape(3, 12)
+    assert all(set(epoch) == set(range(12)) for epoch in found)
+    assert len({tuple(epoch) for epoch in found}) == 3
+    assert not np.array_equal(found[0], np.arange(12))
+
+
+def test_batches_go_on_over_the_end_of_an_epoch():
+    found = take(batches(Numbers(10), 4, seed=0), 5).reshape(2, 10)
+    assert all(set(epoch) == set(range(10)) for epoch in found)
+
+
+def test_order_depends_on_the_seed_alone():
+    first, again, other = (take(batches(Numbers(50), 5, seed), 20) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("point", [0, 1, 7, 13])
+def test_a_stream_goes_on_from_its_saved_position(point):
+    whole = take(batches(Numbers(23), 4, seed=3), 20)
+    iterator = batches(Numbers(23), 4, seed=3)
+    [next(iterator) for _ in range(point)]
+    position = iterator.get_state()
+    take(iterator, 3)  # what is read ahead does not count
+    restored = batches(Numbers(23), 4, seed=3)
+    restored.set_state(position)
+    np.testing.assert_array_equal(take(restored, 20 - point), whole[point:])
+
+
+def test_processes_share_a_batch_without_overlap(monkeypatch):
+    whole = take(batches(Numbers(24), 6, seed=0), 4)
+    parts = []
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        parts.append(take(batches(Numbers(24), 6, seed=0), 4))
+    assert parts[0].shape == parts[1].shape == (4, 3)
+    for step in range(4):
+        assert set(whole[step]) == set(parts[0][step]) | set(parts[1][step])
+    with pytest.raises(ValueError, match="batch_size: 5 does not divide among 2 processes"):
+        batches(Numbers(24), 5, seed=0)
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(ValueError, match="batch_size: 9 is more than the 8 examples there are"):
+        batches(Numbers(8), 9, seed=0)
+    with pytest.raises(ValueError, match="rescale.batch_size: 9 is more than"):
+        pipeline.check_batch_size(9, 8, "rescale.batch_size")
+
+
+def test_pictures_are_those_of_the_world():
+    source = Pictures(5, seed=3)
+    assert len(source) == 5
+    picture = source[4].x
+    assert picture.dtype == np.float32 and -1 <= picture.min() < picture.max() <= 1
+    np.testing.assert_allclose((picture + 1) * 127.5, shapes.sample(3, 4).image, atol=1e-4)
+
+
+def test_captions_are_encoded_as_they_are_read(tmp_path):
+    latents = np.arange(32, dtype=np.float16).reshape(4, 8)
+    captions = ["a red circle", "three crosses above a blue square"]
+    records.write(tmp_path, [records.LatentRecord(latents, c) for c in captions], {})
+    encoder = CaptionEncoder(4)
+    source = CaptionedLatents(records.LatentRecords(tmp_path), encoder)
+    sequence, pooled = encoder.encode(captions[:1])
+    assert len(source) == 2 and source[0].x.dtype == np.float32
+    np.testing.assert_array_equal(source[0].x, latents)
+    np.testing.assert_array_equal(source[0].text.sequence, sequence[0])
+    np.testing.assert_array_equal(source[0].text.pooled, pooled[0])
+    with pytest.raises(
+        ValueError, match="data.text_length, example 1: caption 'three .* limit is 4"
+    ):
+        source[1]
+    with pytest.raises(ValueError, match="data.text_length, example 1"):
+        take(batches(source, 2, seed=0), 1)
