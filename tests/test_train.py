@@ -48,7 +48,8 @@ NOISY = Regression()
 
 @functools.cache
 def compiled(objective, **changes):
-    return jax.jit(train.make_step(objective, SGD, small_config(**changes)))
+    step = train.make_step(objective, SGD, small_config(**changes))
+    return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
 
 
 def take(steps, *, objective=NOISY, batch=None, bad=(), **changes):
