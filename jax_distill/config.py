@@ -1,11 +1,12 @@
 """The configuration that every config file starts from; how it is kept."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
+
+from jax_distill.files import write_atomically
 
 
 class ConfigError(ValueError):
@@ -107,10 +108,7 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
 
 def save(config: ConfigDict, workdir: Path) -> None:
     """Writes the resolved configuration as `config.json` into the workdir, made if missing."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    partial = workdir / "config.json.partial"
-    partial.write_text(config.to_json_best_effort(indent=2) + "\n")
-    os.replace(partial, workdir / "config.json")
+    write_atomically(workdir / "config.json", config.to_json_best_effort(indent=2) + "\n")
 
 
 def load(workdir: Path) -> ConfigDict:

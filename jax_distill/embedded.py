@@ -10,21 +10,21 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import safetensors.numpy
 from flax import traverse_util
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+
+from jax_distill.files import write_atomically, write_json
 
 FOLDER = Path(__file__).parent / "weights" / "shapes"
 
 
 def save(name: str, params: dict, description: dict, folder: Path = FOLDER) -> None:
     """Writes parameters in float16 with their description beside them."""
-    folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(jax.device_get(params), sep="/")
     half = {path: np.ascontiguousarray(leaf, np.float16) for path, leaf in flat.items()}
-    path = folder / f"{name}.safetensors"
-    save_file(half, path)
-    path.chmod(0o644)
-    (folder / f"{name}.json").write_text(json.dumps(description, indent=2) + "\n")
+    write_atomically(folder / f"{name}.safetensors", safetensors.numpy.save(half))
+    write_json(folder / f"{name}.json", description)
 
 
 def load(name: str, folder: Path = FOLDER) -> tuple[dict, dict]:

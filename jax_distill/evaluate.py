@@ -5,6 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from jax_distill import commands, pipeline, scoring
+from jax_distill.files import write_json
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", pipeline.EMBEDDED, "Workdir of a run, or 'embedded' for the shipped teacher."
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> None:
     if _OUTPUT.value:
         kind = "teacher" if pipe.config.objective.name == "flow_matching" else "student"
         layout = scoring.results(**{kind: scores}, config=pipe.config, seed=_SEED.value)
-        scoring.save(Path(_OUTPUT.value), layout)
+        write_json(Path(_OUTPUT.value), layout)
     for count, entry in scores.items():
         tasks = "  ".join(f"{task} {value:.2f}" for task, value in entry["tasks"].items())
         print(f"{count:>3} steps  score {entry['score']:.3f}  {tasks}")

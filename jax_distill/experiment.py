@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from jax_distill.data import shapes
 from jax_distill.data.pipeline import CaptionedLatents, Pictures
 from jax_distill.data.records import DESCRIPTION, LatentRecords
 from jax_distill.evaluation import grids
+from jax_distill.files import write_json
 from jax_distill.models import autoencoder, mmdit
 from jax_distill.models.binding import binder, parameters
 from jax_distill.models.latents import LatentCodec
@@ -35,6 +35,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         train_autoencoder(config, workdir)
     elif config.objective.name == "flow_matching":
         train_teacher(config, workdir)
+    elif config.objective.name == "time_rescale":
+        rescale_teacher(config, workdir)
     else:
         distill(config, workdir)
 
@@ -65,7 +67,7 @@ def train_autoencoder(config: ConfigDict, workdir: Path) -> None:
         scaling_factor=float(1 / latents.std()),
         shift_factor=float(latents.mean()),
     )
-    (workdir / "autoencoder.json").write_text(json.dumps(measured.to_dict(), indent=2) + "\n")
+    write_json(workdir / "autoencoder.json", measured.to_dict())
 
 
 def latents_source(config: ConfigDict, workdir: Path) -> CaptionedLatents:
@@ -91,19 +93,32 @@ def train_teacher(config: ConfigDict, workdir: Path) -> None:
     scoring.conclude(workdir, teacher=pipeline.Pipeline(config, params, build.embedded_codec()))
 
 
+def rescale_teacher(config: ConfigDict, workdir: Path) -> None:
+    """Time rescale as a run of its own: a teacher for many students."""
+    teacher = pipeline.load(config.teacher.checkpoint or pipeline.EMBEDDED)
+    config = student_config(config, teacher.config)
+    rescaled = rescale(config, workdir, teacher, latents_source(config, workdir))
+    scoring.conclude(workdir, teacher=rescaled)
+
+
 def distill(config: ConfigDict, workdir: Path) -> None:
     """Makes a few-step student of a teacher: time rescale, the objective, and the evaluation."""
     teacher = pipeline.load(config.teacher.checkpoint or pipeline.EMBEDDED)
     config = student_config(config, teacher.config)
     configuration.save(config, workdir)
     source = latents_source(config, workdir)
-    rescaled = rescale(config, workdir / "time_rescale", teacher, source)
-    origin = rescaled if config.teacher.velocity == "rescaled" else teacher
+    origin = teacher
+    if needs_rescale(config, teacher.config):
+        rescaled = rescale(rescale_config(config), workdir / "time_rescale", teacher, source)
+        initial = rescaled.params["network"]
+        if config.teacher.velocity == "rescaled":
+            origin = rescaled
+    else:
+        initial = rescaled_parameters(config, teacher.config, teacher.params["network"])
     objective = build.objective(config, origin.config)
     frozen = {"teacher": origin.params["network"], "null": origin.null}
     counts = {"student": config.evaluation.student_steps}
     preview = previewer(config, workdir, counts, teacher)
-    initial = rescaled.params["network"]
     params = train.fit(config, workdir, objective, initial, frozen, source, preview=preview)
     student = pipeline.Pipeline(config, params, teacher.codec)
     preview(config.total_steps, student.params)
@@ -114,7 +129,6 @@ def rescale(
     config: ConfigDict, workdir: Path, teacher: pipeline.Pipeline, source: CaptionedLatents
 ) -> pipeline.Pipeline:
     """The teacher with the student's inputs: t for 1000 t, and the guidance scale embedded."""
-    config = rescale_config(config)
     configuration.save(config, workdir)
     original = teacher.params["network"]
     initial = rescaled_parameters(config, teacher.config, original)
@@ -164,7 +178,7 @@ def compare_stages(
             values["time_derivative"],
             values["old_time_derivative"],
         )
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(path, report)
 
 
 def previewer(
@@ -227,6 +241,12 @@ def rescale_config(config: ConfigDict) -> ConfigDict:
         stage.batch_size = config.rescale.batch_size
         stage.optimizer.learning_rate = config.rescale.learning_rate
     return stage
+
+
+def needs_rescale(config: ConfigDict, teacher: ConfigDict) -> bool:
+    """Whether the student's network takes its time or its guidance in another way."""
+    inputs = ("time_scale", "guidance_embeds")
+    return any(config.model[name] != teacher.model[name] for name in inputs)
 
 
 def rescaled_parameters(config: ConfigDict, teacher: ConfigDict, params: dict) -> dict:

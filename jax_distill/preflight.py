@@ -23,6 +23,9 @@ from jax_distill.optimizer import make_optimizer
 FROM_SCRATCH = ("autoencoder", "flow_matching")
 """Objectives without a teacher."""
 
+TEACHERS = ("flow_matching", "time_rescale")
+"""Objectives whose networks are velocities."""
+
 CAPTIONS_CHECKED = 1000  # of the shapes world; of a folder, all
 
 
@@ -91,10 +94,10 @@ def teacher_config(source: str) -> ConfigDict:
         checkpoint.complete_steps(Path(source))
     except ValueError as error:
         raise ConfigError(f"teacher.checkpoint: {error}") from None
-    if config.objective.name != "flow_matching":
+    if config.objective.name not in TEACHERS:
         raise ConfigError(
             f"teacher.checkpoint: '{source}' is a run of objective {config.objective.name!r}, no"
-            " teacher; give one of flow_matching, such as configs/teacher.py makes"
+            " teacher; give one such as configs/teacher.py or configs/time_rescale.py makes"
         )
     return config
 

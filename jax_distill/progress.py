@@ -2,12 +2,13 @@
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 
 import jax
 from absl import logging
+
+from jax_distill.files import write_atomically
 
 METRICS = "metrics.jsonl"
 
@@ -115,9 +116,7 @@ def _forget_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    write_atomically(path, "".join(kept))
 
 
 def clock(seconds: float) -> str:

@@ -1,7 +1,6 @@
 """Scores of a pipeline on the held-out prompts, and what becomes of them: results.json."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from absl import logging
 
 from jax_distill.data import shapes
 from jax_distill.evaluation import report, shapes_eval
+from jax_distill.files import write_json
 from jax_distill.pipeline import Pipeline
 
 Scores = dict[str, dict]
@@ -68,14 +68,6 @@ def results(
     return layout
 
 
-def save(path: Path, layout: dict) -> None:
-    """Writes results atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(layout, indent=2) + "\n")
-    os.replace(partial, path)
-
-
 def conclude(workdir: Path, *, teacher: Pipeline, student: Pipeline | None = None) -> None:
     """Scores what was trained beside its teacher, writes results.json and report.html, prints.
 
@@ -90,7 +82,7 @@ def conclude(workdir: Path, *, teacher: Pipeline, student: Pipeline | None = Non
         scores = {"teacher": score(teacher, settings.teacher_steps, prompts, seed=seed)}
         if student:
             scores["student"] = score(student, settings.student_steps, prompts, seed=seed)
-        save(path, results(**scores, config=config, seed=seed))
+        write_json(path, results(**scores, config=config, seed=seed))
     page = report.write_report(workdir)
     print(report.format_table(json.loads(path.read_text())))
     print(f"report: {page}")

@@ -57,7 +57,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError("no space left")
 
-    monkeypatch.setattr(configuration.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     config.seed = 9
     with pytest.raises(OSError):
         configuration.save(config, tmp_path)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from jax_distill.evaluation import grids
-from jax_distill.evaluation.grids import CAPTION, save_grid, save_pictures, write_atomically
+from jax_distill.evaluation.grids import CAPTION, save_grid, save_pictures
 
 LONG = "a picture of a red circle to the left of an extraordinarily large dark square $x_1$ " * 9
 WORD = "Donaudampfschifffahrtsgesellschaft" * 2
@@ -105,22 +105,6 @@ def test_several_pictures_are_saved_in_reading_order(tmp_path, count, columns):
     assert [len(place) for place in found] == [1] * count
     assert [place[0] for place in found] == sorted(place[0] for place in found)
     assert len({place[0][1] for place in found}) == columns
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "file.png"
-    write_atomically(path, b"old")
-    moves = []
-
-    def interrupted(source, target):
-        moves.append((path.read_bytes(), open(source, "rb").read()))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, b"new")
-    assert moves == [(b"old", b"new")]  # until the move the old file is untouched
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file.png"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from jax_distill import build, pipeline, scoring
 from jax_distill import config as configuration
 from jax_distill.data import shapes
+from jax_distill.files import write_json
 
 
 def tiny_config(objective: str):
@@ -123,7 +124,7 @@ def test_results_keep_the_layout_that_scripts_read(tmp_path):
     layout = scoring.results(
         teacher={"50": entry, "2": entry}, student={"1": entry}, config=config, seed=3
     )
-    scoring.save(tmp_path / "results.json", layout)
+    write_json(tmp_path / "results.json", layout)
     read = json.loads((tmp_path / "results.json").read_text())
     assert read["teacher"] == {"nfe": 50, **entry, "few": {"2": entry}}
     assert read["student"] == {"1": entry} and read["seed"] == 3

@@ -10,6 +10,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from flax import serialization
 
+from jax_distill.files import write_json
+
 DESCRIPTION = "dataset.json"
 
 
@@ -78,6 +80,4 @@ def write(
         writer.write(serialization.msgpack_serialize(record._asdict()))
     if writer:
         writer.close()
-    partial = path / (DESCRIPTION + ".partial")
-    partial.write_text(json.dumps({**description, "shards": shards}, indent=2) + "\n")
-    partial.rename(path / DESCRIPTION)
+    write_json(path / DESCRIPTION, {**description, "shards": shards})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.transforms import IdentityTransform
 from PIL import Image
 
+from jax_distill.files import write_atomically
+
 # Sizes are in pixels and for pictures of this width; with wider ones all grows alike.
 PICTURE_WIDTH = 128
 GAP = 8
@@ -25,17 +26,6 @@ CAPTION_LINES = 8  # longer texts end in an ellipsis
 
 INK = "#1f2328"
 DPI = 128  # a power of two: pixels become inches and back without rounding
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader finds the old one or the whole new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save_grid(

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from jax_distill.evaluation import plots
-from jax_distill.evaluation.grids import write_atomically
 from jax_distill.evaluation.metrics import Metrics, read_metrics
 from jax_distill.evaluation.results import Results, Score, parse_results, read_results
+from jax_distill.files import write_atomically
 
 MAX_SAMPLES = 4
 MAX_SAMPLE_WIDTH = 2400  # px; wider grids are reduced, or a page of large pictures gets too heavy
@@ -90,7 +90,7 @@ def write_report(workdir: str | Path) -> Path:
     sections.append(_configuration(config))
     body = "\n".join(filter(None, sections))
     path = workdir / "report.html"
-    write_atomically(path, _PAGE.substitute(title=escape(name), body=body).encode())
+    write_atomically(path, _PAGE.substitute(title=escape(name), body=body))
     return path
 
 
