@@ -12,9 +12,10 @@ from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jax_distill import build, flow, pipeline, prepare, scoring, train
+from jax_distill import build, flow, pipeline, scoring, train
 from jax_distill import config as configuration
 from jax_distill.data import shapes
+from jax_distill.data.encoding import encode_shapes
 from jax_distill.data.pipeline import CaptionedLatents, Pictures
 from jax_distill.data.records import DESCRIPTION, LatentRecords
 from jax_distill.evaluation import grids
@@ -76,7 +77,7 @@ def latents_source(config: ConfigDict, workdir: Path) -> CaptionedLatents:
     if not config.data.path and not (path / DESCRIPTION).exists():
         logging.info("encoding %d pictures into %s", config.data.examples, path)
         codec = build.embedded_codec()
-        prepare.prepare_shapes(path, config.data.examples, config.data.seed, codec)
+        encode_shapes(path, config.data.examples, config.data.seed, codec)
     return CaptionedLatents(LatentRecords(path), build.caption_encoder(config))
 
 

@@ -1,33 +1,37 @@
-"""Pictures and captions to a folder of latents, so that training never encodes."""
+"""Encode: `python -m jax_distill.prepare --output=DIR [--examples=N] [--seed=0]`.
 
-import time
+Pictures of the shapes world and their captions become a folder of latents, for `data.path`, so that
+training never encodes and several runs share one folder.
+"""
+
 from pathlib import Path
 
-import numpy as np
-from absl import logging
+from absl import flags
 
-from jax_distill.data import records, shapes
-from jax_distill.models.latents import LatentCodec
+from jax_distill import build, commands
+from jax_distill.data import records
+from jax_distill.data.encoding import encode_shapes
 
-BATCH = 64
+_OUTPUT = flags.DEFINE_string("output", None, "Folder of the latents, not there yet.")
+_EXAMPLES = flags.DEFINE_integer("examples", 12_800, "Pictures.", 1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the shapes world's stream.", 0)
 
 
-def prepare_shapes(path: Path, examples: int, seed: int, codec: LatentCodec) -> None:
-    """Renders and encodes the first `examples` of the shapes world's stream `seed` into `path`."""
-    begun = time.monotonic()
+def main(argv: list[str]) -> None:
+    del argv
+    if not _OUTPUT.value:
+        raise ValueError("--output is missing; name the folder to write, such as --output=latents")
+    output = Path(_OUTPUT.value)
+    if (output / records.DESCRIPTION).exists():
+        raise ValueError(f"--output: '{output}' is already prepared; give another folder")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output: '{output}' is a file; give a folder")
+    encode_shapes(output, _EXAMPLES.value, _SEED.value, build.embedded_codec())
+    print(
+        f"wrote {_EXAMPLES.value} examples to {output}; train on them with"
+        f" --config.data.path={output}"
+    )
 
-    def encoded():
-        for start in range(0, examples, BATCH):
-            count = min(BATCH, examples - start)
-            batch = [shapes.sample(seed, start + i) for i in range(count)]
-            images = np.stack([example.image for example in batch])
-            padded = np.pad(images, ((0, BATCH - count), (0, 0), (0, 0), (0, 0)))
-            latents = np.asarray(codec.encode(padded), np.float16)[:count]
-            for example, latent in zip(batch, latents):
-                yield records.LatentRecord(latent, example.caption)
-            if start // BATCH % 100 == 99:
-                rate = (start + count) / (time.monotonic() - begun)
-                logging.info("encoded %d of %d pictures, %.0f/s", start + count, examples, rate)
 
-    description = {"world": "shapes", "examples": examples, "seed": seed}
-    records.write(path, encoded(), description)
+if __name__ == "__main__":
+    commands.run(main)
