@@ -13,12 +13,20 @@ from jax_distill.models import mmdit
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.latents import LatentCodec
 from jax_distill.objectives.flow_matching import FlowMatching
+from jax_distill.objectives.imm import IMM
+from jax_distill.objectives.meanflow import MeanFlow
 from jax_distill.objectives.objective import Objective
 from jax_distill.objectives.scm import SCM
 from jax_distill.objectives.teacher import TeacherVelocity, classifier_free, embedded_guidance
 from jax_distill.objectives.time_rescale import TimeRescale
 
-OBJECTIVES = {"flow_matching": FlowMatching, "time_rescale": TimeRescale, "scm": SCM}
+OBJECTIVES = {
+    "flow_matching": FlowMatching,
+    "time_rescale": TimeRescale,
+    "scm": SCM,
+    "meanflow": MeanFlow,
+    "imm": IMM,
+}
 
 
 def network_config(config: ConfigDict) -> mmdit.MMDiTConfig:

@@ -108,14 +108,12 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     config = student_config(config, teacher.config)
     configuration.save(config, workdir)
     source = latents_source(config, workdir)
-    origin = teacher
+    origin = start = teacher
     if needs_rescale(config, teacher.config):
-        rescaled = rescale(rescale_config(config), workdir / "time_rescale", teacher, source)
-        initial = rescaled.params["network"]
+        start = rescale(rescale_config(config), workdir / "time_rescale", teacher, source)
         if config.teacher.velocity == "rescaled":
-            origin = rescaled
-    else:
-        initial = rescaled_parameters(config, teacher.config, teacher.params["network"])
+            origin = start
+    initial = rescaled_parameters(config, start.config, start.params["network"])
     objective = build.objective(config, origin.config)
     frozen = {"teacher": origin.params["network"], "null": origin.null}
     counts = {"student": config.evaluation.student_steps}
@@ -238,6 +236,7 @@ def rescale_config(config: ConfigDict) -> ConfigDict:
             "name": "time_rescale",
             "guidance_scales": config.objective.guidance_scales,
         }
+        stage.model.interval_embeds = False
         stage.total_steps = config.rescale.total_steps
         stage.batch_size = config.rescale.batch_size
         stage.optimizer.learning_rate = config.rescale.learning_rate

@@ -85,6 +85,19 @@ def straight_step(x: jax.Array, t: ArrayLike, s: ArrayLike, velocity: jax.Array)
     return x - per_sample(jnp.asarray(t) - s, x) * velocity
 
 
+def average_velocity_map(network: Network, params: dict) -> Callable[..., jax.Array]:
+    """The flow map X(x, t -> s) = x - (t - s) net(x, t, t - s) of a network of average velocities.
+
+    Returns:
+      ``(x, t, s, text, guidance) -> x_s``; x (B, ...), t and s (B,).
+    """
+
+    def jump(x, t, s, text=None, guidance=None):
+        return straight_step(x, t, s, network.velocity(params, x, t, text, guidance, t - s))
+
+    return jump
+
+
 def guided_velocity(conditional: jax.Array, null: jax.Array, scale: ArrayLike) -> jax.Array:
     """Classifier-free guidance ``v_null + w (v_c - v_null)``; w (B,) or scalar, 1 is no guidance.
 

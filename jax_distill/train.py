@@ -61,6 +61,7 @@ def make_step(
 
     def step(state: TrainState, frozen: dict, batch: Batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        frozen = {**frozen, "average": state.ema}
 
         def loss_and_gradient(batch, key):
             draws = objective.draw(key, batch)

@@ -37,8 +37,9 @@ class Objective(Protocol):
 
         Args:
           params: what `init` made, or its later value; differentiated.
-          frozen: what no gradient reaches: "teacher", a network's parameters, and "null", the
-            `Text` of the empty caption with a leading axis of length one.
+          frozen: what no gradient reaches: "teacher", a network's parameters, "null", the `Text`
+            of the empty caption with a leading axis of length one, and "average", the running
+            average of `params`.
           batch: the data.
           draws: what `draw` made.
           step: steps taken so far, a scalar.
@@ -55,6 +56,13 @@ class Objective(Protocol):
         steps: int,
     ) -> jax.Array:
         """Data from noise (B, N, C) in `steps` steps; guidance and key (B,), null as in `loss`."""
+
+
+def check_choices(objective: Objective, choices: dict[str, tuple[str, ...]]) -> None:
+    """Raises ValueError if a setting, by its name, is none of the words it may be."""
+    for name, known in choices.items():
+        if (value := getattr(objective, name)) not in known:
+            raise ValueError(f"objective.{name}: {value!r} is not one of {', '.join(known)}")
 
 
 def drop_text(text: Text, null: Text, dropped: jax.Array) -> Text:

@@ -20,7 +20,7 @@ from jax_distill.flow import (
     trig_to_linear_time,
     trig_velocity,
 )
-from jax_distill.objectives.objective import Batch
+from jax_distill.objectives.objective import Batch, check_choices
 from jax_distill.objectives.teacher import TeacherVelocity
 
 
@@ -82,12 +82,7 @@ class SCM:
     middle_angle: float = 1.3
 
     def __post_init__(self):
-        for name, value, known in (
-            ("warmup", self.warmup, ("scm", "rcm")),
-            ("weighting", self.weighting, ("learned", "sum")),
-        ):
-            if value not in known:
-                raise ValueError(f"objective.{name}: {value!r} is not one of {', '.join(known)}")
+        check_choices(self, {"warmup": ("scm", "rcm"), "weighting": ("learned", "sum")})
 
     def init(self, key: jax.Array, params: dict) -> dict:
         if self.weighting == "sum":

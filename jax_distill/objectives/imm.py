@@ -1,0 +1,206 @@
+"""IMM: inductive moment matching, as a distillation.
+
+Source: Zhou, Ermon & Song, arXiv:2503.07565, in its Euler parameterisation on the linear path.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_distill import sampling
+from jax_distill.flow import (
+    Network,
+    average_velocity_map,
+    interpolate,
+    path_velocity,
+    shift_time,
+    straight_step,
+    uniform,
+)
+from jax_distill.objectives.objective import Batch, check_choices
+from jax_distill.objectives.teacher import TeacherVelocity
+
+CHOICES = {
+    "ddim_velocity": ("teacher", "sample"),
+    "target_weights": ("current", "average"),
+    "sampler": ("push_forward", "restart"),
+}
+TINY = 1e-8  # smallest distance in the kernel
+
+
+class IMMDraws(NamedTuple):
+    """Each of t, s, r and guidance is the same for the particles of a group."""
+
+    t: jax.Array  # (B,)
+    s: jax.Array  # (B,), at most r
+    r: jax.Array  # (B,), at most t
+    noise: jax.Array  # (B, N, C)
+    guidance: jax.Array  # (B,)
+
+
+def laplace_kernel(a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """exp(-max(|a_i - b_j|_2, 1e-8) / (D scale)) for all pairs of a group.
+
+    Args:
+      a: (G, M, D), M particles in each of G groups.
+      b: (G, M, D).
+      scale: (G,), |c_out|.
+
+    Returns:
+      (G, M, M). Its derivative by a is zero where two particles agree.
+    """
+    difference = a[:, :, None] - b[:, None]
+    square = jnp.sum(jnp.square(difference), -1)
+    distance = jnp.sqrt(jnp.maximum(square, TINY**2))
+    return jnp.exp(-distance / (a.shape[-1] * scale[:, None, None]))
+
+
+def moment_weight(t: jax.Array, power: float, offset: float) -> jax.Array:
+    """w(t) = 1/2 sigmoid(b - lambda) (-d lambda/dt) alpha^a / (alpha^2 + sigma^2), b the offset.
+
+    On the linear path alpha = 1 - t, sigma = t, lambda = log(alpha^2 / sigma^2). Written without
+    lambda, whose end t = 0 is infinite: sigmoid(b - lambda) = z / (1 + z), z = e^b t^2 / (1-t)^2,
+    and -d lambda/dt = 2 / (t (1 - t)).
+    """
+    alpha = 1 - t
+    z = jnp.exp(offset) * jnp.square(t / alpha)
+    return jnp.exp(offset) * t / (alpha**3 * (1 + z)) * alpha**power / (alpha**2 + t**2)
+
+
+@dataclasses.dataclass(frozen=True)
+class IMM:
+    """Matches, in moments of all orders, what the student makes of x_t and of x_r, r < t, at s.
+
+    f(x, t -> s) = x - (t - s) net(x, t, t - s). M particles, noises of one picture, share
+    (s, r, t); x_r is x_t moved along the teacher's velocity, a = f(x_t, t -> s),
+    b = sg f(x_r, r -> s), and
+
+      loss = mean over groups of w(t) (mean k(a_i, a_j) + mean k(b_i, b_j) - 2 mean k(a_i, b_j)),
+
+    means over the M x M pairs, k the Laplace kernel of `laplace_kernel` with c_out = (t - s) s_x,
+    s_x the latents' standard deviation, and w of `moment_weight`.
+
+    Scale: distances within a group are about s_x sqrt(D) times the error, so that k is nearly
+    linear, 1 - |a - b| / (D c_out), and the loss falls as 1/sqrt(D) with the dimension D of a
+    sample. As r -> t it falls with |x_r - x_t|, linear in t - r; dividing by c_out keeps it from
+    vanishing as s -> t.
+
+    The particles' gradient pulls a_i towards the group's b_j and away from its own a_j.
+
+    Attributes:
+      network: the student, with a second time embedder.
+      teacher: the velocity it learns from.
+      particles: M; divides the batch. Of every M pictures of a batch the first is used.
+      guidance_scales: the scales w that are drawn, uniformly, one a group.
+      gap: k; r is (eta_max - eta_min) / 2^k before t in eta = t / (1 - t), or s if that is later.
+      time_min, time_max: of t, uniform; sampling begins at time_max.
+      data_std: s_x.
+      weight_power, weight_offset: a and b of w(t).
+      ddim_velocity: from x_t to x_r, "teacher", or "sample" for e - x (the paper's DDIM step).
+      target_weights: of b, "current" or the running "average".
+      sampler: "push_forward", or "restart" from the predicted data with fresh noise.
+      time_shift: mu of the sampling schedule; 0 is uniform.
+    """
+
+    network: Network
+    teacher: TeacherVelocity
+    particles: int = 4
+    guidance_scales: tuple[float, ...] = (4.0, 4.5, 5.0)
+    gap: int = 12
+    time_min: float = 0.0
+    time_max: float = 0.994
+    data_std: float = 1.0
+    weight_power: float = 1.0
+    weight_offset: float = 4.0
+    ddim_velocity: str = "teacher"
+    target_weights: str = "current"
+    sampler: str = "push_forward"
+    time_shift: float = 0.0
+
+    def __post_init__(self):
+        check_choices(self, CHOICES)
+        if not 0 <= self.time_min < self.time_max < 1:
+            raise ValueError(
+                f"objective.time_max: {self.time_max} must be above time_min {self.time_min} and"
+                " below 1, where eta = t / (1 - t) is infinite"
+            )
+
+    def init(self, key: jax.Array, params: dict) -> dict:
+        del key
+        return {"network": params}
+
+    def draw(self, key: jax.Array, batch: Batch) -> IMMDraws:
+        key_t, key_s, key_noise, key_guidance = jax.random.split(key, 4)
+        count = len(batch.x)
+        if count % self.particles:
+            raise ValueError(
+                f"objective.particles: groups of {self.particles} do not divide a batch of {count};"
+                f" make batch_size a multiple of {self.particles}"
+            )
+        groups = (count // self.particles,)
+        t = uniform(key_t, groups, self.time_min, self.time_max)
+        s = self.time_min + uniform(key_s, groups) * (t - self.time_min)
+        scales = jnp.asarray(self.guidance_scales, jnp.float32)
+        shared = (t, s, self.earlier(t, s), jax.random.choice(key_guidance, scales, groups))
+        t, s, r, guidance = (jnp.repeat(value, self.particles) for value in shared)
+        return IMMDraws(t, s, r, jax.random.normal(key_noise, batch.x.shape), guidance)
+
+    def earlier(self, t: jax.Array, s: jax.Array) -> jax.Array:
+        """r(s, t): a step of constant length in eta before t, but not before s."""
+
+        def eta(t):
+            return t / (1 - t)
+
+        step = (eta(self.time_max) - eta(self.time_min)) / 2**self.gap
+        r = jnp.maximum(eta(t) - step, eta(s))
+        return jnp.clip(r / (1 + r), s, t)
+
+    def groups(
+        self, params: dict, frozen: dict, batch: Batch, draws: IMMDraws
+    ) -> tuple[jax.Array, jax.Array]:
+        """The two groups a and b at time s, (G, M, D) each; b without gradient."""
+
+        def first(leaf):
+            return jnp.repeat(leaf[:: self.particles], self.particles, axis=0)
+
+        x, text = first(batch.x), jax.tree.map(first, batch.text)
+        x_t = interpolate(x, draws.noise, draws.t)
+        if self.ddim_velocity == "teacher":
+            velocity = self.teacher(frozen, x_t, draws.t, text, draws.guidance)
+        else:
+            velocity = path_velocity(x, draws.noise)
+        x_r = straight_step(x_t, draws.t, draws.r, velocity)
+        target = frozen["average"] if self.target_weights == "average" else params
+
+        def jump(params, x, t):
+            flow_map = average_velocity_map(self.network, params["network"])
+            return flow_map(x, t, draws.s, text, draws.guidance)
+
+        made = jump(params, x_t, draws.t), jax.lax.stop_gradient(jump(target, x_r, draws.r))
+        return tuple(particles.reshape(-1, self.particles, x[0].size) for particles in made)
+
+    def loss(
+        self, params: dict, frozen: dict, batch: Batch, draws: IMMDraws, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del step
+        a, b = self.groups(params, frozen, batch, draws)
+        t, s = draws.t[:: self.particles], draws.s[:: self.particles]
+        scale = jnp.maximum((t - s) * self.data_std, TINY)
+
+        def mean(a, b):
+            return jnp.mean(laplace_kernel(a, b, scale), (1, 2))
+
+        discrepancy = mean(a, a) + mean(b, b) - 2 * mean(a, b)
+        weight = moment_weight(t, self.weight_power, self.weight_offset)
+        loss = jnp.mean(weight * discrepancy)
+        return loss, {"discrepancy": jnp.mean(discrepancy)}
+
+    def sample(self, params, noise, text, null, guidance, key, steps):
+        """Pushes noise forward, or restarts, from `time_max` on; one evaluation a step."""
+        del null
+        times = self.time_max * shift_time(sampling.uniform_times(steps), self.time_shift)
+        key = key if self.sampler == "restart" else None
+        flow_map = average_velocity_map(self.network, params["network"])
+        return sampling.sample(flow_map, noise, times, text, guidance, renoise_key=key)

@@ -1,0 +1,204 @@
+"""MeanFlow: average velocities, learned from their instantaneous ones.
+
+Source: Geng et al., arXiv:2505.13447; as a distillation, T2I-Distill, arXiv:2512.13006. The
+finite-interval warm-up is the target of AlphaFlow, arXiv:2510.20771.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_distill import sampling
+from jax_distill.flow import (
+    Network,
+    average_velocity_map,
+    flux_shift,
+    interpolate,
+    path_velocity,
+    per_sample,
+    shift_time,
+    sorted_logit_normal,
+    straight_step,
+)
+from jax_distill.objectives.objective import Batch, check_choices, drop_text
+from jax_distill.objectives.teacher import TeacherVelocity
+
+CHOICES = {
+    "interval_start": ("zeros", "copy"),
+    "target_velocity": ("teacher", "sample"),
+    "jvp_velocity": ("teacher", "sample"),
+}
+SHORTEST = 0.005  # of the finite intervals, as a share of t - r, where the warm-up ends
+
+
+class MeanFlowDraws(NamedTuple):
+    t: jax.Array  # (B,)
+    r: jax.Array  # (B,), at most t
+    noise: jax.Array  # (B, N, C)
+    guidance: jax.Array  # (B,)
+    dropped: jax.Array  # (B,) bool: captions replaced by the null caption
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanFlow:
+    """Distils the average velocity u(x_t, t, r) = (x_t - X(x_t, t -> r)) / (t - r).
+
+    The network takes h = t - r through a second time embedder. With u and du = du/dt along the flow
+    from one jvp of (x, r, t) -> net(x, t, t - r) in the direction (v, 0, 1),
+
+      e = u - sg(v~ - (t - r) du),    loss = mean over the batch of |e|^2 / sg(|e|^2 + c)^p,
+
+    |e|^2 summed over a sample. The target velocity v~ is the teacher's at guidance w, or, for t in
+    [mix_from, mix_to] and where the caption is kept, the mixture
+
+      v~ = omega v_teacher + kappa u(x_t, t, h', c) + (1 - omega - kappa) u(x_t, t, h', null),
+
+    no gradient through any of it. The jvp's direction v is v~ where it is a mixture.
+
+    For the first `discrete_warmup` steps the differential target gives way to a finite interval of
+    the share a of t - r, which falls from 1 (the target is v~) to `SHORTEST`: with
+    m = t - a (t - r),
+
+      target = v~ - (1 - a)/a (u - u(x_t - (t - m) v~, m, m - r)).
+
+    u agrees with it where it is a v~ + (1 - a) times the average over [r, m], as an average must;
+    for a -> 0 it becomes the differential target.
+
+    Attributes:
+      network: the student, with a second time embedder.
+      teacher: the velocity it learns from.
+      time_mean, time_std: of the two logit-normal draws, sorted into r <= t.
+      equal_share: probability that r = t.
+      guidance_scales: the scales w that are drawn, uniformly.
+      drop_rate: share of captions replaced by the null caption.
+      interval_start: how the second embedder starts: "zeros" keeps the teacher exactly, "copy" is
+        the first one's parameters (T2I-Distill).
+      target_velocity: "teacher", or "sample" for e - x (training without a teacher's velocity).
+      jvp_velocity: direction v where v~ is no mixture: "teacher" (marginal), or "sample" for e - x
+        (T2I-Distill).
+      omega, kappa: of the mixture; 1 and 0 for none.
+      mix_from, mix_to: the window of times in which velocities are mixed.
+      mix_interval: False evaluates the mixture's u at h' = 0 (MeanFlow), True at h' = t - r
+        (T2I-Distill).
+      loss_power, loss_constant: p and c.
+      discrete_warmup: steps; 0 for none.
+      time_shift: mu of the sampling schedule; None takes FLUX's for the number of tokens.
+    """
+
+    network: Network
+    teacher: TeacherVelocity
+    time_mean: float = -0.4
+    time_std: float = 1.0
+    equal_share: float = 0.25
+    guidance_scales: tuple[float, ...] = (4.0, 4.5, 5.0)
+    drop_rate: float = 0.1
+    interval_start: str = "zeros"
+    target_velocity: str = "teacher"
+    jvp_velocity: str = "teacher"
+    omega: float = 1.0
+    kappa: float = 0.0
+    mix_from: float = 0.0
+    mix_to: float = 1.0
+    mix_interval: bool = False
+    loss_power: float = 1.0
+    loss_constant: float = 1e-3
+    discrete_warmup: int = 0
+    time_shift: float | None = None
+
+    def __post_init__(self):
+        check_choices(self, CHOICES)
+
+    def init(self, key: jax.Array, params: dict) -> dict:
+        del key
+        if self.interval_start == "copy":
+            copied = jax.tree.map(jnp.array, params["time_embedder"])
+            params = {**params, "interval_embedder": copied}
+        return {"network": params}
+
+    def draw(self, key: jax.Array, batch: Batch) -> MeanFlowDraws:
+        key_times, key_noise, key_guidance, key_drop = jax.random.split(key, 4)
+        count = batch.x.shape[:1]
+        times = sorted_logit_normal(
+            key_times, count, self.time_mean, self.time_std, self.equal_share
+        )
+        return MeanFlowDraws(
+            *times,
+            jax.random.normal(key_noise, batch.x.shape),
+            jax.random.choice(key_guidance, jnp.asarray(self.guidance_scales, jnp.float32), count),
+            jax.random.bernoulli(key_drop, self.drop_rate, count),
+        )
+
+    def velocities(
+        self, params: dict, frozen: dict, batch: Batch, draws: MeanFlowDraws
+    ) -> tuple[jax.Array, jax.Array]:
+        """The target velocity v~ and the jvp's direction, (B, N, C) each, no gradient."""
+        x_t = interpolate(batch.x, draws.noise, draws.t)
+        null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), frozen["null"], batch.text)
+        text = drop_text(batch.text, null, draws.dropped)
+        choices = {"sample": lambda: path_velocity(batch.x, draws.noise)}
+        choices["teacher"] = lambda: self.teacher(frozen, x_t, draws.t, text, draws.guidance)
+        wanted = {self.target_velocity, self.jvp_velocity}
+        made = {name: make() for name, make in choices.items() if name in wanted}
+        target, direction = made[self.target_velocity], made[self.jvp_velocity]
+        if (self.omega, self.kappa) != (1.0, 0.0):
+            h = draws.t - draws.r if self.mix_interval else jnp.zeros_like(draws.t)
+
+            def average(text):
+                return self.network.velocity(
+                    params["network"], x_t, draws.t, text, draws.guidance, h
+                )
+
+            mixed = self.omega * target + (1 - self.omega - self.kappa) * average(null)
+            mixed += self.kappa * average(batch.text)
+            inside = (draws.t >= self.mix_from) & (draws.t <= self.mix_to) & ~draws.dropped
+            inside = per_sample(inside, mixed)
+            target = jnp.where(inside, mixed, target)
+            direction = jnp.where(inside, mixed, direction)
+        return jax.lax.stop_gradient((target, direction))
+
+    def target(
+        self, params: dict, frozen: dict, batch: Batch, draws: MeanFlowDraws, step: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The student's u, (B, N, C), and what it should be, no gradient."""
+        velocity, direction = self.velocities(params, frozen, batch, draws)
+        text = drop_text(batch.text, frozen["null"], draws.dropped)
+        x_t = interpolate(batch.x, draws.noise, draws.t)
+
+        def student(x, r, t):
+            return self.network.velocity(params["network"], x, t, text, draws.guidance, t - r)
+
+        def differential():
+            directions = (direction, jnp.zeros_like(draws.r), jnp.ones_like(draws.t))
+            u, du = jax.jvp(student, (x_t, draws.r, draws.t), directions)
+            return u, velocity - per_sample(draws.t - draws.r, x_t) * jax.lax.stop_gradient(du)
+
+        def finite():
+            share = jnp.maximum(1 - step / self.discrete_warmup, SHORTEST)
+            share = jnp.where(draws.r == draws.t, 1.0, share)  # there u is the velocity
+            middle = draws.t - share * (draws.t - draws.r)
+            ahead = student(straight_step(x_t, draws.t, middle, velocity), draws.r, middle)
+            u = student(x_t, draws.r, draws.t)
+            change = jax.lax.stop_gradient(u - ahead)
+            return u, velocity - per_sample((1 - share) / share, x_t) * change
+
+        if not self.discrete_warmup:
+            return differential()
+        return jax.lax.cond(step < self.discrete_warmup, finite, differential)
+
+    def loss(
+        self, params: dict, frozen: dict, batch: Batch, draws: MeanFlowDraws, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        u, target = self.target(params, frozen, batch, draws, step)
+        square = jnp.sum(jnp.square(u - target), axis=tuple(range(1, u.ndim)))
+        weight = jax.lax.stop_gradient(square + self.loss_constant) ** -self.loss_power
+        return jnp.mean(weight * square), {"error": jnp.mean(square) / u[0].size}
+
+    def sample(self, params, noise, text, null, guidance, key, steps):
+        """Pushes noise forward along FLUX's shifted schedule, one evaluation a step."""
+        del null, key
+        shift = flux_shift(noise.shape[1]) if self.time_shift is None else self.time_shift
+        times = shift_time(sampling.uniform_times(steps), shift)
+        flow_map = average_velocity_map(self.network, params["network"])
+        return sampling.sample(flow_map, noise, times, text, guidance)
