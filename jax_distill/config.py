@@ -96,6 +96,7 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
             "samples": {"every": 0, "prompts": 8, "teacher_steps": 50},  # 0: at the end only
             "evaluation": {
                 "prompts": 600,
+                "every": 0,  # steps between scores of a student under way; 0: at the end only
                 "student_steps": (1, 2, 4),
                 "teacher_steps": (50, 4, 2, 1),
                 "guidance": 4.5,
@@ -104,6 +105,39 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
     ).lock()
     config.objective.unlock()
     return config
+
+
+def student(preset: str = "") -> ConfigDict:
+    """What the students of the embedded teacher have in common: `base` with their settings.
+
+    The preset "smoke" goes through every stage of a run in a minute or two; the student learns
+    nothing. A config file calls `shorten` for it, when all else is set.
+    """
+    config = base(preset, presets=("", "smoke"))
+    config.batch_size = 64
+    config.ema_decay = 0.99
+    # What the student's network changes of the teacher's.
+    config.model = {"time_scale": 1.0, "guidance_embeds": True}
+    config.evaluation.guidance = 2.5
+    config.teacher.velocity = "original"
+    config.rescale.total_steps = 150
+    config.rescale.batch_size = 64
+    config.rescale.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.data.examples = 12_800
+    return config
+
+
+def shorten(config: ConfigDict) -> None:
+    """Makes a student's run a smoke test."""
+    config.total_steps = config.rescale.total_steps = 4
+    config.batch_size = config.rescale.batch_size = 16
+    config.log_every = 2
+    config.data.examples = 256
+    config.samples.prompts = 2
+    config.samples.teacher_steps = 4
+    config.evaluation.prompts = 12
+    config.evaluation.teacher_steps = (4, 2)
 
 
 def save(config: ConfigDict, workdir: Path) -> None:

@@ -89,7 +89,8 @@ def train_teacher(config: ConfigDict, workdir: Path) -> None:
     source = latents_source(config, workdir)
     frozen = {"null": build.null_text(config)}
     preview = previewer(config, workdir, {"teacher": config.evaluation.teacher_steps})
-    params = train.fit(config, workdir, objective, initial, frozen, source, preview=preview)
+    hooks = [(config.samples.every, preview)]
+    params = train.fit(config, workdir, objective, initial, frozen, source, hooks=hooks)
     preview(config.total_steps, params)
     scoring.conclude(workdir, teacher=pipeline.Pipeline(config, params, build.embedded_codec()))
 
@@ -118,8 +119,12 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     frozen = {"teacher": origin.params["network"], "null": origin.null}
     counts = {"student": config.evaluation.student_steps}
     preview = previewer(config, workdir, counts, teacher)
-    params = train.fit(config, workdir, objective, initial, frozen, source, preview=preview)
-    student = pipeline.Pipeline(config, params, teacher.codec)
+    student = pipeline.Pipeline(config, {}, teacher.codec)
+    hooks = [
+        (config.samples.every, preview),
+        (config.evaluation.every, scoring.recorder(workdir / scoring.SCORES, student)),
+    ]
+    student.params = train.fit(config, workdir, objective, initial, frozen, source, hooks=hooks)
     preview(config.total_steps, student.params)
     scoring.conclude(workdir, teacher=teacher, student=student)
 

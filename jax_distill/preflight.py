@@ -180,7 +180,7 @@ _POSITIVE = (
     *("optimizer.adam_share", "evaluation.prompts", *_MODEL_SIZES),
 )
 _NOT_NEGATIVE = (
-    *("samples.every", "rescale.total_steps", "evaluation.guidance"),
+    *("samples.every", "evaluation.every", "rescale.total_steps", "evaluation.guidance"),
     *("optimizer.warmup_steps", "optimizer.weight_decay"),
 )
 _SHARES = ("ema_decay", "optimizer.b1", "optimizer.b2")

@@ -1,7 +1,7 @@
 """Scores of a pipeline on the held-out prompts, and what becomes of them: results.json."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import logging
@@ -13,6 +13,9 @@ from jax_distill.pipeline import Pipeline
 
 Scores = dict[str, dict]
 """By number of steps: {"2": {"score": .., "tasks": {..}}, ...}."""
+
+
+SCORES = "scores.json"  # of a student while it is trained
 
 
 def held_out(count: int) -> list[shapes.Prompt]:
@@ -66,6 +69,24 @@ def results(
     if config is not None:
         layout["config"] = json.loads(config.to_json_best_effort())
     return layout
+
+
+def recorder(path: Path, student: Pipeline) -> Callable[[int, dict], None]:
+    """A function (step, parameters) that scores a student and keeps the scores by step in `path`.
+
+    The file is JSON, {"100": {"1": {"score": .., "tasks": {..}}, ..}, ..}: training steps, then
+    sampling steps.
+    """
+    settings = student.config.evaluation
+
+    def record(step: int, params: dict) -> None:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        student.params = params
+        prompts = held_out(settings.prompts)
+        known[str(step)] = score(student, settings.student_steps, prompts, seed=student.config.seed)
+        write_json(path, known)
+
+    return record
 
 
 def conclude(workdir: Path, *, teacher: Pipeline, student: Pipeline | None = None) -> None:

@@ -3,7 +3,7 @@
 import math
 import signal
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,7 +111,7 @@ def fit(
     frozen: dict,
     source: Any,
     *,
-    preview: Callable[[int, dict], None] | None = None,
+    hooks: Sequence[tuple[int, Callable[[int, dict], None]]] = (),
 ) -> dict:
     """Trains until `config.total_steps`, from the latest checkpoint in `workdir` if there is one.
 
@@ -125,7 +125,7 @@ def fit(
       params: the student network's initial parameters.
       frozen: parameters that no gradient reaches, passed to the loss.
       source: random-access data, see `data/pipeline.py`.
-      preview: called with (step, averaged parameters) every `config.samples.every` steps.
+      hooks: (n, function): called with (step, averaged parameters) every n steps; n = 0 is never.
 
     Returns:
       The averaged (EMA) parameters.
@@ -192,8 +192,9 @@ def fit(
             if step % config.log_every == 0 or last:
                 settle(leave=0)
                 report.write(step, float(schedule(step - 1)))
-            if config.samples.every and step % config.samples.every == 0 and preview:
-                preview(step, state.ema)
+            for every, hook in hooks:
+                if every and step % every == 0:
+                    hook(step, state.ema)
             stop = signals.received
             if step % config.checkpoint.every == 0 or last or stop:
                 settle(leave=0)

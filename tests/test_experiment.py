@@ -20,7 +20,7 @@ def stages(monkeypatch, tmp_path):
         )
         ran = []
 
-        def fit(config, workdir, objective, params, frozen, source, preview=None):
+        def fit(config, workdir, objective, params, frozen, source, hooks=()):
             ran.append((objective, params, frozen, workdir))
             return {"network": jax.tree.map(lambda leaf: leaf + 1, params)}
 

@@ -142,16 +142,21 @@ class Killed(Exception):
 def fit(workdir, *, bad=(), die=None, stop=None, **changes):
     """Trains; dies of an exception, or is sent SIGTERM, in the midst of the step given."""
 
-    def preview(step, params):
+    def hook(step, params):
         del params
         if step == die:
             raise Killed
         if step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    config = small_config(samples__every=1, **changes)
     return train.fit(
-        config, workdir, Regression(), parameters(), frozen(*bad), Source(), preview=preview
+        small_config(**changes),
+        workdir,
+        Regression(),
+        parameters(),
+        frozen(*bad),
+        Source(),
+        hooks=[(1, hook)],
     )
 
 
@@ -313,10 +318,11 @@ DRIVER = """
     from jax_distill import commands, experiment, main, preflight, train
 
     def run(config, workdir):
-        def preview(step, params):
+        def hook(step, params):
             print("step", step, flush=True)
-        config = small_config(total_steps=10**6, samples__every=1)
-        train.fit(config, workdir, Regression(), parameters(), frozen(), Source(), preview=preview)
+        config = small_config(total_steps=10**6)
+        start = config, workdir, Regression(), parameters(), frozen(), Source()
+        train.fit(*start, hooks=[(1, hook)])
 
     preflight.check = lambda config, workdir: None
     experiment.run = run

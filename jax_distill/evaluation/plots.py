@@ -32,10 +32,17 @@ class Theme(NamedTuple):
     teacher: str
     few: str
     student: tuple[str, ...]
+    methods: tuple[str, ...]  # that can be told apart
 
 
-LIGHT = Theme("#1f2328", "#d8dee4", "#6e7781", "#bc4c00", ("#9ecbf5", "#4f9ce8", "#0a58b8"))
-DARK = Theme("#e6edf3", "#3d444d", "#9198a1", "#f0883e", ("#1f4f8f", "#3f86dd", "#8cc4ff"))
+LIGHT = Theme(
+    *("#1f2328", "#d8dee4", "#6e7781", "#bc4c00", ("#9ecbf5", "#4f9ce8", "#0a58b8")),
+    ("#0a58b8", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#9a6700", "#0e7c86", "#57606a"),
+)
+DARK = Theme(
+    *("#e6edf3", "#3d444d", "#9198a1", "#f0883e", ("#1f4f8f", "#3f86dd", "#8cc4ff")),
+    ("#6cb0ff", "#f0883e", "#56d364", "#bc8cff", "#f778ba", "#e3b341", "#39c5cf", "#9198a1"),
+)
 
 
 def data_uri(content: bytes, kind: str) -> str:

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from jax_distill.evaluation import plots
+from jax_distill.evaluation import page, plots
 from jax_distill.evaluation.metrics import Metrics, read_metrics
 from jax_distill.evaluation.results import Results, Score, parse_results, read_results
-from jax_distill.files import write_atomically
 
 MAX_SAMPLES = 4
-MAX_SAMPLE_WIDTH = 2400  # px; wider grids are reduced, or a page of large pictures gets too heavy
 
 
 def format_table(results: Mapping[str, Any]) -> str:
@@ -75,7 +70,7 @@ def write_report(workdir: str | Path) -> Path:
     config = config if isinstance(config, dict) else {}
     if metrics is not None and metrics.unreadable:
         count = metrics.unreadable
-        notes.append(f"{count} unreadable {_plural('line', count)} of metrics.jsonl left out.")
+        notes.append(f"{count} unreadable {page.plural('line', count)} of metrics.jsonl left out.")
 
     name = str(config.get("name") or workdir.resolve().name)
     sections = [
@@ -90,24 +85,8 @@ def write_report(workdir: str | Path) -> Path:
     sections.append(_configuration(config))
     body = "\n".join(filter(None, sections))
     path = workdir / "report.html"
-    write_atomically(path, _PAGE.substitute(title=escape(name), body=body))
+    page.write(path, name, body)
     return path
-
-
-def _plural(noun: str, count: int) -> str:
-    return noun if count == 1 else noun + "s"
-
-
-def _listed(words: Iterable[str]) -> str:
-    words = list(words)
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _summary(
@@ -119,7 +98,7 @@ def _summary(
     else:
         sentences += _score_sentences(results)
         tiles = "".join(
-            f"<div><dt>{n} {_plural('step', n)}</dt><dd>{_percent(share)}</dd></div>"
+            f"<div><dt>{n} {page.plural('step', n)}</dt><dd>{_percent(share)}</dd></div>"
             for n, share in results.shares(results.student).items()
         )
     if tiles:
@@ -135,7 +114,7 @@ def _percent(share: float) -> str:
 
 def _score_sentences(results: Results) -> list[str]:
     def in_steps(scores: Mapping[int, Score]) -> str:
-        return f"in {_listed(map(str, scores))} {_plural('step', max(scores))}"
+        return f"in {page.listed(map(str, scores))} {page.plural('step', max(scores))}"
 
     sentences = []
     shares = results.shares(results.student)
@@ -143,22 +122,23 @@ def _score_sentences(results: Results) -> list[str]:
         full = f"{results.teacher.score:.3f}"
         full += f" in {results.nfe} steps" if results.nfe else ""
     if shares:
+        reached = page.listed(map(_percent, shares.values()))
         sentences.append(
-            f"The student reaches {_listed(map(_percent, shares.values()))} of its teacher's score"
-            f" ({full}) {in_steps(shares)} per picture."
+            f"The student reaches {reached} of its teacher's score ({full})"
+            f" {in_steps(shares)} per picture."
         )
     else:
         if results.teacher is not None:
             sentences.append(f"The teacher scores {full}.")
         if results.student:
-            values = _listed(f"{score.score:.3f}" for score in results.student.values())
+            values = page.listed(f"{score.score:.3f}" for score in results.student.values())
             sentences.append(
                 f"The student scores {values} {in_steps(results.student)} per picture."
             )
     kept = results.shares(results.few)
     if kept:
         sentences.append(
-            f"The teacher itself keeps {_listed(map(_percent, kept.values()))} of it"
+            f"The teacher itself keeps {page.listed(map(_percent, kept.values()))} of it"
             f" {in_steps(kept)}."
         )
     return sentences
@@ -174,13 +154,8 @@ def _training_sentence(metrics: Metrics, config: Mapping) -> str:
     if isinstance(objective, Mapping) and objective.get("name"):
         sentence += f" with the objective {objective['name']}"
     if metrics.seconds:
-        sentence += f" in {_duration(metrics.seconds)}"
+        sentence += f" in {page.duration(metrics.seconds)}"
     return sentence + "."
-
-
-def _figure(image: str, caption: str) -> str:
-    """`image` is HTML; `caption` is not."""
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{image}</figure>"
 
 
 def _scores(results: Results | None) -> str:
@@ -195,7 +170,7 @@ def _scores(results: Results | None) -> str:
             results.teacher_name,
         )
         figures.append(
-            _figure(
+            page.figure(
                 plots.inline(draw, (4.6, 3.2), "Score against steps; the table has the numbers"),
                 "Score against steps per picture",
             )
@@ -208,7 +183,7 @@ def _scores(results: Results | None) -> str:
             {n: score.tasks for n, score in results.student.items()},
         )
         figures.append(
-            _figure(
+            page.figure(
                 plots.inline(draw, (4.6, 3.2), "Score by task; the table has the numbers"),
                 "Score by task",
             )
@@ -244,7 +219,7 @@ def _samples(folder: Path) -> str:
         caption = {"final": "At the end"}.get(
             stem, f"After {step:,} steps" if step < math.inf else stem
         )
-        image = _picture(path)
+        image = page.picture(path)
         if image:
             figures.append(
                 f'<figure><figcaption>{escape(caption)}</figcaption><div class="scroll grid">'
@@ -256,22 +231,6 @@ def _samples(folder: Path) -> str:
     if earlier:
         earlier = f"<details><summary>Earlier samples</summary>{earlier}</details>"
     return f"<h2>Samples</h2>{figures[0]}{earlier}"
-
-
-def _picture(path: Path) -> str | None:
-    """A PNG file as a data URI, reduced if it is very wide; None if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.width <= MAX_SAMPLE_WIDTH:
-                return plots.data_uri(path.read_bytes(), "image/png")
-            height = round(image.height * MAX_SAMPLE_WIDTH / image.width)
-            content = io.BytesIO()
-            reduced = image.convert("RGB").resize((MAX_SAMPLE_WIDTH, height))
-            reduced.save(content, format="jpeg", quality=90)
-            return plots.data_uri(content.getvalue(), "image/jpeg")
-    except (OSError, SyntaxError):  # Pillow's errors for a file cut short or of another kind
-        return None
 
 
 def _training(heading: str, metrics: Metrics | None) -> str:
@@ -291,7 +250,7 @@ def _training(heading: str, metrics: Metrics | None) -> str:
             caption = "Loss"
             lost = sum(name in line for line in metrics.lines) - len(values)
             if lost:
-                caption += f" ({lost} {_plural('value', lost)} not finite, not drawn)"
+                caption += f" ({lost} {page.plural('value', lost)} not finite, not drawn)"
         elif name == speed:
             log = False
             median = np.median(values)
@@ -306,7 +265,7 @@ def _training(heading: str, metrics: Metrics | None) -> str:
         is_large = name in ("loss", speed)
         draw = plots.curve(steps, values, log=log, from_zero=name == speed)
         size = (4.6, 2.6) if is_large else (3.3, 2.1)
-        figure = _figure(plots.inline(draw, size, f"{name} against training steps"), caption)
+        figure = page.figure(plots.inline(draw, size, f"{name} against training steps"), caption)
         (large if is_large else small).append(figure)
     parts = [f"<h2>{escape(heading)}</h2>"]
     parts += [f'<div class="plots">{"".join(large)}</div>'] * bool(large)
@@ -334,67 +293,3 @@ def _configuration(config: Mapping) -> str:
         "<h2>Configuration</h2><details><summary>All settings</summary>"
         f'<div class="scroll"><table class="settings"><tbody>{rows}</tbody></table></div></details>'
     )
-
-
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>$title</title>
-<style>
-:root { --ink: #1f2328; --faint: #59636e; --line: #d8dee4; --page: #ffffff; --accent: #0a58b8; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --faint: #9198a1; --line: #3d444d; --page: #0d1117; --accent: #6cb0ff; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--page);
-  color: var(--ink); font: 1rem/1.55 system-ui, sans-serif; }
-h1 { margin: 0 0 .5rem; font-size: 1.9rem; line-height: 1.2; overflow-wrap: anywhere; }
-h2 { margin: 2.75rem 0 .75rem; padding-top: 1rem; border-top: 1px solid var(--line);
-  font-size: 1.25rem; }
-p { max-width: 44rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
-.note { margin-top: .75rem; color: var(--faint); font-size: .875rem; }
-.tiles { margin: 1.25rem 0 0; }
-.tiles p, .tiles dt { margin: 0 0 .25rem; color: var(--faint); font-size: .875rem; }
-.tiles dl { display: flex; flex-wrap: wrap; gap: .5rem clamp(1.25rem, 5vw, 2.5rem); margin: 0; }
-.tiles dd { margin: 0; color: var(--accent); font-size: clamp(1.5rem, 6vw, 2rem);
-  font-weight: 600; line-height: 1.1; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9375rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right;
-  white-space: nowrap; }
-th { font-weight: 500; }
-tbody th, thead th[scope=row] { padding-left: 0; text-align: left; }
-thead th { color: var(--faint); }
-thead th[scope=colgroup] { text-align: center; }
-.scores tbody tr:first-child > * { font-weight: 700; }
-colgroup + colgroup + colgroup { border-left: 1px solid var(--line); }
-.settings { font: .8125rem/1.4 ui-monospace, monospace; }
-.settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-figure { margin: 0; }
-figcaption { margin-bottom: .35rem; font-size: .875rem; font-weight: 600; overflow-wrap: anywhere; }
-img { display: block; width: 100%; height: auto; }
-.plots { display: grid; gap: 1.75rem 2rem; margin-top: 1.5rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); }
-.plots.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
-.small figcaption { font-weight: 400; font-family: ui-monospace, monospace; }
-.grid img { width: auto; max-width: max(100%, 62rem); border-radius: 6px; }
-details { margin-top: 1rem; }
-details > figure { margin-top: 1rem; }
-summary { cursor: pointer; color: var(--accent); }
-@media (max-width: 30rem) {
-  table { font-size: .875rem; }
-  th, td { padding: .3rem .35rem; }
-}
-</style>
-</head>
-<body>
-<h1>$title</h1>
-$body
-</body>
-</html>
-""")

@@ -1,0 +1,18 @@
+"""MeanFlow: a student that draws in 4 evaluations, or any other number, from the embedded teacher.
+
+python -m jax_distill.main --config=configs/meanflow.py
+"""
+
+from jax_distill.config import shorten, student
+
+
+def get_config(preset: str = ""):
+    config = student(preset)
+    config.name = "meanflow"
+    config.total_steps = 600
+    config.model.interval_embeds = True
+    config.objective = {"name": "meanflow", "guidance_scales": (2.0, 2.5, 3.0)}
+    config.optimizer.learning_rate = 4e-4
+    if preset == "smoke":
+        shorten(config)
+    return config.lock()

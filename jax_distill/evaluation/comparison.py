@@ -1,0 +1,231 @@
+"""What a study shows: methods side by side, as a table, as plots and as a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from jax_distill.evaluation import page, plots
+from jax_distill.evaluation.plots import Theme
+
+
+class Spread(NamedTuple):
+    """A mean over seeds, and the half of the range they span (none for one seed)."""
+
+    mean: float
+    half: float | None
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" + (f" ±{self.half:.2f}" if self.half is not None else "")
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and half range of (n,) values, n at least one."""
+    half = (max(values) - min(values)) / 2 if len(values) > 1 else None
+    return Spread(sum(values) / len(values), half)
+
+
+def by_row(study: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The finished cells of study.json under their rows' names, in the study's order."""
+    rows: dict[str, list] = {}
+    for cell in study["cells"]:
+        rows.setdefault(cell["row"], []).append(cell)
+    return rows
+
+
+def shares(study: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> dict[int, Spread]:
+    """Shares of the teacher's score at its most steps, by the student's number of steps."""
+    full = study["teacher"]["score"]
+    return {
+        int(steps): spread([cell["student"][steps]["score"] / full for cell in cells])
+        for steps in cells[0]["student"]
+    }
+
+
+def table(study: Mapping[str, Any]) -> list[list[str]]:
+    """Head and rows: a method, its shares of the teacher's score by steps, and what it cost."""
+    rows = by_row(study)
+    steps = list(next(iter(rows.values()))[0]["student"]) if rows else []
+    costs = ["train min", "GFLOP a step", "peak GiB"]
+    lines = [["share of the teacher's score", *(f"{n} steps" for n in steps), *costs]]
+    for name, cells in rows.items():
+        found = shares(study, cells)
+        lines.append(
+            [
+                name,
+                *(str(found[int(n)]) for n in steps),
+                f"{spread([cell['train_seconds'] / 60 for cell in cells]).mean:.1f}",
+                f"{cells[0]['flops_per_step'] / 1e9:.0f}",
+                f"{max(cell['peak_gib'] for cell in cells):.1f}",
+            ]
+        )
+    full = study["teacher"]["score"]
+    few = {int(n): entry["score"] / full for n, entry in study["teacher"]["few"].items()}
+    lines.append(["teacher", *(f"{few[int(n)]:.2f}" if int(n) in few else "-" for n in steps)])
+    lines[-1] += [""] * len(costs)
+    return lines
+
+
+def format_table(study: Mapping[str, Any]) -> str:
+    """The table as text, for a terminal."""
+    lines = table(study)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    full = study["teacher"]
+    foot = f"teacher's score at {full['nfe']} steps: {full['score']:.3f}"
+    body = [
+        line[0].ljust(widths[0]) + "".join(c.rjust(w + 2) for c, w in zip(line[1:], widths[1:]))
+        for line in lines
+    ]
+    return "\n".join([*body, foot])
+
+
+def markdown_table(study: Mapping[str, Any]) -> str:
+    """The table in Markdown, for documents."""
+    head, *lines = table(study)
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
+
+
+def score_by_steps(study: Mapping[str, Any]) -> Callable[[Axes, Theme], None]:
+    """Each method's share of the teacher's score against steps, bars over the seeds."""
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        axes.axhline(1.0, color=theme.teacher, dashes=(5, 3), label="teacher, all steps")
+        known = set()
+        for index, (name, cells) in enumerate(by_row(study).items()):
+            found = shares(study, cells)
+            known |= set(found)
+            axes.errorbar(
+                list(found),
+                [value.mean for value in found.values()],
+                [value.half or 0 for value in found.values()],
+                color=theme.methods[index % len(theme.methods)],
+                marker="o",
+                capsize=2.5,
+                linewidth=1.6,
+                label=name,
+            )
+        full = study["teacher"]["score"]
+        few = {int(n): e["score"] / full for n, e in study["teacher"]["few"].items()}
+        few = {n: share for n, share in sorted(few.items()) if n <= max(known, default=math.inf)}
+        if few:
+            axes.plot(
+                list(few), list(few.values()), color=theme.teacher, marker="s", label="teacher"
+            )
+        ticks = sorted(known | set(few))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(ticks))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel("steps per picture")
+        axes.set_ylabel("share of the teacher's score")
+        axes.figure.legend(loc="outside upper left", ncols=3, handlelength=1.8, columnspacing=1.2)
+
+    return draw
+
+
+def score_by_compute(study: Mapping[str, Any], steps: int) -> Callable[[Axes, Theme], None]:
+    """Share of the teacher's score in `steps` steps against training arithmetic, seeds apart."""
+
+    def draw(axes: Axes, theme: Theme) -> None:
+        full = study["teacher"]["score"]
+        axes.axhline(1.0, color=theme.teacher, dashes=(5, 3))
+        for index, (name, cells) in enumerate(by_row(study).items()):
+            for seed, cell in enumerate(cells):
+                known = {int(step): scores for step, scores in cell["history"].items()}
+                known[cell["steps"]] = cell["student"]
+                at = [step for step in sorted(known) if str(steps) in known[step]]
+                axes.plot(
+                    [step * cell["flops_per_step"] / 1e15 for step in at],
+                    [known[step][str(steps)]["score"] / full for step in at],
+                    color=theme.methods[index % len(theme.methods)],
+                    marker=".",
+                    linewidth=1.4,
+                    label=None if seed else name,
+                )
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("training arithmetic, PFLOP")
+        axes.set_ylabel(f"share in {steps} step{'s' * (steps > 1)}")
+        axes.figure.legend(loc="outside upper left", ncols=3, handlelength=1.8, columnspacing=1.2)
+
+    return draw
+
+
+def write_page(path: Path, study: Mapping[str, Any], grid: Path | None = None) -> None:
+    """Writes study.html, a file that needs no other, from study.json's content.
+
+    Args:
+      path: the page.
+      study: what the study measured.
+      grid: a picture of the methods' samples side by side.
+    """
+    rows = by_row(study)
+    steps = [int(n) for n in next(iter(rows.values()))[0]["student"]] if rows else []
+    figures = [
+        page.figure(
+            plots.inline(score_by_steps(study), (4.6, 3.4), "Shares by steps, as in the table"),
+            "Share of the teacher's score against steps per picture",
+        )
+    ] * bool(rows)
+    for n in steps if any(cell["history"] for cell in study["cells"]) else []:
+        figures.append(
+            page.figure(
+                plots.inline(score_by_compute(study, n), (4.6, 3.4), f"Learning curves, {n} steps"),
+                f"Share in {n} step{'s' * (n > 1)} against training arithmetic",
+            )
+        )
+    tasks = list(study["teacher"]["tasks"])
+    parts = [
+        "<h2>Shares and costs</h2><p>Means over the seeds, and half of the range they span."
+        f" The teacher's own score at {study['teacher']['nfe']} steps is"
+        f" {study['teacher']['score']:.3f}.</p>",
+        _html_table(table(study)),
+        f'<div class="plots">{"".join(figures)}</div>',
+        "<h2>Tasks</h2>",
+        _html_table(_by_task(study, rows, tasks)),
+    ]
+    if grid is not None and (image := page.picture(grid)):
+        parts.append(
+            '<h2>Samples</h2><figure><div class="scroll grid">'
+            f'<img src="{image}" alt="The methods\' pictures for fixed prompts"></div></figure>'
+        )
+    commands = "".join(
+        f"<li><code>{escape(cell['command'])}</code></li>" for cell in study["cells"]
+    )
+    parts.append(f"<h2>Commands</h2><ul>{commands}</ul>")
+    page.write(path, str(study["name"]), "\n".join(parts))
+
+
+def _by_task(study: Mapping, rows: Mapping, tasks: Sequence[str]) -> list[list[str]]:
+    lines = [["score", "steps", *(task.replace("_", " ") for task in tasks)]]
+    full = study["teacher"]
+    lines.append(["teacher", str(full["nfe"]), *(f"{full['tasks'][task]:.2f}" for task in tasks)])
+    for name, cells in rows.items():
+        for steps in cells[0]["student"]:
+            values = [
+                str(spread([cell["student"][steps]["tasks"][task] for cell in cells]))
+                for task in tasks
+            ]
+            lines.append([name, steps, *values])
+    return lines
+
+
+def _html_table(lines: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in lines[0])
+    body = "".join(
+        f'<tr><th scope="row">{escape(line[0])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in line[1:])
+        + "</tr>"
+        for line in lines[1:]
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
