@@ -1,6 +1,7 @@
 """Drawing pictures: what a picture depends on, and what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -130,3 +131,15 @@ def test_results_keep_the_layout_that_scripts_read(tmp_path):
     assert read["student"] == {"1": entry} and read["seed"] == 3
     assert read["config"]["objective"]["name"] == "scm"
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_scores_under_way_are_kept_by_step(tmp_path, monkeypatch):
+    """And those of steps that a stopped run takes again are replaced, not doubled."""
+    student = SimpleNamespace(config=tiny_config("scm"), params=None)
+    monkeypatch.setattr(scoring, "score", lambda pipe, *args, **kwargs: {"1": pipe.params})
+    for step, value in ((10, 0.1), (20, 0.2), (10, 0.3)):
+        scoring.recorder(tmp_path / scoring.SCORES, student)(step, value)
+    assert json.loads((tmp_path / scoring.SCORES).read_text()) == {
+        "10": {"1": 0.3},
+        "20": {"1": 0.2},
+    }

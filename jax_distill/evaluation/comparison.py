@@ -53,7 +53,13 @@ def table(study: Mapping[str, Any]) -> list[list[str]]:
     rows = by_row(study)
     steps = list(next(iter(rows.values()))[0]["student"]) if rows else []
     costs = ["train min", "GFLOP a step", "peak GiB"]
-    lines = [["share of the teacher's score", *(f"{n} steps" for n in steps), *costs]]
+    lines = [
+        [
+            "share of the teacher's score",
+            *(f"{n} {page.plural('step', int(n))}" for n in steps),
+            *costs,
+        ]
+    ]
     for name, cells in rows.items():
         found = shares(study, cells)
         lines.append(

@@ -1,0 +1,116 @@
+"""The study: what its cells run, that finished ones are kept, and what its table says."""
+
+import json
+import os
+import re
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from jax_distill import study
+from jax_distill.config import ConfigError
+from jax_distill.evaluation import comparison
+
+STUB = """#!{python}
+import json, os, sys
+from pathlib import Path
+with open({log!r}, "a") as log:
+    log.write(" ".join(sys.argv[1:]) + chr(10))
+workdir = Path(next(a for a in sys.argv if a.startswith("--workdir=")).split("=", 1)[1])
+workdir.mkdir(parents=True, exist_ok=True)
+if "fail" in workdir.name:
+    sys.exit(1)
+(workdir / "results.json").write_text("{{}}")
+"""
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """Puts a program that only notes its arguments in the place of Python; returns the notes."""
+    log, stub = tmp_path / "log", tmp_path / "stub"
+    stub.write_text(STUB.format(python=sys.executable, log=str(log)))
+    stub.chmod(0o755)
+    log.write_text("")
+    monkeypatch.setattr(study.sys, "executable", str(stub))
+    return lambda: log.read_text().splitlines()
+
+
+def test_a_cell_is_the_training_command_and_a_finished_one_is_kept(trained, tmp_path):
+    cell = tmp_path / "MeanFlow-0"
+    for _ in range(2):
+        command = study.train("configs/meanflow.py", cell, ["seed=0", "objective.kappa=0.5"])
+    want = (
+        f"-m jax_distill.main --config=configs/meanflow.py --workdir={cell} --config.seed=0"
+        " --config.objective.kappa=0.5"
+    )
+    assert trained() == [want] and command == f"python {want}"
+    assert 0 < json.loads((cell / study.COST).read_text())["peak_gib"] < 8
+
+
+def test_a_failed_cell_stops_the_study_and_names_its_command(trained, tmp_path):
+    with pytest.raises(ConfigError, match="a cell of the study failed.*--workdir=.*fail-0"):
+        study.train("configs/scm.py", tmp_path / "fail-0", [])
+    with pytest.raises(ConfigError):
+        study.train("configs/scm.py", tmp_path / "fail-0", [])
+    assert len(trained()) == 2  # it is not taken for finished
+
+
+def test_cells_are_rows_by_seeds_with_their_own_settings():
+    rows = {"a": ("configs/scm.py",), "b": ("configs/imm.py", "objective.gap=8")}
+    config = ConfigDict({"rows": rows, "seeds": (0, 1)})
+    assert list(study._cells(config)) == [
+        ("a", 0, "configs/scm.py", []),
+        ("a", 1, "configs/scm.py", []),
+        ("b", 0, "configs/imm.py", ["objective.gap=8"]),
+        ("b", 1, "configs/imm.py", ["objective.gap=8"]),
+    ]
+
+
+def entry(score):
+    return {"score": score, "tasks": {"counting": score, "colors": score / 2}}
+
+
+def cell(row, seed, one, four):
+    return {
+        "row": row,
+        "seed": seed,
+        "command": f"python -m jax_distill.main --config=<{row}>",
+        "student": {"1": entry(one), "4": entry(four)},
+        "history": {"100": {"1": entry(one / 2), "4": entry(four / 2)}},
+        "steps": 200,
+        "train_seconds": 90.0 + 60 * seed,
+        "flops_per_step": 123_000_000_000,
+        "peak_gib": 1.0 + seed,
+    }
+
+
+STUDY = {
+    "name": "study",
+    "teacher": {"nfe": 50, **entry(0.8), "few": {"4": entry(0.2)}},
+    "cells": [cell("sCM", 0, 0.4, 0.6), cell("sCM", 1, 0.56, 0.68), cell("IMM", 0, 0.2, 0.8)],
+}
+
+
+def test_table_has_shares_with_their_spread_and_costs():
+    lines = comparison.table(STUDY)
+    assert lines[0][1:3] == ["1 step", "4 steps"]
+    assert lines[1] == ["sCM", "0.60 ±0.10", "0.80 ±0.05", "2.0", "123", "2.0"]
+    assert lines[2] == ["IMM", "0.25", "1.00", "1.5", "123", "1.0"]
+    assert lines[3][:3] == ["teacher", "-", "0.25"]
+    text = comparison.format_table(STUDY).splitlines()
+    assert len({len(line) for line in text[:3]}) == 1 and "0.800" in text[-1]
+    assert comparison.markdown_table(STUDY).count("\n") == 4
+
+
+def test_page_holds_everything_and_needs_no_other_file(tmp_path):
+    comparison.write_page(tmp_path / "study.html", STUDY)
+    page = (tmp_path / "study.html").read_text()
+    assert "0.60 ±0.10" in page and "--config=&lt;sCM&gt;" in page and "Learning" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert os.listdir(tmp_path) == ["study.html"]
+
+
+def test_a_study_of_one_seed_has_no_spread():
+    one = {**STUDY, "cells": STUDY["cells"][2:]}
+    assert str(comparison.shares(one, one["cells"])[4]) == "1.00"
