@@ -29,7 +29,8 @@ def get_config(preset: str = ""):
     config.rescale.total_steps = 150
     config.rescale.batch_size = 64
     config.rescale.learning_rate = 1e-3
-    config.optimizer.learning_rate = 2e-4
+    config.optimizer.learning_rate = 4e-4
+    config.optimizer.schedule = "cosine"
     config.optimizer.b1 = 0.0
     config.data.examples = 12_800
     if preset == "smoke":  # every stage of the run, in a minute or two; the student learns nothing

@@ -240,7 +240,9 @@ def rescale_config(config: ConfigDict) -> ConfigDict:
         }
         stage.total_steps = config.rescale.total_steps
         stage.batch_size = config.rescale.batch_size
+        stage.optimizer = configuration.base().optimizer  # the student's is made for its own loss
         stage.optimizer.learning_rate = config.rescale.learning_rate
+        stage.optimizer.schedule = "cosine"
     return stage
 
 
