@@ -28,10 +28,12 @@ def get_config(preset: str = ""):
     config.teacher.velocity = "original"
     config.rescale.total_steps = 150
     config.rescale.batch_size = 64
-    config.rescale.learning_rate = 1e-3
-    config.optimizer.learning_rate = 4e-4
+    config.rescale.learning_rate = 3e-4
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
-    config.optimizer.b1 = 0.0
+    config.optimizer.warmup_steps = 20
+    config.optimizer.frozen = "time_embedder"  # refitted by hand; trained, the student collapses
     config.data.examples = 12_800
     if preset == "smoke":  # every stage of the run, in a minute or two; the student learns nothing
         config.total_steps = config.rescale.total_steps = 4
