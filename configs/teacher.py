@@ -9,17 +9,18 @@ from jax_distill.config import base
 def get_config(preset: str = ""):
     config = base(preset)
     config.name = "teacher"
-    config.total_steps = 2600
+    config.total_steps = 7000
     config.batch_size = 128
-    config.ema_decay = 0.995
+    config.ema_decay = 0.997
     config.objective.name = "flow_matching"
     config.objective.time_mean = 0.5
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 8e-3
     config.optimizer.schedule = "trapezoid"
-    config.optimizer.decay_share = 0.36
+    config.optimizer.decay_share = 0.5
     config.optimizer.warmup_steps = 200
     config.optimizer.weight_decay = 0.01
     config.data.examples = 60_000
     config.checkpoint.every = 200
+    config.evaluation.guidance = 2.5
     return config.lock()

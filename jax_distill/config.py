@@ -88,6 +88,7 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
                 "epsilon": 1e-8,
                 "weight_decay": 0.0,
                 "clip_norm": 1.0,
+                "frozen": "",  # a pattern of parameter paths that are not trained
                 "adam_share": 0.4,  # of the learning rate, for what muon leaves to AdamW
             },
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},

@@ -244,7 +244,11 @@ def rescale_config(config: ConfigDict) -> ConfigDict:
         stage.model.interval_embeds = False
         stage.total_steps = config.rescale.total_steps
         stage.batch_size = config.rescale.batch_size
+        stage.optimizer = configuration.base().optimizer  # the student's is made for its own loss
         stage.optimizer.learning_rate = config.rescale.learning_rate
+        stage.optimizer.schedule = "cosine"
+        stage.optimizer.warmup_steps = config.rescale.total_steps // 10
+        stage.optimizer.frozen = "time_embedder"  # refitted; see `refit_time_embedder`
     return stage
 
 

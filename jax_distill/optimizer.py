@@ -1,5 +1,7 @@
 """Optimizers by name, from optax."""
 
+import re
+
 import jax
 import optax
 from ml_collections import ConfigDict
@@ -42,10 +44,11 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
 
     `muon` orthogonalises the momentum of every matrix inside the blocks (stacked layers one by
     one) at AdamW's update size (arXiv:2502.16982); all else falls to NAdamW, at `adam_share` of the
-    learning rate.
+    learning rate. Parameters whose path, such as `network/time_embedder/linear_1/bias`, the pattern
+    `frozen` finds a match in stay as they are.
 
     Raises:
-      ConfigError: unknown name of the optimizer or of its schedule.
+      ConfigError: unknown name of the optimizer or of its schedule, or no pattern.
     """
     schedule = learning_rate(config, total_steps)
     if config.name == "adamw":
@@ -66,7 +69,25 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
         )
     else:
         raise ConfigError(f"optimizer.name: {config.name!r} is not one of adamw, muon")
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if not config.frozen:
+        return optimizer
+    try:
+        frozen = re.compile(config.frozen)
+    except re.error as error:
+        raise ConfigError(f"optimizer.frozen: {config.frozen!r} is no pattern: {error}") from None
+
+    def labels(params):
+        def label(path, leaf):
+            name = "/".join(str(key.key) for key in path)
+            return "frozen" if frozen.search(name) else "trained"
+
+        found = jax.tree_util.tree_map_with_path(label, params)
+        if "frozen" not in jax.tree.leaves(found):
+            raise ConfigError(f"optimizer.frozen: {config.frozen!r} matches no parameter")
+        return found
+
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
 def _matrices_of_blocks(params: dict) -> dict:

@@ -142,3 +142,28 @@ def test_weight_decay_pulls_towards_zero():
         jax.tree.leaves(tree()), jax.tree.leaves(updates(zero, weight_decay=0.1))
     ):
         np.testing.assert_allclose(update, -PEAK * 0.1 * leaf, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_frozen_parameters_stay_and_the_others_do_not_notice(name):
+    gradient = tree()
+    options = {"name": name, "weight_decay": 0.1, "clip_norm": 1e9}
+    free, some = updates(gradient, **options), updates(gradient, frozen="query|scale", **options)
+    assert not any(map(np.any, jax.tree.leaves(some.pop("blocks"))))
+    for a, b in zip(jax.tree.leaves(some), jax.tree.leaves({k: free[k] for k in some})):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_gradient_of_frozen_parameters_does_not_count_in_the_clip():
+    gradient = tree()
+    large = {**gradient, "image_in": jax.tree.map(lambda leaf: 1e6 * leaf, gradient["image_in"])}
+    options = {"frozen": "image_in", "clip_norm": 0.1, "epsilon": 1.0}
+    a, b = (updates(g, **options)["blocks"] for g in (gradient, large))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_wrong_pattern_is_named():
+    with pytest.raises(ConfigError, match="optimizer.frozen: '\\[' is no pattern"):
+        make_optimizer(settings(frozen="["), 10)
+    with pytest.raises(ConfigError, match="optimizer.frozen: 'tmie' matches no parameter"):
+        updates(tree(), frozen="tmie")

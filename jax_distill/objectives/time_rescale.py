@@ -41,6 +41,9 @@ def refit_time_embedder(
     The second layer is then a linear regression in float64. (Weighting the channels by how much
     the modulation depends on them would change nothing: all channels share the same features.)
 
+    Such ramps reach a: a step of Adam that moves every weight by 1e-4 moves the embedding as far as
+    all of [0, 1] does. Train it at a rate for that, or not at all (`optimizer.frozen`).
+
     Args:
       embed: the old embedder's output at times (M,) in [0, 1], (M, hidden).
       hidden: width of the embedder.
