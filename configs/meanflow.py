@@ -12,7 +12,6 @@ def get_config(preset: str = ""):
     config.total_steps = 600
     config.model.interval_embeds = True
     config.objective = {"name": "meanflow", "guidance_scales": (2.0, 2.5, 3.0)}
-    config.optimizer.learning_rate = 4e-4
     if preset == "smoke":
         shorten(config)
     return config.lock()

@@ -123,8 +123,12 @@ def student(preset: str = "") -> ConfigDict:
     config.teacher.velocity = "original"
     config.rescale.total_steps = 150
     config.rescale.batch_size = 64
-    config.rescale.learning_rate = 1e-3
+    config.rescale.learning_rate = 3e-4
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 20
+    config.optimizer.frozen = "time_embedder"  # refitted by hand; trained, students collapse
     config.data.examples = 12_800
     return config
 
