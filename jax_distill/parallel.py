@@ -16,6 +16,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(query|key|value|mlp_in|modulation|linear_1)/kernel$", ("embed", "heads")),
     (r"(attention_out|mlp_out|out|linear_2)/kernel$", ("heads", "embed")),
     (r"/kernel$", ("embed", "heads")),
+    (r"token_embedding$", ("embed",)),  # of the text encoders: (vocabulary, width)
     (r"", ()),
 )
 MESH_AXES: Mapping[str, str] = {"embed": "fsdp", "heads": "tensor"}

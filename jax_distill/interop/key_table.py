@@ -2,7 +2,8 @@
 
 A table is data: a list of rules, each a template of their name, a template of our path, and how the
 array is laid out. A `{placeholder}` stands for an index. One that only their name has means that
-our parameter stacks those tensors along its first axis (layers that are scanned).
+our parameter stacks those tensors along its first axis (layers that are scanned). A path with
+several rules is one parameter that they keep under several names (tied tensors).
 """
 
 import re
@@ -59,13 +60,17 @@ class KeyTable:
     `nnx.to_pure_dict` makes them.
     """
 
-    def __init__(self, rules: Iterable[Rule]):
+    def __init__(self, rules: Iterable[Rule], ignored: Iterable[str] = ()):
         """Compiles the rules.
+
+        Args:
+          rules: of every parameter.
+          ignored: names of tensors that may be there but are no parameters.
 
         Raises:
           ValueError: if their name lacks a placeholder of our path, or has two that our path lacks.
         """
-        self.rules = tuple(rules)
+        self.rules, self.ignored = tuple(rules), frozenset(ignored)
         self._patterns = []
         for rule in self.rules:
             pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", re.escape(rule.ours))
@@ -79,7 +84,7 @@ class KeyTable:
 
     def _entries(self, tree: Mapping[Any, Any]) -> Iterator[_Entry]:
         for path, leaf in _leaves(tree):
-            text = "/".join(map(str, path))
+            text, known = "/".join(map(str, path)), False
             for rule, (pattern, axis) in zip(self.rules, self._patterns, strict=True):
                 if match := pattern.fullmatch(text):
                     values = match.groupdict()
@@ -90,8 +95,8 @@ class KeyTable:
                             rule.theirs.format(**values, **{axis: i}) for i in range(len(leaf))
                         ]
                     yield _Entry(path, leaf, names, axis is not None, rule.layout)
-                    break
-            else:
+                    known = True
+            if not known:
                 raise ValueError(f"parameter '{text}' has no rule in the key table.")
 
     def shapes(self, like: Mapping[Any, Any]) -> dict[str, tuple[int, ...]]:
@@ -118,12 +123,13 @@ class KeyTable:
           The tree of `like` with numpy arrays of the types of `state_dict`.
 
         Raises:
-          ValueError: if a tensor is missing, not expected, or of the wrong shape.
+          ValueError: if a tensor is missing, not expected, or of the wrong shape, or if tied ones
+            differ.
         """
         wanted = self.shapes(like)
         if missing := wanted.keys() - state_dict.keys():
             raise ValueError(f"state dict: tensor '{min(missing)}' is missing{_more(missing)}.")
-        if extra := state_dict.keys() - wanted.keys():
+        if extra := state_dict.keys() - wanted.keys() - self.ignored:
             raise ValueError(f"state dict: tensor '{min(extra)}' is not expected{_more(extra)}.")
         for name, shape in wanted.items():
             if tuple(state_dict[name].shape) != shape:
@@ -141,6 +147,11 @@ class KeyTable:
             node = tree
             for key in entry.path[:-1]:
                 node = node.setdefault(key, {})
+            if entry.path[-1] in node and not np.array_equal(node[entry.path[-1]], value):
+                raise ValueError(
+                    f"state dict: tensor '{entry.names[0]}' differs from the one it is tied to;"
+                    f" both are parameter '{'/'.join(map(str, entry.path))}'."
+                )
             node[entry.path[-1]] = value
         return tree
 
