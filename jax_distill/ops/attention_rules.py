@@ -1,0 +1,471 @@
+"""The primitives behind `attention`: four that know each other.
+
+    attention               q, k, v -> output, log-sum-exp
+    attention_with_tangent  q, k, v, dq, dk, dv -> output, log-sum-exp and their tangents
+    attention_tangent       the tangents alone; linear in dq, dk, dv
+    attention_backward      the transpose of that: cotangents of q, k, v
+
+Forward mode turns the first into the second, which needs six matrix products to the first's two.
+Where only q, k, v are known (reverse mode, and rematerialisation), the second comes apart into the
+first and the third, and where its tangents are not used it is the first again; the third is
+transposed to the fourth. So the gradient of a loss of `jax.jvp`'s output and of its tangent,
+stopped, holds one `attention_with_tangent` and one `attention_backward`. What depends on second
+derivatives is plain JAX code: right, not fused, and gone as dead code where nothing uses it.
+
+Which implementation computes a primitive is decided when it is lowered, for the platform that it is
+lowered for.
+"""
+
+import functools
+import logging
+import math
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax._src.dispatch import prim_requires_devices_during_lowering
+from jax.core import ShapedArray
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend.core import DropVar, JaxprEqn, Primitive, Var
+from jax.interpreters import ad, batching, mlir
+from jax.interpreters import partial_eval as pe
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_distill.ops import blocked, flash_jvp_gpu, flash_jvp_tpu
+
+KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # by platform
+IMPLEMENTATIONS: dict[str, ModuleType] = {
+    "blocked": blocked,
+    "pallas_tpu": flash_jvp_tpu,
+    "pallas_gpu": flash_jvp_gpu,
+}
+
+# Axes of what goes in and out: batch, queries n, keys m, heads, channels d and e.
+AXES = {
+    "query": "bnhd",
+    "key": "bmhd",
+    "value": "bmhe",
+    "mask": "bm",
+    "output": "bnhe",
+    "lse": "bhn",
+}
+INPUTS = ("query", "key", "value", "mask")
+TANGENTS = ("query", "key", "value")
+# Primitive: its operands, its results, and its matrix products over d and over e channels.
+SIGNATURES = {
+    "attention": (INPUTS, ("output", "lse"), (1, 1)),
+    "attention_with_tangent": (
+        (*INPUTS, *TANGENTS),
+        ("output", "lse", "output", "lse"),
+        (3, 3),
+    ),
+    "attention_tangent": ((*INPUTS, "output", "lse", *TANGENTS), ("output", "lse"), (3, 2)),
+    "attention_backward": (
+        (*INPUTS, "output", "lse", "output", "lse"),
+        ("query", "key", "value"),
+        (3, 2),
+    ),
+}
+
+_logger = logging.getLogger(__name__)
+
+
+def attention(query, key, value, mask, implementation: str) -> jax.Array:
+    """Binds the first primitive; see `attention.attention`, which checks the arguments."""
+    dtype = jnp.result_type(query, key, value)
+    masks = () if mask is None else (mask,)
+    operands = (query.astype(dtype), key.astype(dtype), value.astype(dtype), *masks)
+    params = {"implementation": implementation, "masked": mask is not None}
+    output, _ = attention_p.bind(*operands, **params)
+    return output.astype(value.dtype)
+
+
+def flops(equation: JaxprEqn) -> int | None:
+    """Operations of the matrix products of one of the primitives; None for any other equation."""
+    signature = SIGNATURES.get(equation.primitive.name)
+    if signature is None:
+        return None
+    query, key, value = (variable.aval.shape for variable in equation.invars[:3])
+    scores = math.prod(query[:-1]) * key[1]
+    over_d, over_e = signature[2]
+    return 2 * scores * (over_d * query[-1] + over_e * value[-1])
+
+
+def _names(primitive: str, masked: bool) -> list[str]:
+    return [name for name in SIGNATURES[primitive][0] if masked or name != "mask"]
+
+
+def _split(operands, masked: bool):
+    """(query, key, value, mask or None), the rest."""
+    if masked:
+        return tuple(operands[:4]), tuple(operands[4:])
+    return (*operands[:3], None), tuple(operands[3:])
+
+
+def _abstract(name: str, *avals, implementation, masked):
+    del implementation
+    names = _names(name, masked)
+    sizes: dict[str, int] = {}
+    dtypes: dict[str, Any] = {}
+    for operand, aval in zip(names, avals):
+        sizes.update(zip(AXES[operand], aval.shape))
+        dtypes[operand] = aval.dtype
+    dtypes["output"] = dtypes["value"]
+    dtypes["lse"] = jnp.promote_types(dtypes["query"], jnp.float32)
+    # Under shard_map, results vary over the mesh axes over which an operand does.
+    like = max(avals, key=lambda aval: len(aval.manual_axis_type.varying))
+
+    def result(kind):
+        shape = tuple(sizes[axis] for axis in AXES[kind])
+        if like.sharding.mesh.empty:
+            return ShapedArray(shape, dtypes[kind])
+        sharding = like.sharding.update(spec=PartitionSpec(*[None] * len(shape)))
+        mat = like.manual_axis_type
+        return ShapedArray(shape, dtypes[kind], sharding=sharding, manual_axis_type=mat)
+
+    return [result(kind) for kind in SIGNATURES[name][1]]
+
+
+@functools.cache
+def _jitted(primitive, **params):
+    return jax.jit(functools.partial(primitive.bind, **params))
+
+
+def _batch(primitive, operands, axes, **params):
+    """vmap: the new axis is merged with the batch."""
+    size = next(x.shape[axis] for x, axis in zip(operands, axes) if axis is not None)
+
+    def merge(x, axis):
+        if axis is None:
+            x = jnp.broadcast_to(x, (size, *x.shape))
+        else:
+            x = jnp.moveaxis(x, axis, 0)
+        return x.reshape(-1, *x.shape[2:])
+
+    results = primitive.bind(*map(merge, operands, axes), **params)
+    return [x.reshape(size, -1, *x.shape[1:]) for x in results], [0] * len(results)
+
+
+def _compute(name: str, module: ModuleType, masked: bool, **options):
+    """The function of an implementation that a primitive stands for."""
+
+    def function(*operands):
+        inputs, rest = _split(operands, masked)
+        if name == "attention":
+            return module.forward(*inputs, **options)
+        if name == "attention_with_tangent":
+            return module.forward_tangent(*inputs, *rest, **options)
+        output, lse, *rest = rest
+        if name == "attention_tangent":
+            return module.forward_tangent(*inputs, *rest, **options)[2:]
+        cotangent, lse_cotangent = rest
+        delta = _delta(output, cotangent, lse_cotangent)
+        return module.backward(*inputs, lse, delta, cotangent, **options)
+
+    return function
+
+
+def _delta(output, cotangent, lse_cotangent):
+    """What is taken from the cotangent of every weight of a row: (B, H, N)."""
+    product = output.astype(lse_cotangent.dtype) * cotangent.astype(lse_cotangent.dtype)
+    return jnp.swapaxes(jnp.sum(product, -1), 1, 2) - lse_cotangent
+
+
+def choose(implementation: str, platform: str, query, key, value) -> tuple[str, bool]:
+    """Which implementation computes, and whether it is interpreted.
+
+    Args:
+      implementation: as asked for.
+      platform: that is lowered for.
+      query, key, value: anything with shape and dtype.
+
+    Raises:
+      ValueError: the implementation does not take these shapes.
+    """
+    wanted = KERNELS.get(platform, "blocked") if implementation == "auto" else implementation
+    if wanted == "blocked":
+        return wanted, False
+    reason = IMPLEMENTATIONS[wanted].unsupported(query, key, value)
+    if reason is None:
+        return wanted, KERNELS.get(platform) != wanted
+    if implementation != "auto":
+        raise ValueError(f"attention: {wanted} {reason}; use implementation='auto' or 'blocked'")
+    _log_once(f"attention: on {platform} 'blocked' in place of {wanted}, which {reason}")
+    return "blocked", False
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    _logger.warning(message)
+
+
+def _lower(primitive, platform, ctx, *operands, implementation, masked):
+    avals = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+    chosen, interpret = choose(implementation, platform, *avals[:3])
+    options = {} if chosen == "blocked" else {"interpret": interpret}
+    function = _compute(primitive.name, IMPLEMENTATIONS[chosen], masked, **options)
+    alone = getattr(ctx.module_context.axis_context, "num_devices", None) == 1
+    if chosen != "blocked" and not interpret and not alone:
+        function = _partitioned(primitive.name, function, masked)
+    return mlir.lower_fun(function, multiple_results=True)(ctx.replace(avals_in=avals), *operands)
+
+
+def _partitioned(name: str, function, masked: bool):
+    """`function` with the rule for automatic sharding: over batch and heads, all tokens on each."""
+    operands, results = _names(name, masked), SIGNATURES[name][1]
+
+    def partition(mesh, arguments, outputs):
+        batch, _, heads, _ = (*arguments[0].sharding.spec, None, None, None, None)[:4]
+        places = {"b": batch, "h": heads}
+
+        def sharding(kind):
+            return NamedSharding(mesh, PartitionSpec(*map(places.get, AXES[kind])))
+
+        del outputs
+        return mesh, function, tuple(map(sharding, results)), tuple(map(sharding, operands))
+
+    def infer(mesh, arguments, outputs):
+        return partition(mesh, arguments, outputs)[2]
+
+    def axes(kinds):
+        return ", ".join(" ".join(AXES[kind]) for kind in kinds)
+
+    split = custom_partitioning(lambda *operands: tuple(function(*operands)))
+    split.def_partition(
+        partition,
+        infer_sharding_from_operands=infer,
+        sharding_rule=f"{axes(operands)} -> {axes(results)}",
+        need_replication_factors=tuple("nmde"),
+    )
+    return split
+
+
+def _make(name: str) -> Primitive:
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(functools.partial(_abstract, name))
+    primitive.def_impl(lambda *operands, **params: _jitted(primitive, **params)(*operands))
+    prim_requires_devices_during_lowering.add(primitive)  # `custom_partitioning` does
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
+    for platform in (None, *KERNELS):
+        rule = functools.partial(_lower, primitive, platform or "this platform")
+        mlir.register_lowering(primitive, rule, platform=platform)
+    return primitive
+
+
+attention_p = _make("attention")
+attention_with_tangent_p = _make("attention_with_tangent")
+attention_tangent_p = _make("attention_tangent")
+attention_backward_p = _make("attention_backward")
+
+
+def _any(tangents) -> bool:
+    return any(type(tangent) is not ad.Zero for tangent in tangents)
+
+
+def _zeros_like(arrays):
+    return [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in arrays]
+
+
+def _instantiated(tangents):
+    return tuple(map(ad.instantiate_zeros, tangents))
+
+
+def _add(one, other):
+    return [ad.add_tangents(x, y) for x, y in zip(one, other)]
+
+
+def _masks(mask):
+    return () if mask is None else (mask,)
+
+
+def _attention_jvp(primals, tangents, *, masked, **params):
+    (*_, mask), _ = _split(primals, masked)
+    results = attention_with_tangent_p.bind(
+        *primals, *_instantiated(tangents[:3]), masked=masked, **params
+    )
+    return results[:2], results[2:]
+
+
+ad.primitive_jvps[attention_p] = _attention_jvp
+
+
+def _attention_with_tangent_jvp(primals, tangents, *, masked, **params):
+    params["masked"] = masked
+    results = attention_with_tangent_p.bind(*primals, **params)
+    inputs, linear = _split(primals, masked)
+    d_inputs, d_linear = _split(tangents, masked)
+    residuals = (*inputs[:3], *_masks(inputs[3]), *results[:2])
+    d_primal, d_tangent = _zeros_like(results[:2]), _zeros_like(results[2:])
+    if _any(d_inputs[:3]):
+        d_inputs = _instantiated(d_inputs[:3])
+        d_primal = attention_tangent_p.bind(*residuals, *d_inputs, **params)
+        d_tangent = _curvature(inputs, results[1], linear, d_inputs, d_primal[1])
+    if _any(d_linear):
+        moved = attention_tangent_p.bind(*residuals, *_instantiated(d_linear), **params)
+        d_tangent = _add(d_tangent, moved)
+    return results, [*d_primal, *d_tangent]
+
+
+ad.primitive_jvps[attention_with_tangent_p] = _attention_with_tangent_jvp
+
+
+def _attention_tangent_jvp(primals, tangents, *, masked, **params):
+    params["masked"] = masked
+    results = attention_tangent_p.bind(*primals, **params)
+    inputs, (_, lse, *linear) = _split(primals, masked)
+    d_inputs, (_, d_lse, *d_linear) = _split(tangents, masked)
+    d_results = _zeros_like(results)
+    if _any((*d_inputs[:3], d_lse)):
+        d_inputs, (d_lse,) = _instantiated(d_inputs[:3]), _instantiated((d_lse,))
+        d_results = _curvature(inputs, lse, linear, d_inputs, d_lse)
+    if _any(d_linear):
+        constants = primals[: -len(linear)]
+        moved = attention_tangent_p.bind(*constants, *_instantiated(d_linear), **params)
+        d_results = _add(d_results, moved)
+    return results, d_results
+
+
+ad.primitive_jvps[attention_tangent_p] = _attention_tangent_jvp
+
+
+def _attention_backward_jvp(primals, tangents, *, masked, **params):
+    results = attention_backward_p.bind(*primals, masked=masked, **params)
+    (query, key, value, mask), rest = _split(primals, masked)
+    (*d_inputs, _), d_rest = _split(tangents, masked)
+
+    def function(query, key, value, *rest):
+        return _plain_backward(query, key, value, mask, *rest)
+
+    d_primals = _instantiated((*d_inputs, *d_rest))
+    return results, jax.jvp(function, (query, key, value, *rest), d_primals)[1]
+
+
+ad.primitive_jvps[attention_backward_p] = _attention_backward_jvp
+
+
+def _attention_tangent_transpose(cotangents, *operands, masked, **params):
+    (*_, lse), linear = operands[:-3], operands[-3:]
+    cotangents = _instantiated(cotangents)
+    gradients = attention_backward_p.bind(*operands[:-3], *cotangents, masked=masked, **params)
+    wanted = [g if ad.is_undefined_primal(x) else None for g, x in zip(gradients, linear)]
+    return [None] * len(operands[:-3]) + wanted
+
+
+ad.primitive_transposes[attention_tangent_p] = _attention_tangent_transpose
+
+
+def _with_tangent_partial_eval(trace, *tracers, masked, **params):
+    """What is known does not wait for its tangents."""
+    params["masked"] = masked
+    inputs, tangents = tracers[:-3], tracers[-3:]
+    known = [tracer.pval.get_known() for tracer in inputs]
+    if any(x is None for x in known) or all(x.is_known() for x in tangents):
+        return trace.default_process_primitive(attention_with_tangent_p, tracers, params)
+    output, lse = attention_p.bind(*known, **params)
+    operands = (*inputs, trace.new_const(output), trace.new_const(lse), *tangents)
+    return [output, lse, *trace.default_process_primitive(attention_tangent_p, operands, params)]
+
+
+pe.custom_partial_eval_rules[attention_with_tangent_p] = _with_tangent_partial_eval
+
+
+def _with_tangent_partial_eval_jaxpr(saveable, unknown, instantiated, equation):
+    """The same for jaxprs, where a policy says what may be kept for the unknown part."""
+    inputs, results = equation.invars[:-3], equation.outvars
+    if not any(unknown):
+        recompute = not _saved(saveable, attention_with_tangent_p, equation)
+        staged = equation if recompute else None
+        needed = _uninstantiated(equation.invars, instantiated) if recompute else []
+        return equation, staged, [False] * 4, [recompute] * 4, needed
+    if any(unknown[:-3]):
+        needed = _uninstantiated(equation.invars, instantiated)
+        return None, equation, [True] * 4, [True] * 4, needed
+    kept = [Var(x.aval) if isinstance(x, DropVar) else x for x in results[:2]]
+    first = equation.replace(primitive=attention_p, invars=inputs, outvars=kept)
+    needed = _uninstantiated(equation.invars, instantiated)
+    if _saved(saveable, attention_p, first):
+        second = equation.replace(
+            primitive=attention_tangent_p,
+            invars=[*inputs, *kept, *equation.invars[-3:]],
+            outvars=results[2:],
+        )
+        return first, second, [False, False, True, True], [False, False, True, True], needed + kept
+    return first, equation, [False, False, True, True], [True] * 4, needed
+
+
+def _saved(saveable, primitive, equation) -> bool:
+    """Whether a policy of `jax.checkpoint` keeps an equation's results; offloading is not taken."""
+    answer = saveable(primitive, *[x.aval for x in equation.invars], **equation.params)
+    return answer is True or type(answer).__name__ == "SaveableType"
+
+
+def _uninstantiated(variables, instantiated):
+    return [x for x, there in zip(variables, instantiated) if isinstance(x, Var) and not there]
+
+
+pe.partial_eval_jaxpr_custom_rules[attention_with_tangent_p] = _with_tangent_partial_eval_jaxpr
+
+
+def _with_tangent_dead_code(used, equation):
+    if not any(used):
+        return [False] * len(equation.invars), None
+    if any(used[2:]):
+        return [True] * len(equation.invars), equation
+    inputs = equation.invars[:-3]
+    without = equation.replace(
+        primitive=attention_p, invars=inputs, outvars=equation.outvars[:2]
+    )
+    return [True] * len(inputs) + [False] * 3, without
+
+
+pe.dce_rules[attention_with_tangent_p] = _with_tangent_dead_code
+
+
+def _curvature(inputs, lse, linear, d_inputs, d_lse):
+    """The tangent's own tangent from q, k, v and log-sum-exp, the given tangents held."""
+    query, key, value, mask = inputs
+
+    def function(query, key, value, lse):
+        return _plain_tangent(query, key, value, mask, lse, *linear)
+
+    return jax.jvp(function, (query, key, value, lse), (*d_inputs, d_lse))[1]
+
+
+def _plain_weights(query, key, mask, lse):
+    scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=lse.dtype)
+    weights = jnp.exp(scores * query.shape[-1] ** -0.5 - lse[..., None])
+    return weights if mask is None else jnp.where(mask[:, None, None, :], weights, 0)
+
+
+def _plain_tangent(query, key, value, mask, lse, d_query, d_key, d_value):
+    def product(spec, x, y):
+        return jnp.einsum(spec, x, y, preferred_element_type=lse.dtype)
+
+    weights = _plain_weights(query, key, mask, lse)
+    d_scores = product("bnhd,bmhd->bhnm", d_query, key) + product("bnhd,bmhd->bhnm", query, d_key)
+    d_scores = d_scores * query.shape[-1] ** -0.5
+    d_lse = jnp.sum(weights * d_scores, -1)
+    d_weights = (weights * (d_scores - d_lse[..., None])).astype(value.dtype)
+    d_output = product("bhnm,bmhe->bnhe", weights.astype(value.dtype), d_value)
+    d_output = d_output + product("bhnm,bmhe->bnhe", d_weights, value)
+    return d_output.astype(value.dtype), d_lse
+
+
+def _plain_backward(query, key, value, mask, output, lse, cotangent, lse_cotangent):
+    def product(spec, x, y):
+        return jnp.einsum(spec, x, y, preferred_element_type=lse.dtype).astype(query.dtype)
+
+    scale = query.shape[-1] ** -0.5
+    weights = _plain_weights(query, key, mask, lse)
+    d_weights = jnp.einsum(
+        "bnhe,bmhe->bhnm", cotangent, value, preferred_element_type=lse.dtype
+    )
+    delta = _delta(output, cotangent, lse_cotangent)
+    d_scores = (weights * (d_weights - delta[..., None])).astype(query.dtype)
+    return (
+        product("bhnm,bmhd->bnhd", d_scores, key) * scale,
+        product("bhnm,bnhd->bmhd", d_scores, query) * scale,
+        product("bhnm,bnhe->bmhe", weights.astype(value.dtype), cotangent),
+    )
