@@ -3,8 +3,6 @@
 The maths is in docs/attention.md, the primitives that make it compose in `attention_rules.py`.
 """
 
-import functools
-import logging
 
 import jax
 import jax.numpy as jnp

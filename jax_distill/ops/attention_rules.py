@@ -1,4 +1,4 @@
-"""The primitives behind `attention`: four that know each other.
+"""The primitives behind `attention`, which know each other.
 
     attention               q, k, v -> output, log-sum-exp
     attention_with_tangent  q, k, v, dq, dk, dv -> output, log-sum-exp and their tangents
@@ -9,8 +9,10 @@ Forward mode turns the first into the second, which needs six matrix products to
 Where only q, k, v are known (reverse mode, and rematerialisation), the second comes apart into the
 first and the third, and where its tangents are not used it is the first again; the third is
 transposed to the fourth. So the gradient of a loss of `jax.jvp`'s output and of its tangent,
-stopped, holds one `attention_with_tangent` and one `attention_backward`. What depends on second
-derivatives is plain JAX code: right, not fused, and gone as dead code where nothing uses it.
+stopped, holds one `attention_with_tangent` and one `attention_backward`. What is left of second
+derivatives is right but not fused: `attention_curvature`, how the tangents move with q, k and v,
+is linear in those moves, so it waits for them, holds no scores, and is dead code where the tangents
+are stopped.
 
 Which implementation computes a primitive is decided when it is lowered, for the platform that it is
 lowered for.
@@ -65,6 +67,11 @@ SIGNATURES = {
         (*INPUTS, "output", "lse", "output", "lse"),
         ("query", "key", "value"),
         (3, 2),
+    ),
+    "attention_curvature": (
+        (*INPUTS, "lse", *TANGENTS, *TANGENTS, "lse"),
+        ("output", "lse"),
+        (7, 3),
     ),
 }
 
@@ -152,6 +159,8 @@ def _compute(name: str, module: ModuleType, masked: bool, **options):
 
     def function(*operands):
         inputs, rest = _split(operands, masked)
+        if name == "attention_curvature":
+            return _plain_curvature(*inputs, *rest)
         if name == "attention":
             return module.forward(*inputs, **options)
         if name == "attention_with_tangent":
@@ -202,6 +211,8 @@ def _log_once(message: str) -> None:
 
 def _lower(primitive, platform, ctx, *operands, implementation, masked):
     avals = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+    if primitive is attention_curvature_p:
+        implementation = "blocked"
     chosen, interpret = choose(implementation, platform, *avals[:3])
     options = {} if chosen == "blocked" else {"interpret": interpret}
     function = _compute(primitive.name, IMPLEMENTATIONS[chosen], masked, **options)
@@ -258,6 +269,7 @@ attention_p = _make("attention")
 attention_with_tangent_p = _make("attention_with_tangent")
 attention_tangent_p = _make("attention_tangent")
 attention_backward_p = _make("attention_backward")
+attention_curvature_p = _make("attention_curvature")
 
 
 def _any(tangents) -> bool:
@@ -281,7 +293,6 @@ def _masks(mask):
 
 
 def _attention_jvp(primals, tangents, *, masked, **params):
-    (*_, mask), _ = _split(primals, masked)
     results = attention_with_tangent_p.bind(
         *primals, *_instantiated(tangents[:3]), masked=masked, **params
     )
@@ -301,7 +312,8 @@ def _attention_with_tangent_jvp(primals, tangents, *, masked, **params):
     if _any(d_inputs[:3]):
         d_inputs = _instantiated(d_inputs[:3])
         d_primal = attention_tangent_p.bind(*residuals, *d_inputs, **params)
-        d_tangent = _curvature(inputs, results[1], linear, d_inputs, d_primal[1])
+        constants = (*residuals[:-2], results[1], *linear)
+        d_tangent = attention_curvature_p.bind(*constants, *d_inputs, d_primal[1], **params)
     if _any(d_linear):
         moved = attention_tangent_p.bind(*residuals, *_instantiated(d_linear), **params)
         d_tangent = _add(d_tangent, moved)
@@ -318,8 +330,9 @@ def _attention_tangent_jvp(primals, tangents, *, masked, **params):
     d_inputs, (_, d_lse, *d_linear) = _split(tangents, masked)
     d_results = _zeros_like(results)
     if _any((*d_inputs[:3], d_lse)):
-        d_inputs, (d_lse,) = _instantiated(d_inputs[:3]), _instantiated((d_lse,))
-        d_results = _curvature(inputs, lse, linear, d_inputs, d_lse)
+        moves = _instantiated((*d_inputs[:3], d_lse))
+        constants = (*inputs[:3], *_masks(inputs[3]), lse, *linear)
+        d_results = attention_curvature_p.bind(*constants, *moves, **params)
     if _any(d_linear):
         constants = primals[: -len(linear)]
         moved = attention_tangent_p.bind(*constants, *_instantiated(d_linear), **params)
@@ -345,12 +358,44 @@ def _attention_backward_jvp(primals, tangents, *, masked, **params):
 ad.primitive_jvps[attention_backward_p] = _attention_backward_jvp
 
 
+def _attention_curvature_jvp(primals, tangents, *, masked, **params):
+    results = attention_curvature_p.bind(*primals, masked=masked, **params)
+    (query, key, value, mask), rest = _split(primals, masked)
+    (*d_inputs, _), d_rest = _split(tangents, masked)
+
+    def function(query, key, value, *rest):
+        return _plain_curvature(query, key, value, mask, *rest)
+
+    d_primals = _instantiated((*d_inputs, *d_rest))
+    return results, jax.jvp(function, (query, key, value, *rest), d_primals)[1]
+
+
+ad.primitive_jvps[attention_curvature_p] = _attention_curvature_jvp
+
+
+def _attention_curvature_transpose(cotangents, *operands, masked, **params):
+    del params
+    constants, moves = operands[:-4], operands[-4:]
+    inputs, rest = _split(constants, masked)
+    (query, key, value, _), (lse, *_) = inputs, rest
+    transpose = jax.linear_transpose(
+        lambda *moves: _plain_curvature(*inputs, *rest, *moves), query, key, value, lse
+    )
+    gradients = transpose(tuple(_instantiated(cotangents)))
+    wanted = [g if ad.is_undefined_primal(x) else None for g, x in zip(gradients, moves)]
+    return [None] * len(constants) + wanted
+
+
+ad.primitive_transposes[attention_curvature_p] = _attention_curvature_transpose
+
+
 def _attention_tangent_transpose(cotangents, *operands, masked, **params):
-    (*_, lse), linear = operands[:-3], operands[-3:]
-    cotangents = _instantiated(cotangents)
-    gradients = attention_backward_p.bind(*operands[:-3], *cotangents, masked=masked, **params)
+    constants, linear = operands[:-3], operands[-3:]
+    gradients = attention_backward_p.bind(
+        *constants, *_instantiated(cotangents), masked=masked, **params
+    )
     wanted = [g if ad.is_undefined_primal(x) else None for g, x in zip(gradients, linear)]
-    return [None] * len(operands[:-3]) + wanted
+    return [None] * len(constants) + wanted
 
 
 ad.primitive_transposes[attention_tangent_p] = _attention_tangent_transpose
@@ -414,23 +459,11 @@ def _with_tangent_dead_code(used, equation):
     if any(used[2:]):
         return [True] * len(equation.invars), equation
     inputs = equation.invars[:-3]
-    without = equation.replace(
-        primitive=attention_p, invars=inputs, outvars=equation.outvars[:2]
-    )
+    without = equation.replace(primitive=attention_p, invars=inputs, outvars=equation.outvars[:2])
     return [True] * len(inputs) + [False] * 3, without
 
 
 pe.dce_rules[attention_with_tangent_p] = _with_tangent_dead_code
-
-
-def _curvature(inputs, lse, linear, d_inputs, d_lse):
-    """The tangent's own tangent from q, k, v and log-sum-exp, the given tangents held."""
-    query, key, value, mask = inputs
-
-    def function(query, key, value, lse):
-        return _plain_tangent(query, key, value, mask, lse, *linear)
-
-    return jax.jvp(function, (query, key, value, lse), (*d_inputs, d_lse))[1]
 
 
 def _plain_weights(query, key, mask, lse):
@@ -453,15 +486,22 @@ def _plain_tangent(query, key, value, mask, lse, d_query, d_key, d_value):
     return d_output.astype(value.dtype), d_lse
 
 
+def _plain_curvature(query, key, value, mask, lse, *rest):
+    linear, moves = rest[:3], rest[3:]
+
+    def function(query, key, value, lse):
+        return _plain_tangent(query, key, value, mask, lse, *linear)
+
+    return jax.jvp(function, (query, key, value, lse), moves)[1]
+
+
 def _plain_backward(query, key, value, mask, output, lse, cotangent, lse_cotangent):
     def product(spec, x, y):
         return jnp.einsum(spec, x, y, preferred_element_type=lse.dtype).astype(query.dtype)
 
     scale = query.shape[-1] ** -0.5
     weights = _plain_weights(query, key, mask, lse)
-    d_weights = jnp.einsum(
-        "bnhe,bmhe->bhnm", cotangent, value, preferred_element_type=lse.dtype
-    )
+    d_weights = jnp.einsum("bnhe,bmhe->bhnm", cotangent, value, preferred_element_type=lse.dtype)
     delta = _delta(output, cotangent, lse_cotangent)
     d_scores = (weights * (d_weights - delta[..., None])).astype(query.dtype)
     return (

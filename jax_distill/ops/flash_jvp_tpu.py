@@ -10,7 +10,6 @@ are moved to (B H, N, D) first. The functions are those of `blocked`.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_distill.ops import online_softmax
 from jax_distill.ops.block_sizes import Blocks, block_sizes
-from jax_distill.ops.online_softmax import LOG2_E, MASKED
+from jax_distill.ops.online_softmax import LOG2_E, MASKED, nn, nt, tn
 
 LANES = 128
 VMEM_BYTES = 64 * 2**20  # what a kernel may use
@@ -42,19 +41,6 @@ def unsupported(query, key, value) -> str | None:
     if tokens * max(width, LANES) * (8 * query.dtype.itemsize + 4) > RESIDENT_BYTES:
         return f"holds one head in VMEM, and {tokens} tokens are too many"
     return None
-
-
-def _dot(x, y, over: tuple[int, int]):
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dimensions = (((over[0],), (over[1],)), ((), ()))
-    return lax.dot_general(
-        x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-_nt = functools.partial(_dot, over=(1, 1))  # (n, d), (m, d) -> (n, m)
-_nn = functools.partial(_dot, over=(1, 0))  # (n, m), (m, d) -> (n, d)
-_tn = functools.partial(_dot, over=(0, 0))  # (n, m), (n, d) -> (m, d)
 
 
 def _as_row(column):
@@ -79,10 +65,10 @@ def _forward_kernel(*refs, masked: bool, chunk: int, scale: float):
     q = query[...]
 
     def body(keys, sums):
-        scores = _nt(q, key[keys, :]) * (LOG2_E * scale)
+        scores = nt(q, key[keys, :]) * (LOG2_E * scale)
         if masked:
             scores = scores + bias[0][:, keys]
-        return online_softmax.add_keys(sums, scores, value[keys, :], _nn)
+        return online_softmax.add_keys(sums, scores, value[keys, :], nn)
 
     empty = online_softmax.empty_sums(q.shape[:1], q.shape[1], jnp.float32)
     sums = _over_chunks(key.shape[0], chunk, body, empty)
@@ -98,12 +84,12 @@ def _forward_tangent_kernel(*refs, masked: bool, chunk: int, scale: float):
 
     def body(keys, sums):
         k = key[keys, :]
-        scores = _nt(q, k) * (LOG2_E * scale)
-        d_scores = (_nt(dq, k) + _nt(q, d_key[keys, :])) * scale
+        scores = nt(q, k) * (LOG2_E * scale)
+        d_scores = (nt(dq, k) + nt(q, d_key[keys, :])) * scale
         if masked:
             scores = scores + bias[0][:, keys]
         return online_softmax.add_keys_with_tangent(
-            *sums, scores, d_scores, value[keys, :], d_value[keys, :], _nn
+            *sums, scores, d_scores, value[keys, :], d_value[keys, :], nn
         )
 
     rows, width = q.shape[:1], q.shape[1]
@@ -133,14 +119,14 @@ def _backward_kernel(*refs, masked: bool, chunk: int, scale: float):
     def body(queries, sums):
         dk, dv = sums
         q, ct = query[queries, :], cotangent[queries, :]
-        scores = _nt(k, q) * (LOG2_E * scale)
+        scores = nt(k, q) * (LOG2_E * scale)
         if masked:
             scores = scores + bias[0][...]
         weights = jnp.exp2(scores - lse[:, queries])
-        dv = dv + _nn(weights.astype(ct.dtype), ct)
-        d_scores = (weights * (_nt(v, ct) - delta[:, queries])).astype(q.dtype)
-        dk = dk + _nn(d_scores, q)
-        d_query_sum[queries, :] += _tn(d_scores, k)
+        dv = dv + nn(weights.astype(ct.dtype), ct)
+        d_scores = (weights * (nt(v, ct) - delta[:, queries])).astype(q.dtype)
+        dk = dk + nn(d_scores, q)
+        d_query_sum[queries, :] += tn(d_scores, k)
         return dk, dv
 
     zeros = jnp.zeros(k.shape, jnp.float32)

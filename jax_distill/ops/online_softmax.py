@@ -14,12 +14,14 @@ Every function works on the last two axes, whatever leads: on blocks within a ke
 A row statistic keeps its axis: (..., n, 1).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 LOG2_E = math.log2(math.e)
 # Added to the scores of masked keys: finite, so that a row whose blocks so far are all masked has
@@ -27,6 +29,20 @@ LOG2_E = math.log2(math.e)
 MASKED = -1e30
 
 Dot = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _product(x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
+    """Product of two blocks within a kernel, in float32 throughout for float32 inputs."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dimensions = (((over[0],), (over[1],)), ((), ()))
+    return lax.dot_general(
+        x, y, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+nt = functools.partial(_product, over=(1, 1))  # (n, d), (m, d) -> (n, m)
+nn = functools.partial(_product, over=(1, 0))  # (n, m), (m, d) -> (n, d)
+tn = functools.partial(_product, over=(0, 0))  # (n, m), (n, d) -> (m, d)
 
 
 class Sums(NamedTuple):
