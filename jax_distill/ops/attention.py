@@ -3,7 +3,6 @@
 The maths is in docs/attention.md, the primitives that make it compose in `attention_rules.py`.
 """
 
-
 import jax
 import jax.numpy as jnp
 

@@ -28,11 +28,10 @@ import jax
 import jax.numpy as jnp
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.core import ShapedArray
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import DropVar, JaxprEqn, Primitive, Var
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jax_distill.ops import blocked, flash_jvp_gpu, flash_jvp_tpu
 
@@ -42,6 +41,8 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "pallas_tpu": flash_jvp_tpu,
     "pallas_gpu": flash_jvp_gpu,
 }
+# Axes of a mesh, by the names that `parallel` gives them, that split batch and heads.
+MESH_AXES = {"b": ("data", "fsdp"), "h": ("tensor",)}
 
 # Axes of what goes in and out: batch, queries n, keys m, heads, channels d and e.
 AXES = {
@@ -162,7 +163,7 @@ def _compute(name: str, module: ModuleType, masked: bool, **options):
         if name == "attention_curvature":
             return _plain_curvature(*inputs, *rest)
         if name == "attention":
-            return module.forward(*inputs, **options)
+            return tuple(module.forward(*inputs, **options))
         if name == "attention_with_tangent":
             return module.forward_tangent(*inputs, *rest, **options)
         output, lse, *rest = rest
@@ -214,42 +215,60 @@ def _lower(primitive, platform, ctx, *operands, implementation, masked):
     if primitive is attention_curvature_p:
         implementation = "blocked"
     chosen, interpret = choose(implementation, platform, *avals[:3])
-    options = {} if chosen == "blocked" else {"interpret": interpret}
+    options = {"interpret": interpret} if chosen != "blocked" else {}
+    wrap = None
+    if chosen != "blocked" and not interpret:
+        try:
+            wrap = _on_each_device(primitive.name, masked, avals, ctx.module_context.axis_context)
+        except ValueError as reason:
+            if implementation != "auto":
+                raise
+            _log_once(f"attention: 'blocked' in place of {chosen}, since {reason}")
+            chosen, options = "blocked", {}
     function = _compute(primitive.name, IMPLEMENTATIONS[chosen], masked, **options)
-    alone = getattr(ctx.module_context.axis_context, "num_devices", None) == 1
-    if chosen != "blocked" and not interpret and not alone:
-        function = _partitioned(primitive.name, function, masked)
+    function = function if wrap is None else wrap(function)
     return mlir.lower_fun(function, multiple_results=True)(ctx.replace(avals_in=avals), *operands)
 
 
-def _partitioned(name: str, function, masked: bool):
-    """`function` with the rule for automatic sharding: over batch and heads, all tokens on each."""
+def _on_each_device(name: str, masked: bool, avals, context):
+    """How a kernel, which no partitioner can split, is applied over a computation's devices.
+
+    Returns:
+      None where it sees one device's arrays already, otherwise a function that puts it under
+      shard_map, with batch and heads split over the axes of the mesh that `MESH_AXES` names.
+
+    Raises:
+      ValueError: the mesh is not known, or partly split by hand.
+    """
+    if isinstance(context, mlir.SPMDAxisContext):
+        if set(context.manual_axes) != set(context.mesh.axis_names):
+            raise ValueError("it is under a shard_map over some axes of the mesh only")
+        return None
+    if getattr(context, "num_devices", 1) == 1:
+        return None
+    mesh = context.abstract_mesh
+    if mesh is None:
+        raise ValueError("it runs on several devices that no NamedSharding gives a mesh")
     operands, results = _names(name, masked), SIGNATURES[name][1]
+    sizes = {}
+    for operand, aval in zip(operands, avals):
+        sizes.update(zip(AXES[operand], aval.shape))
+    places = {}
+    for letter, names in MESH_AXES.items():
+        names = tuple(axis for axis in names if axis in mesh.axis_names)
+        count = math.prod(mesh.shape[axis] for axis in names)
+        places[letter] = names if sizes[letter] % count == 0 else None
 
-    def partition(mesh, arguments, outputs):
-        batch, _, heads, _ = (*arguments[0].sharding.spec, None, None, None, None)[:4]
-        places = {"b": batch, "h": heads}
+    def specs(kinds):
+        return tuple(PartitionSpec(*map(places.get, AXES[kind])) for kind in kinds)
 
-        def sharding(kind):
-            return NamedSharding(mesh, PartitionSpec(*map(places.get, AXES[kind])))
-
-        del outputs
-        return mesh, function, tuple(map(sharding, results)), tuple(map(sharding, operands))
-
-    def infer(mesh, arguments, outputs):
-        return partition(mesh, arguments, outputs)[2]
-
-    def axes(kinds):
-        return ", ".join(" ".join(AXES[kind]) for kind in kinds)
-
-    split = custom_partitioning(lambda *operands: tuple(function(*operands)))
-    split.def_partition(
-        partition,
-        infer_sharding_from_operands=infer,
-        sharding_rule=f"{axes(operands)} -> {axes(results)}",
-        need_replication_factors=tuple("nmde"),
+    return functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=specs(operands),
+        out_specs=specs(results),
+        check_vma=False,
     )
-    return split
 
 
 def _make(name: str) -> Primitive:
@@ -257,7 +276,7 @@ def _make(name: str) -> Primitive:
     primitive.multiple_results = True
     primitive.def_abstract_eval(functools.partial(_abstract, name))
     primitive.def_impl(lambda *operands, **params: _jitted(primitive, **params)(*operands))
-    prim_requires_devices_during_lowering.add(primitive)  # `custom_partitioning` does
+    prim_requires_devices_during_lowering.add(primitive)  # tells the lowering the mesh
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
     for platform in (None, *KERNELS):
         rule = functools.partial(_lower, primitive, platform or "this platform")

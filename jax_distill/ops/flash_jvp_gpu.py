@@ -8,7 +8,6 @@ the same bits. Arrays are read where they lie, (B, N, H, D). The functions are t
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -16,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jax_distill.ops import online_softmax
 from jax_distill.ops.block_sizes import Blocks, block_sizes
-from jax_distill.ops.online_softmax import LOG2_E, MASKED, nn, nt
+from jax_distill.ops.online_softmax import LOG2_E, MASKED, nn, nt, result_of
 
 WIDTHS = (32, 64, 128)
 
@@ -216,9 +215,9 @@ def _forward(query, key, value, mask, tangents, interpret, blocks):
         operands.append(bias[:, None, :])
         specs = [*specs, pl.BlockSpec((None, 1, keys), lambda i, h, b: (b, 0, 0))]
     results = [
-        (jax.ShapeDtypeStruct(operands[0].shape, value.dtype), of_query),
+        (result_of(query, operands[0].shape, value.dtype), of_query),
         (
-            jax.ShapeDtypeStruct((batch, heads, queries, 1), jnp.float32),
+            result_of(query, (batch, heads, queries, 1), jnp.float32),
             _column(blocks.kept),
         ),
     ]
@@ -274,7 +273,7 @@ def backward(
         (keys // blocks.kept, heads, batch),
         [q, k, v, *biases, lse[:, :, None], delta[:, :, None], ct],
         [of_queries, of_key, of_key, *bias_specs, _row(queries), _row(queries), of_queries],
-        [(jax.ShapeDtypeStruct(x.shape, x.dtype), of_key) for x in (k, v)],
+        [(result_of(query, x.shape, x.dtype), of_key) for x in (k, v)],
         blocks,
         interpret,
     )
@@ -291,7 +290,7 @@ def backward(
         (queries // blocks.kept, heads, batch),
         [q, k, v, *biases, lse[..., None], delta[..., None], ct],
         [of_query, of_keys, of_keys, *bias_specs, of_rows, of_rows, of_query],
-        [(jax.ShapeDtypeStruct(q.shape, q.dtype), of_query)],
+        [(result_of(query, q.shape, q.dtype), of_query)],
         blocks,
         interpret,
     )

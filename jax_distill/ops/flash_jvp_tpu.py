@@ -11,7 +11,6 @@ are moved to (B H, N, D) first. The functions are those of `blocked`.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -19,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_distill.ops import online_softmax
 from jax_distill.ops.block_sizes import Blocks, block_sizes
-from jax_distill.ops.online_softmax import LOG2_E, MASKED, nn, nt, tn
+from jax_distill.ops.online_softmax import LOG2_E, MASKED, nn, nt, result_of, tn
 
 LANES = 128
 VMEM_BYTES = 64 * 2**20  # what a kernel may use
@@ -262,8 +261,8 @@ def _forward(query, key, value, mask, tangents, interpret, blocks):
     operands += [arrays.pack(x) for x in tangents]
     specs += [of_query, of_keys, of_keys][: len(tangents)]
     shapes = [
-        jax.ShapeDtypeStruct(operands[0].shape, value.dtype),
-        jax.ShapeDtypeStruct((arrays.batch * arrays.heads, 1, queries), jnp.float32),
+        result_of(query, operands[0].shape, value.dtype),
+        result_of(query, (arrays.batch * arrays.heads, 1, queries), jnp.float32),
     ]
     results = [of_query, arrays.rows(block, walks=True)]
     copies = 2 if tangents else 1
@@ -325,7 +324,7 @@ def backward(
         grid=(arrays.batch, arrays.heads, keys // block),
         in_specs=specs,
         out_specs=[of_queries, of_key, of_key],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:3]],
+        out_shape=[result_of(query, x.shape, x.dtype) for x in operands[:3]],
         scratch_shapes=[pltpu.VMEM((queries, arrays.width), jnp.float32)],
         name="attention_backward",
         **_options(5, query, keys, ("parallel", "parallel", "arbitrary"), interpret),

@@ -45,6 +45,11 @@ nn = functools.partial(_product, over=(1, 0))  # (n, m), (m, d) -> (n, d)
 tn = functools.partial(_product, over=(0, 0))  # (n, m), (n, d) -> (m, d)
 
 
+def result_of(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """Shape and type of a kernel's result, which varies over the mesh as x does."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
 class Sums(NamedTuple):
     """What a query has summed over the keys so far."""
 
