@@ -50,8 +50,8 @@ def expected(masked, *sizes):
 
 
 def relative(found, reference):
-    found = np.asarray(found, np.float64)
-    return np.abs(found - reference).max() / np.abs(reference).max()
+    """Size of the error over the size of what is right, in the Euclidean norm."""
+    return np.linalg.norm(np.asarray(found, np.float64) - reference) / np.linalg.norm(reference)
 
 
 @pytest.mark.parametrize("implementation", FUSED)
@@ -69,13 +69,12 @@ def test_float32(implementation, masked, sizes):
     function = functools.partial(attention, implementation=implementation)
     found = computed(function, made, mask if masked else None, jnp.float32)
     for name, x, reference in zip(NAMES, found, expected(masked, *sizes)):
-        assert relative(x, reference) <= 2e-6, name
+        assert relative(x, reference) <= 1e-6, name
 
 
-@pytest.mark.parametrize("spread", [0.0, 8.0])
-def test_bfloat16_is_as_good_as_plain_attention(spread):
-    """The spread would be lost in rounding if weights were not centred before they are rounded."""
-    sizes = (1, 256, 384, 2, 64, spread)
+def test_bfloat16_is_as_good_as_plain_attention():
+    """The spread would drown the tangent if weights were not centred before they are rounded."""
+    sizes = (1, 256, 384, 2, 64, 8.0)
     made, _ = arrays(*sizes)
     rounded = [np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for x in made]
     with jax.enable_x64(True):
@@ -86,9 +85,7 @@ def test_bfloat16_is_as_good_as_plain_attention(spread):
         found = computed(function, made, None, jnp.bfloat16)
         for name, x, known, exact in zip(NAMES, found, usual, reference):
             assert x.dtype == jnp.bfloat16
-            error = np.sqrt(np.mean(np.square(np.asarray(x, np.float64) - exact)))
-            bound = np.sqrt(np.mean(np.square(np.asarray(known, np.float64) - exact)))
-            assert error <= 1.5 * bound, (implementation, name)
+            assert relative(x, exact) <= 1.5 * relative(known, exact), (implementation, name)
 
 
 def test_blocked_takes_float64_and_values_of_another_width():

@@ -1,6 +1,6 @@
 """The primitives behind `attention`, which know each other.
 
-    attention               q, k, v -> output, log-sum-exp
+    attention               q, k, v -> output, log-sum-exp to base two
     attention_with_tangent  q, k, v, dq, dk, dv -> output, log-sum-exp and their tangents
     attention_tangent       the tangents alone; linear in dq, dk, dv
     attention_backward      the transpose of that: cotangents of q, k, v
@@ -34,6 +34,7 @@ from jax.interpreters import partial_eval as pe
 from jax.sharding import PartitionSpec
 
 from jax_distill.ops import blocked, flash_jvp_gpu, flash_jvp_tpu
+from jax_distill.ops.online_softmax import LOG2_E
 
 KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # by platform
 IMPLEMENTATIONS: dict[str, ModuleType] = {
@@ -179,7 +180,7 @@ def _compute(name: str, module: ModuleType, masked: bool, **options):
 def _delta(output, cotangent, lse_cotangent):
     """What is taken from the cotangent of every weight of a row: (B, H, N)."""
     product = output.astype(lse_cotangent.dtype) * cotangent.astype(lse_cotangent.dtype)
-    return jnp.swapaxes(jnp.sum(product, -1), 1, 2) - lse_cotangent
+    return jnp.swapaxes(jnp.sum(product, -1), 1, 2) - lse_cotangent * LOG2_E
 
 
 def choose(implementation: str, platform: str, query, key, value) -> tuple[str, bool]:
@@ -487,7 +488,7 @@ pe.dce_rules[attention_with_tangent_p] = _with_tangent_dead_code
 
 def _plain_weights(query, key, mask, lse):
     scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=lse.dtype)
-    weights = jnp.exp(scores * query.shape[-1] ** -0.5 - lse[..., None])
+    weights = jnp.exp2(scores * (LOG2_E * query.shape[-1] ** -0.5) - lse[..., None])
     return weights if mask is None else jnp.where(mask[:, None, None, :], weights, 0)
 
 
@@ -498,11 +499,11 @@ def _plain_tangent(query, key, value, mask, lse, d_query, d_key, d_value):
     weights = _plain_weights(query, key, mask, lse)
     d_scores = product("bnhd,bmhd->bhnm", d_query, key) + product("bnhd,bmhd->bhnm", query, d_key)
     d_scores = d_scores * query.shape[-1] ** -0.5
-    d_lse = jnp.sum(weights * d_scores, -1)
-    d_weights = (weights * (d_scores - d_lse[..., None])).astype(value.dtype)
+    mean = jnp.sum(weights * d_scores, -1)
+    d_weights = (weights * (d_scores - mean[..., None])).astype(value.dtype)
     d_output = product("bhnm,bmhe->bnhe", weights.astype(value.dtype), d_value)
     d_output = d_output + product("bhnm,bmhe->bnhe", d_weights, value)
-    return d_output.astype(value.dtype), d_lse
+    return d_output.astype(value.dtype), mean * LOG2_E
 
 
 def _plain_curvature(query, key, value, mask, lse, *rest):

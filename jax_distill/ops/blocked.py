@@ -2,7 +2,7 @@
 
 The three functions that each implementation has (`plain`, `flash_jvp_tpu`, `flash_jvp_gpu`):
 `forward`, `forward_tangent` and `backward`. Arrays are (B, N, H, D); a mask (B, M) is true where a
-key is kept; log-sum-exp and its tangent are (B, H, N).
+key is kept; log-sum-exp, to base two, and its tangent are (B, H, N).
 """
 
 import math
@@ -134,14 +134,14 @@ def backward(query, key, value, mask, lse, delta, cotangent):
     """Cotangents of query, key and value from that of the output.
 
     Weights are made again from the log-sum-exp. `delta` (B, H, N) is rowsum(output * cotangent),
-    less the cotangent of log-sum-exp.
+    less what the cotangent of log-sum-exp adds.
     """
     scale = query.shape[-1] ** -0.5
     keys = (_blocks(key), _blocks(value), _bias_blocks(key, mask))
     queries = (
         _blocks(query),
         _blocks(cotangent),
-        _row_blocks(lse * LOG2_E),
+        _row_blocks(lse),
         _row_blocks(delta),
     )
 

@@ -258,7 +258,7 @@ def backward(
     queries, keys = _padded(query.shape[1], blocks), _padded(key.shape[1], blocks)
     bias = _bias(key, mask, keys)
     q, ct, k, v = _pad(query, queries), _pad(cotangent, queries), _pad(key, keys), _pad(value, keys)
-    lse, delta = _pad_rows(lse * LOG2_E, queries), _pad_rows(delta, queries)
+    lse, delta = _pad_rows(lse, queries), _pad_rows(delta, queries)
     options = {"masked": bias is not None, "block": blocks.looped, "scale": width**-0.5}
 
     of_key = _tokens(blocks.kept, width, walks=True)

@@ -311,7 +311,7 @@ def backward(
     if bias is not None:
         operands.append(bias[:, :, None])
         specs.append(pl.BlockSpec((None, block, 1), lambda b, h, i: (b, i, 0)))
-    operands += [arrays.pack_rows(lse * LOG2_E), arrays.pack_rows(delta), arrays.pack(cotangent)]
+    operands += [arrays.pack_rows(lse), arrays.pack_rows(delta), arrays.pack(cotangent)]
     specs += [of_rows, of_rows, of_queries]
     kernel = functools.partial(
         _backward_kernel,

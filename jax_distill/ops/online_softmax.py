@@ -8,7 +8,8 @@ arXiv:2307.08691), and o = O / l.
 The tangent adds, with ds = (dq k' + q dk') / sqrt(D), the running mean c = sum p ds / l of the
 score tangents and T = sum p dv + sum p (ds - c) v. A block that moves the mean by e moves T by
 -e O, so T / l is do = p dv + p (ds - rowsum(p ds)) v at any time, centred as it is summed: nothing
-large cancels when p (ds - c) is rounded to bfloat16, and c ends as the tangent of log-sum-exp.
+large cancels when p (ds - c) is rounded to bfloat16, and c ends as the tangent of log-sum-exp, up
+to the change of base.
 
 Every function works on the last two axes, whatever leads: on blocks within a kernel and on batches.
 A row statistic keeps its axis: (..., n, 1).
@@ -120,11 +121,14 @@ def _rescale(sums: Sums, scores: jax.Array):
 
 
 def finish(sums: Sums) -> tuple[jax.Array, jax.Array]:
-    """Output (..., n, d) and log-sum-exp (..., n, 1) of the scores, to base e."""
-    log_sum_exp = (sums.maximum + jnp.log2(sums.normalizer)) * (1 / LOG2_E)
-    return sums.output / sums.normalizer, log_sum_exp
+    """Output (..., n, d) and log-sum-exp (..., n, 1) of the scores.
+
+    Log-sum-exp stays to base two as well: changing base would round it twice more, and every
+    weight that the backward pass makes from it has its error.
+    """
+    return sums.output / sums.normalizer, sums.maximum + jnp.log2(sums.normalizer)
 
 
 def finish_tangent(sums: Sums, tangent_sums: TangentSums) -> tuple[jax.Array, jax.Array]:
     """Their tangents."""
-    return tangent_sums.tangent / sums.normalizer, tangent_sums.mean
+    return tangent_sums.tangent / sums.normalizer, tangent_sums.mean * LOG2_E
