@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from jax_distill.ops import attention_rules, flash_jvp_gpu, flash_jvp_tpu
+from jax_distill.ops import attention_lowering, flash_jvp_gpu, flash_jvp_tpu
 from jax_distill.ops.attention import attention, plain
 from jax_distill.ops.block_sizes import KERNELS, Blocks, block_sizes
 
@@ -171,7 +171,7 @@ def accuracy() -> None:
                 exact = jax.tree.leaves(jax.jit(case_of("step", plain))(*exact))
                 exact = [np.asarray(x) for x in exact]
             errors = {}
-            for name in ("xla", *attention_rules.IMPLEMENTATIONS):
+            for name in ("xla", *attention_lowering.IMPLEMENTATIONS):
                 function = functools.partial(attention, implementation=name)
                 found = jax.tree.leaves(jax.jit(case_of("step", function))(*arguments))
                 errors[name] = [

@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec
 
 from jax_distill import flops, parallel
 from jax_distill.flops import count_flops
-from jax_distill.ops import attention_rules
+from jax_distill.ops import attention_formulas, attention_lowering, attention_rules
 from jax_distill.ops.attention import attention, plain
+from jax_distill.ops.attention_signatures import SIGNATURES
 
 BATCH, TOKENS, HEADS, WIDTH, LAYERS = 2, 6, 2, 4, 2
 PRODUCT = 2 * BATCH * HEADS * TOKENS * TOKENS * WIDTH
@@ -54,7 +55,7 @@ def executed(function, *arguments):
     def add(jaxpr, times):
         for equation in jaxpr.eqns:
             name = equation.primitive.name
-            if name in (*attention_rules.SIGNATURES, "dot_general"):
+            if name in (*SIGNATURES, "dot_general"):
                 counts[name] += times
             inner = times * (equation.params["length"] if name == "scan" else 1)
             for body in flops._jaxprs(equation.params):
@@ -215,8 +216,8 @@ def test_under_shard_map(implementation):
 
 
 def test_the_mesh_axes_are_those_of_parallel():
-    assert attention_rules.MESH_AXES["b"] == parallel.BATCH[0]
-    assert attention_rules.MESH_AXES["h"] == (parallel.MESH_AXES["heads"],)
+    assert attention_lowering.MESH_AXES["b"] == parallel.BATCH[0]
+    assert attention_lowering.MESH_AXES["h"] == (parallel.MESH_AXES["heads"],)
 
 
 def test_flops():
@@ -254,7 +255,7 @@ def test_flops_of_the_curvature():
         return bind(*operands, implementation="blocked", masked=False)
 
     def written_out(*operands):
-        return attention_rules._plain_curvature(*operands[:3], None, *operands[3:])
+        return attention_formulas.curvature(*operands[:3], None, *operands[3:])
 
     assert count_flops(fused, *operands) == count_flops(written_out, *operands) == 10 * PRODUCT
 
@@ -287,7 +288,7 @@ def test_auto_is_plain_for_few_tokens_and_blocked_on_cpus():
 
 
 def test_auto_falls_back_with_one_log_line(caplog):
-    attention_rules._log_once.cache_clear()
+    attention_lowering._log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert "triton" not in lowered("cuda", width=80)
     assert [record.message for record in caplog.records] == [

@@ -6,9 +6,9 @@ The maths is in docs/attention.md, the primitives that make it compose in `atten
 import jax
 import jax.numpy as jnp
 
-from jax_distill.ops import attention_rules
+from jax_distill.ops import attention_lowering, attention_rules
 
-IMPLEMENTATIONS = ("auto", "xla", *attention_rules.IMPLEMENTATIONS)
+IMPLEMENTATIONS = ("auto", "xla", *attention_lowering.IMPLEMENTATIONS)
 # Up to this many scores a head the score matrix costs less than what avoids it.
 PLAIN_SCORES = 512 * 512
 

@@ -13,15 +13,10 @@ stopped, holds one `attention_with_tangent` and one `attention_backward`. What i
 derivatives is right but not fused: `attention_curvature`, how the tangents move with q, k and v,
 is linear in those moves, so it waits for them, holds no scores, and is dead code where the tangents
 are stopped.
-
-Which implementation computes a primitive is decided when it is lowered, for the platform that it is
-lowered for.
 """
 
 import functools
-import logging
 import math
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -33,51 +28,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 from jax.sharding import PartitionSpec
 
-from jax_distill.ops import blocked, flash_jvp_gpu, flash_jvp_tpu
-from jax_distill.ops.online_softmax import LOG2_E
-
-KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # by platform
-IMPLEMENTATIONS: dict[str, ModuleType] = {
-    "blocked": blocked,
-    "pallas_tpu": flash_jvp_tpu,
-    "pallas_gpu": flash_jvp_gpu,
-}
-# Axes of a mesh, by the names that `parallel` gives them, that split batch and heads.
-MESH_AXES = {"b": ("data", "fsdp"), "h": ("tensor",)}
-
-# Axes of what goes in and out: batch, queries n, keys m, heads, channels d and e.
-AXES = {
-    "query": "bnhd",
-    "key": "bmhd",
-    "value": "bmhe",
-    "mask": "bm",
-    "output": "bnhe",
-    "lse": "bhn",
-}
-INPUTS = ("query", "key", "value", "mask")
-TANGENTS = ("query", "key", "value")
-# Primitive: its operands, its results, and its matrix products over d and over e channels.
-SIGNATURES = {
-    "attention": (INPUTS, ("output", "lse"), (1, 1)),
-    "attention_with_tangent": (
-        (*INPUTS, *TANGENTS),
-        ("output", "lse", "output", "lse"),
-        (3, 3),
-    ),
-    "attention_tangent": ((*INPUTS, "output", "lse", *TANGENTS), ("output", "lse"), (3, 2)),
-    "attention_backward": (
-        (*INPUTS, "output", "lse", "output", "lse"),
-        ("query", "key", "value"),
-        (3, 2),
-    ),
-    "attention_curvature": (
-        (*INPUTS, "lse", *TANGENTS, *TANGENTS, "lse"),
-        ("output", "lse"),
-        (7, 3),
-    ),
-}
-
-_logger = logging.getLogger(__name__)
+from jax_distill.ops import attention_formulas, attention_lowering
+from jax_distill.ops.attention_signatures import AXES, SIGNATURES, operand_names, split_operands
 
 
 def attention(query, key, value, mask, implementation: str) -> jax.Array:
@@ -101,20 +53,9 @@ def flops(equation: JaxprEqn) -> int | None:
     return 2 * scores * (over_d * query[-1] + over_e * value[-1])
 
 
-def _names(primitive: str, masked: bool) -> list[str]:
-    return [name for name in SIGNATURES[primitive][0] if masked or name != "mask"]
-
-
-def _split(operands, masked: bool):
-    """(query, key, value, mask or None), the rest."""
-    if masked:
-        return tuple(operands[:4]), tuple(operands[4:])
-    return (*operands[:3], None), tuple(operands[3:])
-
-
 def _abstract(name: str, *avals, implementation, masked):
     del implementation
-    names = _names(name, masked)
+    names = operand_names(name, masked)
     sizes: dict[str, int] = {}
     dtypes: dict[str, Any] = {}
     for operand, aval in zip(names, avals):
@@ -156,122 +97,6 @@ def _batch(primitive, operands, axes, **params):
     return [x.reshape(size, -1, *x.shape[1:]) for x in results], [0] * len(results)
 
 
-def _compute(name: str, module: ModuleType, masked: bool, **options):
-    """The function of an implementation that a primitive stands for."""
-
-    def function(*operands):
-        inputs, rest = _split(operands, masked)
-        if name == "attention_curvature":
-            return _plain_curvature(*inputs, *rest)
-        if name == "attention":
-            return tuple(module.forward(*inputs, **options))
-        if name == "attention_with_tangent":
-            return module.forward_tangent(*inputs, *rest, **options)
-        output, lse, *rest = rest
-        if name == "attention_tangent":
-            return module.forward_tangent(*inputs, *rest, **options)[2:]
-        cotangent, lse_cotangent = rest
-        delta = _delta(output, cotangent, lse_cotangent)
-        return module.backward(*inputs, lse, delta, cotangent, **options)
-
-    return function
-
-
-def _delta(output, cotangent, lse_cotangent):
-    """What is taken from the cotangent of every weight of a row: (B, H, N)."""
-    product = output.astype(lse_cotangent.dtype) * cotangent.astype(lse_cotangent.dtype)
-    return jnp.swapaxes(jnp.sum(product, -1), 1, 2) - lse_cotangent * LOG2_E
-
-
-def choose(implementation: str, platform: str, query, key, value) -> tuple[str, bool]:
-    """Which implementation computes, and whether it is interpreted.
-
-    Args:
-      implementation: as asked for.
-      platform: that is lowered for.
-      query, key, value: anything with shape and dtype.
-
-    Raises:
-      ValueError: the implementation does not take these shapes.
-    """
-    wanted = KERNELS.get(platform, "blocked") if implementation == "auto" else implementation
-    if wanted == "blocked":
-        return wanted, False
-    reason = IMPLEMENTATIONS[wanted].unsupported(query, key, value)
-    if reason is None:
-        return wanted, KERNELS.get(platform) != wanted
-    if implementation != "auto":
-        raise ValueError(f"attention: {wanted} {reason}; use implementation='auto' or 'blocked'")
-    _log_once(f"attention: on {platform} 'blocked' in place of {wanted}, which {reason}")
-    return "blocked", False
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    _logger.warning(message)
-
-
-def _lower(primitive, platform, ctx, *operands, implementation, masked):
-    avals = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-    if primitive is attention_curvature_p:
-        implementation = "blocked"
-    chosen, interpret = choose(implementation, platform, *avals[:3])
-    options = {"interpret": interpret} if chosen != "blocked" else {}
-    wrap = None
-    if chosen != "blocked" and not interpret:
-        try:
-            wrap = _on_each_device(primitive.name, masked, avals, ctx.module_context.axis_context)
-        except ValueError as reason:
-            if implementation != "auto":
-                raise
-            _log_once(f"attention: 'blocked' in place of {chosen}, since {reason}")
-            chosen, options = "blocked", {}
-    function = _compute(primitive.name, IMPLEMENTATIONS[chosen], masked, **options)
-    function = function if wrap is None else wrap(function)
-    return mlir.lower_fun(function, multiple_results=True)(ctx.replace(avals_in=avals), *operands)
-
-
-def _on_each_device(name: str, masked: bool, avals, context):
-    """How a kernel, which no partitioner can split, is applied over a computation's devices.
-
-    Returns:
-      None where it sees one device's arrays already, otherwise a function that puts it under
-      shard_map, with batch and heads split over the axes of the mesh that `MESH_AXES` names.
-
-    Raises:
-      ValueError: the mesh is not known, or partly split by hand.
-    """
-    if isinstance(context, mlir.SPMDAxisContext):
-        if set(context.manual_axes) != set(context.mesh.axis_names):
-            raise ValueError("it is under a shard_map over some axes of the mesh only")
-        return None
-    if getattr(context, "num_devices", 1) == 1:
-        return None
-    mesh = context.abstract_mesh
-    if mesh is None:
-        raise ValueError("it runs on several devices that no NamedSharding gives a mesh")
-    operands, results = _names(name, masked), SIGNATURES[name][1]
-    sizes = {}
-    for operand, aval in zip(operands, avals):
-        sizes.update(zip(AXES[operand], aval.shape))
-    places = {}
-    for letter, names in MESH_AXES.items():
-        names = tuple(axis for axis in names if axis in mesh.axis_names)
-        count = math.prod(mesh.shape[axis] for axis in names)
-        places[letter] = names if sizes[letter] % count == 0 else None
-
-    def specs(kinds):
-        return tuple(PartitionSpec(*map(places.get, AXES[kind])) for kind in kinds)
-
-    return functools.partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=specs(operands),
-        out_specs=specs(results),
-        check_vma=False,
-    )
-
-
 def _make(name: str) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -279,8 +104,8 @@ def _make(name: str) -> Primitive:
     primitive.def_impl(lambda *operands, **params: _jitted(primitive, **params)(*operands))
     prim_requires_devices_during_lowering.add(primitive)  # tells the lowering the mesh
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
-    for platform in (None, *KERNELS):
-        rule = functools.partial(_lower, primitive, platform or "this platform")
+    for platform in (None, *attention_lowering.KERNELS):
+        rule = functools.partial(attention_lowering.lower, name, platform or "this platform")
         mlir.register_lowering(primitive, rule, platform=platform)
     return primitive
 
@@ -325,8 +150,8 @@ ad.primitive_jvps[attention_p] = _attention_jvp
 def _attention_with_tangent_jvp(primals, tangents, *, masked, **params):
     params["masked"] = masked
     results = attention_with_tangent_p.bind(*primals, **params)
-    inputs, linear = _split(primals, masked)
-    d_inputs, d_linear = _split(tangents, masked)
+    inputs, linear = split_operands(primals, masked)
+    d_inputs, d_linear = split_operands(tangents, masked)
     residuals = (*inputs[:3], *_masks(inputs[3]), *results[:2])
     d_primal, d_tangent = _zeros_like(results[:2]), _zeros_like(results[2:])
     if _any(d_inputs[:3]):
@@ -346,8 +171,8 @@ ad.primitive_jvps[attention_with_tangent_p] = _attention_with_tangent_jvp
 def _attention_tangent_jvp(primals, tangents, *, masked, **params):
     params["masked"] = masked
     results = attention_tangent_p.bind(*primals, **params)
-    inputs, (_, lse, *linear) = _split(primals, masked)
-    d_inputs, (_, d_lse, *d_linear) = _split(tangents, masked)
+    inputs, (_, lse, *linear) = split_operands(primals, masked)
+    d_inputs, (_, d_lse, *d_linear) = split_operands(tangents, masked)
     d_results = _zeros_like(results)
     if _any((*d_inputs[:3], d_lse)):
         moves = _instantiated((*d_inputs[:3], d_lse))
@@ -365,11 +190,11 @@ ad.primitive_jvps[attention_tangent_p] = _attention_tangent_jvp
 
 def _attention_backward_jvp(primals, tangents, *, masked, **params):
     results = attention_backward_p.bind(*primals, masked=masked, **params)
-    (query, key, value, mask), rest = _split(primals, masked)
-    (*d_inputs, _), d_rest = _split(tangents, masked)
+    (query, key, value, mask), rest = split_operands(primals, masked)
+    (*d_inputs, _), d_rest = split_operands(tangents, masked)
 
     def function(query, key, value, *rest):
-        return _plain_backward(query, key, value, mask, *rest)
+        return attention_formulas.backward(query, key, value, mask, *rest)
 
     d_primals = _instantiated((*d_inputs, *d_rest))
     return results, jax.jvp(function, (query, key, value, *rest), d_primals)[1]
@@ -380,11 +205,11 @@ ad.primitive_jvps[attention_backward_p] = _attention_backward_jvp
 
 def _attention_curvature_jvp(primals, tangents, *, masked, **params):
     results = attention_curvature_p.bind(*primals, masked=masked, **params)
-    (query, key, value, mask), rest = _split(primals, masked)
-    (*d_inputs, _), d_rest = _split(tangents, masked)
+    (query, key, value, mask), rest = split_operands(primals, masked)
+    (*d_inputs, _), d_rest = split_operands(tangents, masked)
 
     def function(query, key, value, *rest):
-        return _plain_curvature(query, key, value, mask, *rest)
+        return attention_formulas.curvature(query, key, value, mask, *rest)
 
     d_primals = _instantiated((*d_inputs, *d_rest))
     return results, jax.jvp(function, (query, key, value, *rest), d_primals)[1]
@@ -396,10 +221,10 @@ ad.primitive_jvps[attention_curvature_p] = _attention_curvature_jvp
 def _attention_curvature_transpose(cotangents, *operands, masked, **params):
     del params
     constants, moves = operands[:-4], operands[-4:]
-    inputs, rest = _split(constants, masked)
+    inputs, rest = split_operands(constants, masked)
     (query, key, value, _), (lse, *_) = inputs, rest
     transpose = jax.linear_transpose(
-        lambda *moves: _plain_curvature(*inputs, *rest, *moves), query, key, value, lse
+        lambda *moves: attention_formulas.curvature(*inputs, *rest, *moves), query, key, value, lse
     )
     gradients = transpose(tuple(_instantiated(cotangents)))
     wanted = [g if ad.is_undefined_primal(x) else None for g, x in zip(gradients, moves)]
@@ -484,48 +309,3 @@ def _with_tangent_dead_code(used, equation):
 
 
 pe.dce_rules[attention_with_tangent_p] = _with_tangent_dead_code
-
-
-def _plain_weights(query, key, mask, lse):
-    scores = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=lse.dtype)
-    weights = jnp.exp2(scores * (LOG2_E * query.shape[-1] ** -0.5) - lse[..., None])
-    return weights if mask is None else jnp.where(mask[:, None, None, :], weights, 0)
-
-
-def _plain_tangent(query, key, value, mask, lse, d_query, d_key, d_value):
-    def product(spec, x, y):
-        return jnp.einsum(spec, x, y, preferred_element_type=lse.dtype)
-
-    weights = _plain_weights(query, key, mask, lse)
-    d_scores = product("bnhd,bmhd->bhnm", d_query, key) + product("bnhd,bmhd->bhnm", query, d_key)
-    d_scores = d_scores * query.shape[-1] ** -0.5
-    mean = jnp.sum(weights * d_scores, -1)
-    d_weights = (weights * (d_scores - mean[..., None])).astype(value.dtype)
-    d_output = product("bhnm,bmhe->bnhe", weights.astype(value.dtype), d_value)
-    d_output = d_output + product("bhnm,bmhe->bnhe", d_weights, value)
-    return d_output.astype(value.dtype), mean * LOG2_E
-
-
-def _plain_curvature(query, key, value, mask, lse, *rest):
-    linear, moves = rest[:3], rest[3:]
-
-    def function(query, key, value, lse):
-        return _plain_tangent(query, key, value, mask, lse, *linear)
-
-    return jax.jvp(function, (query, key, value, lse), moves)[1]
-
-
-def _plain_backward(query, key, value, mask, output, lse, cotangent, lse_cotangent):
-    def product(spec, x, y):
-        return jnp.einsum(spec, x, y, preferred_element_type=lse.dtype).astype(query.dtype)
-
-    scale = query.shape[-1] ** -0.5
-    weights = _plain_weights(query, key, mask, lse)
-    d_weights = jnp.einsum("bnhe,bmhe->bhnm", cotangent, value, preferred_element_type=lse.dtype)
-    delta = _delta(output, cotangent, lse_cotangent)
-    d_scores = (weights * (d_weights - delta[..., None])).astype(query.dtype)
-    return (
-        product("bhnm,bmhd->bnhd", d_scores, key) * scale,
-        product("bhnm,bnhd->bmhd", d_scores, query) * scale,
-        product("bhnm,bnhe->bmhe", weights.astype(value.dtype), cotangent),
-    )
