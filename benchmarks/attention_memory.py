@@ -38,13 +38,16 @@ _TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "TPU to compile for.")
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["auto", "xla"], "Of attention.")
 _STEP = flags.DEFINE_bool("step", False, "The whole training step in place of one attention.")
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "Image tokens of the step; 4096 are 1024 pixels.")
+_LAYERS = flags.DEFINE_list("layers", ["8", "38"], "Double and single blocks of the step.")
+_CHIPS = flags.DEFINE_integer("chips", 0, "Chips of the topology to use; 0 for all.")
 TEXT_TOKENS = 256
 
 
 def devices():
     name = _TOPOLOGY.value
     bounds = {"chips_per_host_bounds": [1, 1, 1]} if name.endswith("1x1") else {}
-    return topologies.get_topology_desc(name, platform="tpu", **bounds).devices
+    found = topologies.get_topology_desc(name, platform="tpu", **bounds).devices
+    return found[: _CHIPS.value or None]
 
 
 def attention_case(implementation: str, device):
@@ -69,9 +72,10 @@ def step_case(implementation: str, devices):
     shape = (1, len(devices), 1)
     axis_types = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh(shape, parallel.AXES, devices=devices, axis_types=axis_types)
+    double, single = map(int, _LAYERS.value)
     model = mmdit.MMDiTConfig(
-        num_layers=8,
-        num_single_layers=38,
+        num_layers=double,
+        num_single_layers=single,
         guidance_embeds=True,
         time_scale=1.0,
         remat="full",
@@ -122,6 +126,7 @@ def main(argv):
             "benchmark": "flux_lite_scm_step_memory" if _STEP.value else "attention_memory",
             "implementation": implementation,
             "topology": _TOPOLOGY.value,
+            "chips": len(found) if _STEP.value else 1,
             "tokens": TEXT_TOKENS + _TOKENS.value if _STEP.value else 4352,
             "flops": count_flops(step, *arguments),
         }
