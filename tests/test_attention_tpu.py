@@ -17,6 +17,7 @@ pytest.importorskip("libtpu", reason="the TPU compiler is part of jax[tpu]")
 @functools.cache
 def devices(topology):
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # by tests in parallel
     bounds = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith("1x1") else {}
     return topologies.get_topology_desc(topology, platform="tpu", **bounds).devices
 
