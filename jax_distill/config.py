@@ -64,6 +64,7 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
                 "time_scale": 1000.0,
                 "interval_embeds": False,
                 "remat": "none",
+                "attention": "auto",  # or "xla", "blocked", "pallas_tpu", "pallas_gpu"
             },
             "autoencoder": {
                 "latent_channels": 16,

@@ -8,6 +8,8 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from jax_distill.ops import attention_rules
+
 
 def count_flops(fn: Callable, *args: Any) -> int:
     """Floating point operations of the matrix products and convolutions in `fn(*args)`.
@@ -16,7 +18,7 @@ def count_flops(fn: Callable, *args: Any) -> int:
     `cost_analysis`; of the branches of a `cond` the most expensive one counts; a rematerialised
     block counts each time it is run. What does not reach an output is left out, as compilers do,
     but equal computations that are written twice count twice. Element-wise operations count
-    nothing.
+    nothing. Attention counts the products that its formulas have, whatever computes it.
 
     Args:
       fn: any function of pytrees of arrays that JAX can trace; it is not run.
@@ -40,6 +42,9 @@ def _flops(jaxpr: core.Jaxpr) -> int:
 
 def _equation_flops(equation: core.JaxprEqn) -> int:
     name, params = equation.primitive.name, equation.params
+    attention = attention_rules.flops(equation)
+    if attention is not None:
+        return attention
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         shape = equation.invars[0].aval.shape

@@ -21,7 +21,7 @@ from flax import nnx
 
 from jax_distill.flow import Network, Text
 from jax_distill.models.binding import binder, parameters
-from jax_distill.ops.attention import attention
+from jax_distill.ops.attention import IMPLEMENTATIONS, attention
 
 TIME_FREQUENCIES = 256  # channels of the sinusoidal features of time, guidance and interval
 MLP_RATIO = 4
@@ -40,7 +40,7 @@ class MMDiTConfig:
 
     `time_scale` multiplies t before it is embedded: 1000 for FLUX, 1 once rescaled (see
     `objectives/time_rescale.py`). `interval_embeds` adds the second time embedder that MeanFlow and
-    IMM feed with t - s.
+    IMM feed with t - s. `attention` is an implementation of `ops.attention`.
     """
 
     in_channels: int = 64
@@ -56,6 +56,7 @@ class MMDiTConfig:
     time_scale: float = 1000.0
     interval_embeds: bool = False
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         object.__setattr__(self, "axes_dims_rope", tuple(self.axes_dims_rope))
@@ -68,6 +69,9 @@ class MMDiTConfig:
             raise ValueError(f"axes_dims_rope: {self.axes_dims_rope} must all be even")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat: {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
+        if self.attention not in IMPLEMENTATIONS:
+            known = ", ".join(IMPLEMENTATIONS)
+            raise ValueError(f"attention: {self.attention!r} is not one of {known}")
 
     @property
     def hidden_size(self) -> int:
@@ -187,9 +191,16 @@ class Heads(nnx.Module):
         return self.query_norm(query), self.key_norm(key), value
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, rotary: jax.Array) -> jax.Array:
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    rotary: jax.Array,
+    implementation: str = "auto",
+) -> jax.Array:
     """Attention over rotated queries and keys; heads merged: (B, N, H, D) -> (B, N, H D)."""
-    out = attention(rotate(query, rotary), rotate(key, rotary), value)
+    query, key = rotate(query, rotary), rotate(key, rotary)
+    out = attention(query, key, value, implementation=implementation)
     return out.reshape(*out.shape[:2], -1)
 
 
@@ -216,6 +227,7 @@ class DoubleBlock(nnx.Module):
     """Text and image streams with their own weights and one joint attention."""
 
     def __init__(self, config: MMDiTConfig, layers: Layers):
+        self.attention = config.attention
         self.image = Stream(config, layers)
         self.text = Stream(config, layers)
 
@@ -228,7 +240,7 @@ class DoubleBlock(nnx.Module):
         text_heads = self.text.heads(modulate(text, *text_modulation[:2]))
         image_heads = self.image.heads(modulate(image, *image_modulation[:2]))
         joint = [jnp.concatenate(pair, axis=1) for pair in zip(text_heads, image_heads)]
-        attended = attend(*joint, rotary)
+        attended = attend(*joint, rotary, self.attention)
         tokens = text.shape[1]
         image = self.image.finish(image, attended[:, tokens:], image_modulation)
         text = self.text.finish(text, attended[:, :tokens], text_modulation)
@@ -240,6 +252,7 @@ class SingleBlock(nnx.Module):
 
     def __init__(self, config: MMDiTConfig, layers: Layers):
         width = config.hidden_size
+        self.attention = config.attention
         self.modulation = layers.linear(width, 3 * width, zero=True)
         self.heads = Heads(config, layers)
         self.mlp_in = layers.linear(width, MLP_RATIO * width)
@@ -248,7 +261,7 @@ class SingleBlock(nnx.Module):
     def __call__(self, x: jax.Array, embedding: jax.Array, rotary: jax.Array) -> jax.Array:
         shift, scale, gate = jnp.split(self.modulation(nnx.silu(embedding)), 3, axis=-1)
         normalised = modulate(x, shift, scale)
-        attended = attend(*self.heads(normalised), rotary)
+        attended = attend(*self.heads(normalised), rotary, self.attention)
         hidden = gelu(self.mlp_in(normalised))
         return x + gate[:, None] * self.out(jnp.concatenate([attended, hidden], axis=-1))
 

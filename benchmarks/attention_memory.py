@@ -1,0 +1,156 @@
+"""Memory of attention and of the whole FLUX.1-lite sCM step on TPUs, from the TPU compiler.
+
+    python benchmarks/attention_memory.py [--topology=v5e:1x1] [--implementations=auto,xla]
+    python benchmarks/attention_memory.py --step --topology=v5e:8x8 [--tokens=4096]
+
+Needs libtpu (`pip install jax[tpu]`) and no TPU. Without --step it compiles one attention of 24
+heads of 128 channels over 4352 tokens, jax.jvp of it and the gradient beside the stopped tangent;
+with it, the training step of FLUX.1-lite-8B, one sample a chip, full rematerialisation, in bfloat16
+with float32 parameters, their average, and AdamW's moments sharded over all chips. One JSON line
+each; `ratio` is to the temporaries of the last implementation.
+"""
+
+import functools
+import json
+import os
+import time
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from jax_distill import config as configuration
+from jax_distill import parallel, train
+from jax_distill.flops import count_flops
+from jax_distill.flow import Text
+from jax_distill.models import mmdit
+from jax_distill.objectives.objective import Batch
+from jax_distill.objectives.scm import SCM
+from jax_distill.objectives.teacher import embedded_guidance
+from jax_distill.ops.attention import attention
+from jax_distill.optimizer import make_optimizer
+
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "TPU to compile for.")
+_IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["auto", "xla"], "Of attention.")
+_STEP = flags.DEFINE_bool("step", False, "The whole training step in place of one attention.")
+_TOKENS = flags.DEFINE_integer("tokens", 4096, "Image tokens of the step; 4096 are 1024 pixels.")
+_LAYERS = flags.DEFINE_list("layers", ["8", "38"], "Double and single blocks of the step.")
+_CHIPS = flags.DEFINE_integer("chips", 0, "Chips of the topology to use; 0 for all.")
+TEXT_TOKENS = 256
+
+
+def devices():
+    name = _TOPOLOGY.value
+    bounds = {"chips_per_host_bounds": [1, 1, 1]} if name.endswith("1x1") else {}
+    found = topologies.get_topology_desc(name, platform="tpu", **bounds).devices
+    return found[: _CHIPS.value or None]
+
+
+def attention_case(implementation: str, device):
+    """Value, tangent and gradient beside the stopped tangent of one attention, and arguments."""
+    sharding = SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((1, 4352, 24, 128), jnp.bfloat16, sharding=sharding)
+    function = functools.partial(attention, implementation=implementation)
+
+    def case(query, key, value, d_query, d_key, d_value, cotangent):
+        def with_tangent(*primals):
+            output, tangent = jax.jvp(function, primals, (d_query, d_key, d_value))
+            return output, jax.lax.stop_gradient(tangent)
+
+        (output, tangent), pull = jax.vjp(with_tangent, query, key, value)
+        return output, tangent, pull((cotangent, jnp.zeros_like(tangent)))
+
+    return jax.jit(case), (x,) * 7
+
+
+def step_case(implementation: str, devices):
+    """The training step of FLUX.1-lite-8B, and arguments as they lie on the mesh."""
+    shape = (1, len(devices), 1)
+    axis_types = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh(shape, parallel.AXES, devices=devices, axis_types=axis_types)
+    double, single = map(int, _LAYERS.value)
+    model = mmdit.MMDiTConfig(
+        num_layers=double,
+        num_single_layers=single,
+        guidance_embeds=True,
+        time_scale=1.0,
+        remat="full",
+        attention=implementation,
+    )
+    side = int(_TOKENS.value**0.5)
+    network = mmdit.as_network(model, dtype=jnp.bfloat16, grid=(side, side))
+    objective = SCM(network, embedded_guidance(network))
+    config = configuration.base()
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    params = jax.eval_shape(lambda: mmdit.initial_parameters(model, mmdit.nnx.Rngs(0)))
+    state = jax.eval_shape(lambda p: train.init_state(objective, optimizer, p, 0), params)
+
+    def placed(tree):
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            tree,
+            parallel.shard_state(tree, mesh),
+        )
+
+    def split(*dimensions):
+        place = NamedSharding(mesh, parallel.BATCH)
+        return jax.ShapeDtypeStruct((len(devices), *dimensions), jnp.float32, sharding=place)
+
+    text = Text(split(TEXT_TOKENS, model.joint_attention_dim), split(model.pooled_projection_dim))
+    batch = Batch(split(_TOKENS.value, model.in_channels), text)
+    state, frozen = placed(state), placed({"teacher": params})
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    step = jax.jit(
+        train.make_step(objective, optimizer, config),
+        donate_argnums=0,
+        out_shardings=(shardings, replicated),
+    )
+    return step, (state, frozen, batch)
+
+
+def main(argv):
+    del argv
+    found = devices()
+    lines = []
+    for implementation in _IMPLEMENTATIONS.value:
+        if _STEP.value:
+            step, arguments = step_case(implementation, found)
+        else:
+            step, arguments = attention_case(implementation, found[0])
+        line = {
+            "benchmark": "flux_lite_scm_step_memory" if _STEP.value else "attention_memory",
+            "implementation": implementation,
+            "topology": _TOPOLOGY.value,
+            "chips": len(found) if _STEP.value else 1,
+            "tokens": TEXT_TOKENS + _TOKENS.value if _STEP.value else 4352,
+            "flops": count_flops(step, *arguments),
+        }
+        begun = time.perf_counter()
+        try:
+            memory = step.lower(*arguments).compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            line["error"] = next(
+                (part for part in str(error).split("\n") if "emory" in part), str(error)[:300]
+            )
+        else:
+            line["temporary_bytes"] = memory.temp_size_in_bytes
+            line["argument_bytes"] = memory.argument_size_in_bytes
+            line["peak_bytes"] = memory.peak_memory_in_bytes
+        line["compile_seconds"] = time.perf_counter() - begun
+        lines.append(line)
+    reference = lines[-1].get("temporary_bytes")
+    for line in lines:
+        if reference and "temporary_bytes" in line:
+            line["ratio"] = line["temporary_bytes"] / reference
+            line["reference"] = lines[-1]["implementation"]
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
