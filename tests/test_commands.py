@@ -134,7 +134,7 @@ def test_what_is_wrong_is_said_in_one_sentence(run, arguments, expected):
         ("config.objective.time_men = 1.0", "objective.time_men: .* objective.time_mean"),
         ("config.objective.time_mean = 'x'", "objective.time_mean: 'x' must be float"),
         ("config.optimizer = {'name': 'adamw'}", "optimizer.adam_share: missing"),
-        ("config.model = {'num_layers': 2}", "model.attention_head_dim: missing"),
+        ("config.model = {'num_layers': 2}", "model.attention: missing"),
         ("config.model = {'layers': 2}", "model.layers: there is no such key"),
         ("config.batch_size = 2 * undefined", "line 4: NameError: name 'undefined'"),
         ("config = None", "get_config returns"),

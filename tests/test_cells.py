@@ -8,7 +8,7 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from jax_distill import study
+from jax_distill import cells
 from jax_distill.config import ConfigError
 from jax_distill.evaluation import comparison
 
@@ -32,34 +32,34 @@ def trained(monkeypatch, tmp_path):
     stub.write_text(STUB.format(python=sys.executable, log=str(log)))
     stub.chmod(0o755)
     log.write_text("")
-    monkeypatch.setattr(study.sys, "executable", str(stub))
+    monkeypatch.setattr(cells.sys, "executable", str(stub))
     return lambda: log.read_text().splitlines()
 
 
 def test_a_cell_is_the_training_command_and_a_finished_one_is_kept(trained, tmp_path):
     cell = tmp_path / "MeanFlow-0"
     for _ in range(2):
-        command = study.train("configs/meanflow.py", cell, ["seed=0", "objective.kappa=0.5"])
+        command = cells.train("configs/meanflow.py", cell, ["seed=0", "objective.kappa=0.5"])
     want = (
         f"-m jax_distill.main --config=configs/meanflow.py --workdir={cell} --config.seed=0"
         " --config.objective.kappa=0.5"
     )
     assert trained() == [want] and command == f"python {want}"
-    assert 0 < json.loads((cell / study.COST).read_text())["peak_gib"] < 8
+    assert 0 < json.loads((cell / cells.COST).read_text())["peak_gib"] < 8
 
 
 def test_a_failed_cell_stops_the_study_and_names_its_command(trained, tmp_path):
     with pytest.raises(ConfigError, match="a cell of the study failed.*--workdir=.*fail-0"):
-        study.train("configs/scm.py", tmp_path / "fail-0", [])
+        cells.train("configs/scm.py", tmp_path / "fail-0", [])
     with pytest.raises(ConfigError):
-        study.train("configs/scm.py", tmp_path / "fail-0", [])
+        cells.train("configs/scm.py", tmp_path / "fail-0", [])
     assert len(trained()) == 2  # it is not taken for finished
 
 
 def test_cells_are_rows_by_seeds_with_their_own_settings():
     rows = {"a": ("configs/scm.py",), "b": ("configs/imm.py", "objective.gap=8")}
     config = ConfigDict({"rows": rows, "seeds": (0, 1)})
-    assert list(study._cells(config)) == [
+    assert list(cells._cells(config)) == [
         ("a", 0, "configs/scm.py", []),
         ("a", 1, "configs/scm.py", []),
         ("b", 0, "configs/imm.py", ["objective.gap=8"]),
