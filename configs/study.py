@@ -1,26 +1,27 @@
-"""The comparison of all methods, or of one method's settings, from the same teacher.
+"""The comparison of all methods from the same teacher, with the same budget and seeds.
 
-python -m jax_distill.study --config=configs/study.py            every method
-python -m jax_distill.study --config=configs/study.py:ablation   one setting changed at a time
+python -m jax_distill.study --config=configs/study.py
 """
 
 from ml_collections import ConfigDict
 
-METHODS = {
-    "sCM": ("configs/scm.py",),
-    "MeanFlow": ("configs/meanflow.py",),
-    "IMM": ("configs/imm.py",),
-}
-ABLATION = {}
+from jax_distill.config import ConfigError
+
+# A row's name, its config file, and settings of its own as "key=value".
+METHODS = (
+    ("sCM", "configs/scm.py"),
+    ("MeanFlow", "configs/meanflow.py"),
+    ("IMM", "configs/imm.py"),
+)
 
 
 def get_config(preset: str = ""):
-    if preset not in ("", "ablation", "smoke"):
-        raise ValueError(f"there is no preset {preset!r}; known: ablation, smoke")
+    if preset not in ("", "smoke"):
+        raise ConfigError(f"--config: there is no preset {preset!r} after the colon; known: smoke")
     config = ConfigDict(
         {
             "name": "study",
-            "rows": ABLATION if preset == "ablation" else METHODS,  # a config file and settings
+            "rows": METHODS,
             "seeds": (0, 1),
             "common": {"total_steps": 600, "batch_size": 64},  # of every cell
             "student_steps": (1, 2, 4, 8),
@@ -34,12 +35,11 @@ def get_config(preset: str = ""):
             "grid_steps": (1, 4),
         }
     )
-    if preset:
-        config.name = f"study_{preset}"
     if preset == "smoke":
+        config.name = "study_smoke"
         config.seeds = (0,)
         config.common.update({"total_steps": 4, "batch_size": 16})
-        config.student_steps, config.teacher_steps, config.grid_steps = (1, 2), (2, 1), (1,)
+        config.student_steps, config.teacher_steps, config.grid_steps = (1, 2), (10, 1), (1,)
         config.prompts, config.evaluate_every, config.examples, config.grid_prompts = 12, 2, 256, 2
-        config.teacher.settings = ("total_steps=4", "batch_size=16")
+        config.teacher.settings = ("total_steps=4", "batch_size=16", "optimizer.learning_rate=1e-5")
     return config.lock()

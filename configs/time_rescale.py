@@ -18,7 +18,9 @@ def get_config(preset: str = ""):
     config.model = {"time_scale": 1.0, "guidance_embeds": True}
     config.objective = {"name": "time_rescale", "guidance_scales": (2.0, 2.5, 3.0)}
     config.evaluation.guidance = 2.5
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 5e-4
     config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 100
+    config.optimizer.frozen = "time_embedder"  # refitted by hand
     config.data.examples = 12_800
     return config.lock()

@@ -40,6 +40,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     own = [f"teacher.checkpoint={config.teacher.checkpoint}", *config.teacher.settings]
     steps = f"evaluation.teacher_steps={_word(config.teacher_steps)}"
     train(config.teacher.config, teacher, [*shared, steps, *own])
+    if not _teacher(teacher)["score"]:
+        raise ConfigError(f"teacher: the one in '{teacher}' scores 0, no share of which is known")
 
     cells = list(_cells(config))
     found = []
@@ -65,7 +67,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def _cells(config: ConfigDict) -> Iterator[tuple[str, int, str, Sequence[str]]]:
     """Row, seed, config file, and its own settings, as `key=value`."""
-    for row, (file, *own) in config.rows.items():
+    for row, file, *own in config.rows:
         for seed in config.seeds:
             yield row, seed, file, own
 
@@ -153,7 +155,7 @@ def draw_grid(path: Path, config: ConfigDict, workdir: Path, cells: Sequence[str
     teacher = pipeline.load(workdir / "teacher")
     most = max(config.teacher_steps)
     rows, labels = [teacher(prompts, steps=most)], [f"teacher, {most} steps"]
-    for row in config.rows:
+    for row, *_ in config.rows:
         pipe = pipeline.load(workdir / f"{row}-{config.seeds[0]}")
         for steps in config.grid_steps:
             rows.append(pipe(prompts, steps=steps))

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     if not isinstance(config, ConfigDict) or "rows" not in config:
         raise ValueError("--config: give a study's file, such as configs/study.py")
-    for row, (file, *_) in config.rows.items():
+    for row, file, *_ in config.rows:
         if not Path(file).is_file():
             raise ValueError(f"rows.{row}: there is no file '{file}'")
     try:

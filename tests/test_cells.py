@@ -57,7 +57,7 @@ def test_a_failed_cell_stops_the_study_and_names_its_command(trained, tmp_path):
 
 
 def test_cells_are_rows_by_seeds_with_their_own_settings():
-    rows = {"a": ("configs/scm.py",), "b": ("configs/imm.py", "objective.gap=8")}
+    rows = (("a", "configs/scm.py"), ("b", "configs/imm.py", "objective.gap=8"))
     config = ConfigDict({"rows": rows, "seeds": (0, 1)})
     assert list(cells._cells(config)) == [
         ("a", 0, "configs/scm.py", []),
