@@ -45,6 +45,16 @@ def under(theirs: str, ours: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
     return tuple(Rule(f"{theirs}.{r.theirs}", f"{ours}/{r.ours}", r.layout) for r in rules)
 
 
+class Place(NamedTuple):
+    """Where one of their tensors lives in our parameters."""
+
+    name: str
+    shape: tuple[int, ...]  # of their tensor
+    path: tuple[Any, ...]
+    index: int | None  # along the first axis of a stacked parameter
+    layout: Layout
+
+
 class _Entry(NamedTuple):
     path: tuple[Any, ...]
     leaf: Any
@@ -105,12 +115,47 @@ class KeyTable:
         Args:
           like: nested leaves with a `shape` (arrays, `jax.ShapeDtypeStruct`).
         """
-        result = {}
+        return {place.name: place.shape for place in self.places(like)}
+
+    def places(self, like: Mapping[Any, Any]) -> Iterator[Place]:
+        """Where each of their tensors lives in parameters of the given shapes.
+
+        Args:
+          like: as `shapes` takes it.
+        """
         for entry in self._entries(_map(_empty, like)):
             leaf = entry.leaf[0] if entry.stacked and len(entry.leaf) else entry.leaf
             shape = entry.layout.from_jax(leaf).shape
-            result |= dict.fromkeys(entry.names, shape)
-        return result
+            for index, name in enumerate(entry.names):
+                yield Place(name, shape, entry.path, index if entry.stacked else None, entry.layout)
+
+    def check(
+        self,
+        found: Mapping[str, tuple[int, ...]],
+        like: Mapping[Any, Any],
+        where: str = "state dict",
+    ) -> None:
+        """Compares the tensors that there are with those of parameters of the given shapes.
+
+        Args:
+          found: their names and shapes.
+          like: as `shapes` takes it.
+          where: begins the message.
+
+        Raises:
+          ValueError: if a tensor is missing, not expected, or of the wrong shape.
+        """
+        wanted = self.shapes(like)
+        if missing := wanted.keys() - found.keys():
+            raise ValueError(f"{where}: tensor '{min(missing)}' is missing{_more(missing)}.")
+        if extra := found.keys() - wanted.keys() - self.ignored:
+            raise ValueError(f"{where}: tensor '{min(extra)}' is not expected{_more(extra)}.")
+        for name, shape in wanted.items():
+            if tuple(found[name]) != shape:
+                raise ValueError(
+                    f"{where}: tensor '{name}' has shape {tuple(found[name])} where {shape} is"
+                    " expected."
+                )
 
     def to_jax(self, state_dict: Mapping[str, Any], like: Mapping[Any, Any]) -> Tree:
         """Nested parameters from a state dict.
@@ -126,17 +171,7 @@ class KeyTable:
           ValueError: if a tensor is missing, not expected, or of the wrong shape, or if tied ones
             differ.
         """
-        wanted = self.shapes(like)
-        if missing := wanted.keys() - state_dict.keys():
-            raise ValueError(f"state dict: tensor '{min(missing)}' is missing{_more(missing)}.")
-        if extra := state_dict.keys() - wanted.keys() - self.ignored:
-            raise ValueError(f"state dict: tensor '{min(extra)}' is not expected{_more(extra)}.")
-        for name, shape in wanted.items():
-            if tuple(state_dict[name].shape) != shape:
-                raise ValueError(
-                    f"state dict: tensor '{name}' has shape {tuple(state_dict[name].shape)} where"
-                    f" {shape} is expected."
-                )
+        self.check({name: x.shape for name, x in state_dict.items()}, like)
         tree: Tree = {}
         for entry in self._entries(_map(_empty, like)):
             arrays = [entry.layout.to_jax(np.asarray(state_dict[name])) for name in entry.names]

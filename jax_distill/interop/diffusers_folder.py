@@ -1,0 +1,105 @@
+"""The layout of diffusers' FLUX folders."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jax_distill.interop import flux_config
+from jax_distill.interop.autoencoder_keys import AUTOENCODER_KEYS
+from jax_distill.interop.clip_keys import clip_keys
+from jax_distill.interop.parts import Part
+from jax_distill.interop.t5_keys import t5_keys
+from jax_distill.interop.tensors import Tensors, safetensors_folder
+from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
+from jax_distill.models import clip, mmdit, t5
+from jax_distill.models.autoencoder import Autoencoder, AutoencoderConfig
+from jax_distill.models.binding import parameters
+
+INDEX = "model_index.json"
+SUBFOLDERS = {
+    "network": "transformer",
+    "autoencoder": "vae",
+    "clip": "text_encoder",
+    "t5": "text_encoder_2",
+}
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+SCHEDULER = "scheduler"
+DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file; raises ValueError when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"'{path}' is missing; give a whole diffusers folder of FLUX") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{path}' is not valid JSON ({error}); download it again") from None
+
+
+def parts(folder: Path) -> dict[str, Part]:
+    """The four parts of a pipeline's folder, under their names in `ported.PARTS`.
+
+    Raises:
+      ValueError: a part is missing, cut short, of another class, or its tensors do not fit.
+    """
+    readers: dict[str, Callable[[Path], Part]] = {
+        "network": transformer,
+        "autoencoder": autoencoder,
+        "clip": clip_text,
+        "t5": t5_encoder,
+    }
+    for subfolder in SUBFOLDERS.values():
+        if not (folder / subfolder).is_dir():
+            raise ValueError(
+                f"'{folder}' has no {subfolder}/; give a whole diffusers folder of FLUX"
+            )
+    return {name: read(folder / SUBFOLDERS[name]) for name, read in readers.items()}
+
+
+def transformer(folder: Path) -> Part:
+    """FLUX's transformer, or a student's with the second time embedder."""
+    tensors = safetensors_folder(folder, DIFFUSERS_STEM)
+    return transformer_part(str(folder), read_json(folder / "config.json"), tensors)
+
+
+def transformer_part(where: str, config: dict[str, Any], tensors: Tensors) -> Part:
+    """The part that a transformer's tensors under diffusers' names make.
+
+    Args:
+      where: for messages.
+      config: diffusers'.
+      tensors: of the transformer.
+    """
+    interval = any(name.startswith("timestep_embedder2.") for name in tensors)
+    ours = flux_config.from_diffusers(config, interval_embeds=interval)
+    like = jax.eval_shape(lambda: mmdit.initial_parameters(ours, nnx.Rngs(0)))
+    return Part(where, config, tensors, TRANSFORMER_KEYS, like)
+
+
+def autoencoder(folder: Path) -> Part:
+    values = read_json(folder / "config.json")
+    config = AutoencoderConfig.from_dict(values)
+    like = parameters(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))))
+    tensors = safetensors_folder(folder, DIFFUSERS_STEM)
+    return Part(str(folder), values, tensors, AUTOENCODER_KEYS, like)
+
+
+def clip_text(folder: Path) -> Part:
+    values = read_json(folder / "config.json")
+    config = clip.ClipConfig.from_dict(values)
+    like = jax.eval_shape(lambda: clip.initial_parameters(config, nnx.Rngs(0)))
+    tensors = safetensors_folder(folder, TRANSFORMERS_STEM)
+    return Part(str(folder), values, tensors, clip_keys(tensors), like)
+
+
+def t5_encoder(folder: Path) -> Part:
+    values = read_json(folder / "config.json")
+    config = t5.T5Config.from_dict(values)
+    like = jax.eval_shape(lambda: t5.initial_parameters(config, nnx.Rngs(0)))
+    tensors = safetensors_folder(folder, TRANSFORMERS_STEM)
+    return Part(str(folder), values, tensors, t5_keys(tensors), like)

@@ -1,0 +1,115 @@
+"""The parts of a pipeline: their tensors on disk, and the table that makes them ours."""
+
+import concurrent.futures
+import errno
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jax_distill.interop.key_table import KeyTable, Place
+from jax_distill.interop.orbax_tree import Leaf, TreeWriter
+from jax_distill.interop.tensors import Tensors, check_finite
+
+THREADS = 4  # a tensor of each is in memory
+
+
+class Part(NamedTuple):
+    """One network of a pipeline, not read yet.
+
+    Attributes:
+      where: its files, for messages.
+      config: what `ported.describe` says of it.
+      tensors: under PyTorch's names.
+      table: which of them is which parameter.
+      like: our parameters' shapes, nested.
+    """
+
+    where: str
+    config: dict[str, Any]
+    tensors: Tensors
+    table: KeyTable
+    like: Mapping[str, Any]
+
+    def check(self) -> None:
+        """Raises ValueError when a tensor is missing, not expected or of another shape."""
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        self.table.check(shapes, self.like, self.where)
+
+
+def write_part(part: Part, folder: Path, dtype: np.dtype | None) -> int:
+    """Writes a part as an Orbax tree, tensor by tensor.
+
+    Args:
+      part: that `check` has passed.
+      folder: made.
+      dtype: of all parameters; None keeps what each of them has.
+
+    Returns:
+      Bytes written.
+
+    Raises:
+      ValueError: a tensor is not finite, tied ones differ, or layers of one parameter have several
+        types and are to keep them.
+      OSError: the disk is full.
+    """
+    writer = TreeWriter(folder)
+    first: dict[tuple, Place] = {}
+    twins: list[tuple[Place, Place]] = []
+    for place in part.table.places(part.like):
+        other = first.setdefault((place.path, place.index), place)
+        if other is not place:
+            twins.append((other, place))
+    for path, leaf in _leaves(part, list(first.values()), dtype).items():
+        writer.create(path, leaf, stacked=(path, 0) in first)
+
+    def read(place: Place) -> np.ndarray:
+        array = part.tensors[place.name].read()
+        check_finite(part.where, place.name, array)
+        return array
+
+    def move(place: Place) -> int:
+        array = read(place)
+        array = array if dtype is None else array.astype(dtype, copy=False)
+        writer.write(place.path, place.index, place.layout.to_jax(array))
+        return array.nbytes
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        futures = [pool.submit(move, place) for place in first.values()]
+        try:
+            written = sum(future.result() for future in futures)
+        except BaseException as error:
+            pool.shutdown(cancel_futures=True)
+            if "ENOSPC" in str(error):  # TensorStore's own class of error
+                raise OSError(errno.ENOSPC, "no space left on the disk", str(folder)) from error
+            raise
+    for place, twin in twins:
+        if not np.array_equal(read(place), read(twin)):
+            raise ValueError(
+                f"{part.where}: tensor '{twin.name}' differs from '{place.name}', which it is tied"
+                " to."
+            )
+    writer.finish()
+    return written
+
+
+def _leaves(part: Part, places: list[Place], dtype: np.dtype | None) -> dict[tuple[str, ...], Leaf]:
+    """The shape and type of every parameter."""
+    types: dict[tuple[str, ...], dict[np.dtype, str]] = {}
+    for place in places:
+        kind = part.tensors[place.name].dtype if dtype is None else dtype
+        types.setdefault(place.path, {}).setdefault(kind, place.name)
+    leaves = {}
+    for path, kinds in types.items():
+        if len(kinds) > 1:
+            (one, name), (other, twin) = list(kinds.items())[:2]
+            raise ValueError(
+                f"{part.where}: tensors '{name}' ({one}) and '{twin}' ({other}) are layers of one"
+                " parameter; give --dtype=bfloat16 or --dtype=float32"
+            )
+        leaf: Any = part.like
+        for key in path:
+            leaf = leaf[key]
+        leaves[path] = Leaf(tuple(leaf.shape), next(iter(kinds)))
+    return leaves
