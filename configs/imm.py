@@ -3,6 +3,7 @@
 python -m jax_distill.main --config=configs/imm.py
 """
 
+from jax_distill.build import objective_settings
 from jax_distill.config import shorten, student
 
 
@@ -11,7 +12,7 @@ def get_config(preset: str = ""):
     config.name = "imm"
     config.total_steps = 600
     config.model.interval_embeds = True
-    config.objective = {"name": "imm", "guidance_scales": (2.0, 2.5, 3.0)}
+    config.objective = objective_settings("imm", guidance_scales=(2.0, 2.5, 3.0))
     if preset == "smoke":
         shorten(config)
     return config.lock()

@@ -3,6 +3,7 @@
 python -m jax_distill.main --config=configs/teacher.py
 """
 
+from jax_distill.build import objective_settings
 from jax_distill.config import base
 
 
@@ -12,8 +13,7 @@ def get_config(preset: str = ""):
     config.total_steps = 7000
     config.batch_size = 128
     config.ema_decay = 0.997
-    config.objective.name = "flow_matching"
-    config.objective.time_mean = 0.5
+    config.objective = objective_settings("flow_matching", time_mean=0.5)
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 8e-3
     config.optimizer.schedule = "trapezoid"

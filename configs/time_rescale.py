@@ -6,6 +6,7 @@ configs/scm.py does this itself, in `<workdir>/time_rescale`. A run of its own i
 students, which then skip the stage: --config.teacher.checkpoint=runs/time_rescale.
 """
 
+from jax_distill.build import objective_settings
 from jax_distill.config import base
 
 
@@ -16,7 +17,7 @@ def get_config(preset: str = ""):
     config.batch_size = 64
     config.ema_decay = 0.99
     config.model = {"time_scale": 1.0, "guidance_embeds": True}
-    config.objective = {"name": "time_rescale", "guidance_scales": (2.0, 2.5, 3.0)}
+    config.objective = objective_settings("time_rescale", guidance_scales=(2.0, 2.5, 3.0))
     config.evaluation.guidance = 2.5
     config.optimizer.learning_rate = 5e-4
     config.optimizer.schedule = "cosine"

@@ -1,8 +1,14 @@
 """From a configuration to its parts: networks, objective, encoders, data."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from jax_distill import embedded
 from jax_distill.config import ConfigError
@@ -15,7 +21,7 @@ from jax_distill.models.latents import LatentCodec
 from jax_distill.objectives.flow_matching import FlowMatching
 from jax_distill.objectives.imm import IMM
 from jax_distill.objectives.meanflow import MeanFlow
-from jax_distill.objectives.objective import Objective
+from jax_distill.objectives.objective import Batch, Objective
 from jax_distill.objectives.scm import SCM
 from jax_distill.objectives.teacher import TeacherVelocity, classifier_free, embedded_guidance
 from jax_distill.objectives.time_rescale import TimeRescale
@@ -27,6 +33,9 @@ OBJECTIVES = {
     "meanflow": MeanFlow,
     "imm": IMM,
 }
+
+TEACHERS = ("flow_matching", "time_rescale")
+"""Objectives whose networks are velocities."""
 
 
 def network_config(config: ConfigDict) -> mmdit.MMDiTConfig:
@@ -65,10 +74,56 @@ def objective(config: ConfigDict, teacher: ConfigDict | None = None) -> Objectiv
     return OBJECTIVES[name](network(config), **settings)
 
 
+def objective_settings(name: str, **settings: Any) -> dict[str, Any]:
+    """What `config.objective` holds: an objective's defaults, and what is set otherwise.
+
+    With all of them there, the command line can change each; a default of None waits for a number.
+    """
+    defaults = settings_of(OBJECTIVES[name])
+    waiting = {key: placeholder(float) for key, value in defaults.items() if value is None}
+    return {"name": name, **defaults, **waiting, **settings}
+
+
+def settings_of(kind: type[Objective]) -> dict[str, Any]:
+    """The settings of an objective and their defaults; networks and encoders are not settings."""
+    fields = dataclasses.fields(kind)
+    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+
+
 def teacher_velocity(teacher: ConfigDict) -> TeacherVelocity:
     """The teacher's velocity, in the way its network takes guidance."""
     kind = embedded_guidance if teacher.model.guidance_embeds else classifier_free
     return kind(network(teacher))
+
+
+def abstract_loss(config: ConfigDict, teacher: ConfigDict | None = None) -> tuple[Callable, tuple]:
+    """The loss of one micro-batch, and the shapes of its arguments: to trace, not to run.
+
+    Args:
+      config: of the run.
+      teacher: configuration of the network whose velocity is learned, if there is one.
+
+    Returns:
+      (function, arguments); the function takes (params, frozen, batch, key) and returns a scalar.
+    """
+    method = objective(config, teacher)
+    size = config.batch_size // config.accumulate
+
+    def arguments():
+        key = jax.random.key(config.seed)
+        params = method.init(key, initial_parameters(config))
+        null = null_text(config)
+        text = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape[1:])), null)
+        frozen = {"null": null, "average": params}
+        if teacher is not None:
+            frozen["teacher"] = initial_parameters(teacher)
+        return params, frozen, Batch(jnp.zeros((size, *token_shape(config))), text), key
+
+    def loss(params, frozen, batch, key):
+        draws = method.draw(key, batch)
+        return method.loss(params, frozen, batch, draws, jnp.zeros((), jnp.int32))[0]
+
+    return loss, jax.eval_shape(arguments)
 
 
 def caption_encoder(config: ConfigDict) -> CaptionEncoder:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -22,8 +21,6 @@ from jax_distill.evaluation import comparison, grids
 from jax_distill.evaluation.metrics import read_metrics
 from jax_distill.files import write_json
 from jax_distill.flops import count_flops
-from jax_distill.flow import Text
-from jax_distill.objectives.objective import Batch
 
 RESULTS = "study.json"
 COST = "cost.json"
@@ -34,7 +31,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     data, teacher = workdir / "data", workdir / "teacher"
     if not (data / records.DESCRIPTION).exists():
-        encode_shapes(data, config.examples, config.data_seed, build.embedded_codec())
+        encode_shapes(data, config.examples, config.data_seed, build.embedded_codec().encode)
     shared = [f"data.path={data}", f"evaluation.prompts={config.prompts}"]
     settings = [f"{key}={_word(value)}" for key, value in config.common.items()]
     own = [f"teacher.checkpoint={config.teacher.checkpoint}", *config.teacher.settings]
@@ -59,7 +56,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         study = {"name": config.name, "teacher": _teacher(teacher), "cells": found}
         write_json(workdir / RESULTS, study)
     grid = workdir / "samples.png"
-    draw_grid(grid, config, workdir, [f"{row}-{seed}" for row, seed, *_ in cells])
+    draw_grid(grid, config, workdir)
     comparison.write_page(workdir / "study.html", study, grid)
     print(comparison.format_table(study))
     print(f"report: {workdir / 'study.html'}")
@@ -79,15 +76,17 @@ def _word(value) -> str:
 def train(file: str, workdir: Path, settings: Sequence[str]) -> str:
     """Runs the training command until it is done, unless it is; returns the command.
 
-    The peak of its memory goes into `cost.json`, the largest of all starts.
+    What it was and the peak of its memory, the largest of all starts, go into `cost.json`.
 
     Raises:
-      ConfigError: the command failed.
+      ConfigError: the command failed, or was stopped before its end.
     """
     command = [sys.executable, "-m", "jax_distill.main", f"--config={file}"]
     command += [f"--workdir={workdir}", *(f"--config.{setting}" for setting in settings)]
     spoken = shlex.join(["python", *command[1:]])
-    if (workdir / "results.json").exists():
+    cost = workdir / COST
+    known = json.loads(cost.read_text()) if cost.exists() else {"command": "", "peak_gib": 0.0}
+    if scoring.concluded(workdir) and known["command"] == spoken:
         logging.info("%s is finished", workdir)
         return spoken
     process = subprocess.Popen(command)
@@ -99,11 +98,12 @@ def train(file: str, workdir: Path, settings: Sequence[str]) -> str:
         process.wait()
         raise
     if workdir.is_dir():
-        cost = workdir / COST
-        before = json.loads(cost.read_text())["peak_gib"] if cost.exists() else 0.0
-        write_json(cost, {"peak_gib": max(before, usage.ru_maxrss / 2**20)})
+        peak = max(known["peak_gib"], usage.ru_maxrss / 2**20)
+        write_json(cost, {"command": spoken, "peak_gib": peak})
     if process.returncode:
         raise ConfigError(f"a cell of the study failed, see above; its command: {spoken}")
+    if not scoring.concluded(workdir):
+        raise ConfigError(f"'{workdir}' was stopped before its end; run the study again to go on")
     return spoken
 
 
@@ -129,27 +129,15 @@ def measured(cell: Path) -> dict:
 
 def step_flops(config: ConfigDict, teacher: ConfigDict) -> int:
     """Arithmetic of the loss's gradient for one batch, see `flops.count_flops`."""
-    objective = build.objective(config, teacher)
-    text = build.caption_encoder(config).encode([""] * config.batch_size)
-    x = jnp.zeros((config.batch_size, *build.token_shape(config)))
-    batch = Batch(x, Text(*map(jnp.asarray, text)))
-
-    def gradient(params, network, key):
-        frozen = {"teacher": network, "null": build.null_text(config), "average": params}
-        draws = objective.draw(key, batch)
-        return jax.grad(lambda p: objective.loss(p, frozen, batch, draws, jnp.int32(0))[0])(params)
-
-    key = jax.random.key(0)
-    network = jax.eval_shape(lambda: build.initial_parameters(teacher))
-    params = jax.eval_shape(lambda: objective.init(key, build.initial_parameters(config)))
-    return count_flops(gradient, params, network, key)
+    loss, arguments = build.abstract_loss(config, teacher)
+    return config.accumulate * count_flops(jax.grad(loss), *arguments)
 
 
 def _teacher(workdir: Path) -> dict:
     return json.loads((workdir / "results.json").read_text())["teacher"]
 
 
-def draw_grid(path: Path, config: ConfigDict, workdir: Path, cells: Sequence[str]) -> None:
+def draw_grid(path: Path, config: ConfigDict, workdir: Path) -> None:
     """One row a method (its first seed), in as many steps as `grid_steps` says, and the teacher."""
     prompts = [prompt.caption for prompt in scoring.spread(config.grid_prompts)]
     teacher = pipeline.load(workdir / "teacher")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jax_distill import commands, pipeline, scoring
+from jax_distill import build, commands, pipeline, scoring
 from jax_distill.files import write_json
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     pipe = pipeline.load(_CHECKPOINT.value)
     scores = scoring.score(pipe, steps, prompts, seed=_SEED.value, guidance=_GUIDANCE.value)
     if _OUTPUT.value:
-        kind = "teacher" if pipe.config.objective.name == "flow_matching" else "student"
+        kind = "teacher" if pipe.config.objective.name in build.TEACHERS else "student"
         layout = scoring.results(**{kind: scores}, config=pipe.config, seed=_SEED.value)
         write_json(Path(_OUTPUT.value), layout)
     for count, entry in scores.items():

@@ -76,8 +76,8 @@ def latents_source(config: ConfigDict, workdir: Path) -> CaptionedLatents:
     path = Path(config.data.path or workdir / "data")
     if not config.data.path and not (path / DESCRIPTION).exists():
         logging.info("encoding %d pictures into %s", config.data.examples, path)
-        codec = build.embedded_codec()
-        encode_shapes(path, config.data.examples, config.data.seed, codec)
+        encode = build.embedded_codec().encode
+        encode_shapes(path, config.data.examples, config.data.seed, encode)
     return CaptionedLatents(LatentRecords(path), build.caption_encoder(config))
 
 
@@ -239,7 +239,7 @@ def rescale_config(config: ConfigDict) -> ConfigDict:
         stage.name = f"{config.name}/time_rescale"
         stage.objective = {
             "name": "time_rescale",
-            "guidance_scales": config.objective.guidance_scales,
+            "guidance_scales": build.objective(config).guidance_scales,
         }
         stage.model.interval_embeds = False
         stage.total_steps = config.rescale.total_steps

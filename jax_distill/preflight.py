@@ -1,6 +1,5 @@
 """What can be wrong with a run, found before anything is written."""
 
-import dataclasses
 import difflib
 import itertools
 import json
@@ -9,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from jax_distill import build, checkpoint, embedded, experiment, parallel, pipeline, scoring
@@ -20,11 +20,11 @@ from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.objectives.autoencoder import AutoencoderObjective
 from jax_distill.optimizer import make_optimizer
 
+KINDS = {"autoencoder": AutoencoderObjective, **build.OBJECTIVES}
+"""What `objective.name` may be."""
+
 FROM_SCRATCH = ("autoencoder", "flow_matching")
 """Objectives without a teacher."""
-
-TEACHERS = ("flow_matching", "time_rescale")
-"""Objectives whose networks are velocities."""
 
 CAPTIONS_CHECKED = 1000  # of the shapes world; of a folder, all
 
@@ -40,28 +40,28 @@ def check(config: ConfigDict, workdir: Path) -> None:
     validate(config)
     make_optimizer(config.optimizer, config.total_steps)
     name = config.objective.name
+    if name not in KINDS:
+        raise ConfigError(f"objective.name: {name!r} is not one of {', '.join(KINDS)}")
+    check_objective(config)
+    teacher = None
     if name == "autoencoder":
-        check_objective(config, AutoencoderObjective)
         AutoencoderConfig(**config.autoencoder)
         check_batches(config, ("batch_size",), config.data.examples)
-    elif name not in build.OBJECTIVES:
-        known = ", ".join(["autoencoder", *build.OBJECTIVES])
-        raise ConfigError(f"objective.name: {name!r} is not one of {known}")
     else:
-        check_objective(config, build.OBJECTIVES[name])
         if name not in FROM_SCRATCH:
-            config = student_config(config, teacher_config(config.teacher.checkpoint))
+            teacher = teacher_config(config.teacher.checkpoint)
+            config = student_config(config, teacher)
         check_evaluation(config)
         check_data(config)
-        build.objective(config)
     check_same_run(config, workdir)
+    if name != "autoencoder":
+        check_loss(config, teacher)
 
 
-def check_objective(config: ConfigDict, kind: type) -> None:
+def check_objective(config: ConfigDict) -> None:
     """Checks the names and types of an objective's settings."""
-    made_by_us = ("network", "teacher", "encode", "decode", "latent_shape")
-    known = {f.name: f.default for f in dataclasses.fields(kind) if f.name not in made_by_us}
-    given = {key: value for key, value in config.objective.items() if key != "name"}
+    given = dict(config.objective)
+    known = build.settings_of(KINDS[given.pop("name")])
     check_keys(given, known, "objective.", partial=("objective",))
 
 
@@ -94,7 +94,7 @@ def teacher_config(source: str) -> ConfigDict:
         checkpoint.complete_steps(Path(source))
     except ValueError as error:
         raise ConfigError(f"teacher.checkpoint: {error}") from None
-    if config.objective.name not in TEACHERS:
+    if config.objective.name not in build.TEACHERS:
         raise ConfigError(
             f"teacher.checkpoint: '{source}' is a run of objective {config.objective.name!r}, no"
             " teacher; give one such as configs/teacher.py or configs/time_rescale.py makes"
@@ -161,6 +161,19 @@ def check_data(config: ConfigDict) -> None:
             encoder.concepts(caption)
     except ValueError as error:
         raise ConfigError(f"data.text_length: {error}") from None
+
+
+def check_loss(config: ConfigDict, teacher: ConfigDict | None) -> None:
+    """Traces the loss, which finds whatever does not fit together in networks and batch."""
+    build.objective(config)
+    if teacher is not None and config.teacher.velocity == "rescaled":
+        if experiment.needs_rescale(config, teacher):
+            teacher = experiment.rescale_config(config)
+    loss, arguments = build.abstract_loss(config, teacher)
+    try:
+        jax.eval_shape(loss, *arguments)
+    except ValueError as error:
+        raise ConfigError(f"{config.objective.name}: {error}") from None
 
 
 _MODEL_SIZES = (
@@ -309,14 +322,22 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
         identity += ["model", "data.text_length"]
     if config.objective.name not in FROM_SCRATCH:
         identity += ["teacher", "rescale"]
-    old, new = (flatten(json.loads(c.to_json_best_effort())) for c in (load(workdir), config))
+    old, new = _identifying(load(workdir)), _identifying(config)
     for name, key in itertools.product(identity, sorted(old.keys() | new.keys())):
         if not f"{key}.".startswith(f"{name}."):
             continue
-        # A key that an older version did not know had today's default, but for the objective's.
-        known = key in old and key in new or name == "objective"
-        if known and old.get(key) != new.get(key):
+        # A key that an older version did not know had today's default.
+        if key in old and key in new and old[key] != new[key]:
             raise ConfigError(
-                f"--workdir: '{workdir}' holds another run, of {key}={old.get(key)!r} and not"
-                f" {new.get(key)!r}; give another --workdir or set --config.{key} back"
+                f"--workdir: '{workdir}' holds another run, of {key}={old[key]!r} and not"
+                f" {new[key]!r}; give another --workdir or set --config.{key} back"
             )
+
+
+def _identifying(config: ConfigDict) -> dict[str, Any]:
+    """The configuration flat and as JSON has it, the objective's defaults filled in."""
+    whole = config.to_dict()
+    kind = KINDS.get(whole["objective"]["name"])
+    defaults = build.settings_of(kind) if kind else {}
+    whole["objective"] = {**defaults, **whole["objective"]}
+    return json.loads(json.dumps(flatten(whole)))

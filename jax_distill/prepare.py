@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--output: '{output}' is already prepared; give another folder")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output: '{output}' is a file; give a folder")
-    encode_shapes(output, _EXAMPLES.value, _SEED.value, build.embedded_codec())
+    encode_shapes(output, _EXAMPLES.value, _SEED.value, build.embedded_codec().encode)
     print(
         f"wrote {_EXAMPLES.value} examples to {output}; train on them with"
         f" --config.data.path={output}"

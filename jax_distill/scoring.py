@@ -14,7 +14,6 @@ from jax_distill.pipeline import Pipeline
 Scores = dict[str, dict]
 """By number of steps: {"2": {"score": .., "tasks": {..}}, ...}."""
 
-
 SCORES = "scores.json"  # of a student while it is trained
 
 
@@ -89,14 +88,22 @@ def recorder(path: Path, student: Pipeline) -> Callable[[int, dict], None]:
     return record
 
 
+def concluded(workdir: Path) -> bool:
+    """Whether a run is scored as its configuration now says: as many steps, the same prompts."""
+    results, config = workdir / "results.json", workdir / "config.json"
+    if not (results.exists() and config.exists()):
+        return False
+    return json.loads(results.read_text()).get("config") == json.loads(config.read_text())
+
+
 def conclude(workdir: Path, *, teacher: Pipeline, student: Pipeline | None = None) -> None:
     """Scores what was trained beside its teacher, writes results.json and report.html, prints.
 
-    Scores that are there already are not measured again.
+    Scores that are there already, of the same configuration, are not measured again.
     """
     path = workdir / "results.json"
     config = (student or teacher).config
-    if not path.exists():
+    if not concluded(workdir):
         prompts = held_out(config.evaluation.prompts)
         logging.info("scoring %d held-out prompts", len(prompts))
         settings, seed = config.evaluation, config.seed

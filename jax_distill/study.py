@@ -22,6 +22,8 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     if not isinstance(config, ConfigDict) or "rows" not in config:
         raise ValueError("--config: give a study's file, such as configs/study.py")
+    if not (config.rows and config.seeds):
+        raise ValueError("rows, seeds: a study needs one of each or more")
     for row, file, *_ in config.rows:
         if not Path(file).is_file():
             raise ValueError(f"rows.{row}: there is no file '{file}'")

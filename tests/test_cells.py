@@ -21,7 +21,10 @@ workdir = Path(next(a for a in sys.argv if a.startswith("--workdir=")).split("="
 workdir.mkdir(parents=True, exist_ok=True)
 if "fail" in workdir.name:
     sys.exit(1)
-(workdir / "results.json").write_text("{{}}")
+if "stop" in workdir.name:
+    sys.exit(0)
+(workdir / "config.json").write_text('{{"seed": 0}}')
+(workdir / "results.json").write_text('{{"config": {{"seed": 0}}}}')
 """
 
 
@@ -54,6 +57,19 @@ def test_a_failed_cell_stops_the_study_and_names_its_command(trained, tmp_path):
     with pytest.raises(ConfigError):
         cells.train("configs/scm.py", tmp_path / "fail-0", [])
     assert len(trained()) == 2  # it is not taken for finished
+
+
+def test_a_cell_is_run_again_when_its_command_changed(trained, tmp_path):
+    for steps in (2, 4, 4):
+        cells.train("configs/scm.py", tmp_path / "sCM-0", [f"total_steps={steps}"])
+    assert len(trained()) == 2
+
+
+def test_a_cell_that_was_stopped_is_not_taken_for_finished(trained, tmp_path):
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="stopped before its end; run the study again"):
+            cells.train("configs/scm.py", tmp_path / "stop-0", [])
+    assert len(trained()) == 2
 
 
 def test_cells_are_rows_by_seeds_with_their_own_settings():

@@ -16,6 +16,7 @@ from jax_distill.data import records
 ROOT = Path(__file__).parents[1]
 TEACHER = f"--config={ROOT}/configs/teacher.py"
 SCM = f"--config={ROOT}/configs/scm.py"
+MEANFLOW, IMM = f"--config={ROOT}/configs/meanflow.py", f"--config={ROOT}/configs/imm.py"
 TINY = (
     *("--config.model.num_layers=1", "--config.model.num_single_layers=1"),
     *("--config.model.attention_head_dim=16", "--config.model.num_attention_heads=2"),
@@ -112,6 +113,9 @@ def one_sentence(error):
         ([TEACHER, "--config.model.in_channels=32"], "model.in_channels: 32"),
         ([TEACHER, "--config.model.joint_attention_dim=32"], "joint_attention_dim: 32 must be"),
         ([TEACHER, *TINY, "--config.model.attention_head_dim=18"], "model.axes_dims_rope"),
+        ([MEANFLOW, "--config.model.interval_embeds=False"], "meanflow: interval: .*_embeds=False"),
+        ([IMM, "--config.objective.particles=7"], "particles: groups of 7 .* a batch of 64"),
+        ([IMM, "--config.accumulate=32"], "particles: groups of 4 do not divide a batch of 2"),
         # What they point to.
         ([TEACHER, "--config.data.path=no/where"], "data.path: 'no/where' has no dataset.json"),
         ([SCM, "--config.teacher.checkpoint=no/where"], "teacher.checkpoint: 'no/where' is no"),
@@ -166,6 +170,13 @@ def test_a_valid_configuration_runs_and_is_locked(run, data):
     for section in (config, config.optimizer, config.objective):
         with pytest.raises(AttributeError):
             section.new = 1
+
+
+def test_every_setting_of_an_objective_can_be_set_on_the_command_line(run, data):
+    settings = {"time_shift": 0.5, "mix_interval": True, "jvp_velocity": "sample", "drop_rate": 0.0}
+    flags = [f"--config.objective.{key}={value}" for key, value in settings.items()]
+    config = run(MEANFLOW, data, "--config.batch_size=8", "--config.rescale.batch_size=8", *flags)
+    assert settings.items() <= config.objective.to_dict().items()
 
 
 def test_data_that_does_not_fit(run, tmp_path):

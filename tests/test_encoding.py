@@ -7,17 +7,15 @@ from jax_distill.data import encoding, shapes
 from jax_distill.data.records import LatentRecords
 
 
-class Means:
-    """A codec whose one latent is the picture's mean colour."""
-
-    def encode(self, images):
-        assert len(images) == encoding.BATCH  # one shape, one compilation
-        return images.mean((1, 2))[:, None] / 255
+def mean_color(images):
+    """An encoder whose one latent is the picture's mean colour."""
+    assert len(images) == encoding.BATCH  # one shape, one compilation
+    return images.mean((1, 2))[:, None] / 255
 
 
 @pytest.mark.parametrize("examples", [1, encoding.BATCH, encoding.BATCH + 5])
 def test_examples_are_in_order_and_whole(tmp_path, examples):
-    encoding.encode_shapes(tmp_path, examples, 3, Means())
+    encoding.encode_shapes(tmp_path, examples, 3, mean_color)
     records = LatentRecords(tmp_path)
     assert len(records) == examples
     assert records.description["seed"] == 3 and records.description["examples"] == examples

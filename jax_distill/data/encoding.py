@@ -1,19 +1,29 @@
 """Pictures and captions to a folder of latents, so that training never encodes."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
 
 from jax_distill.data import records, shapes
-from jax_distill.models.latents import LatentCodec
 
 BATCH = 64
 
 
-def encode_shapes(path: Path, examples: int, seed: int, codec: LatentCodec) -> None:
-    """Renders and encodes the first `examples` of the shapes world's stream `seed` into `path`."""
+def encode_shapes(
+    path: Path, examples: int, seed: int, encode: Callable[[np.ndarray], Any]
+) -> None:
+    """Renders and encodes the first `examples` of the shapes world's stream `seed` into `path`.
+
+    Args:
+      path: folder of the records.
+      examples: how many.
+      seed: of the stream.
+      encode: pictures (`BATCH`, H, W, 3) uint8 to packed latents (`BATCH`, N, C).
+    """
     begun = time.monotonic()
 
     def encoded():
@@ -22,7 +32,7 @@ def encode_shapes(path: Path, examples: int, seed: int, codec: LatentCodec) -> N
             batch = [shapes.sample(seed, start + i) for i in range(count)]
             images = np.stack([example.image for example in batch])
             padded = np.pad(images, ((0, BATCH - count), (0, 0), (0, 0), (0, 0)))
-            latents = np.asarray(codec.encode(padded), np.float16)[:count]
+            latents = np.asarray(encode(padded), np.float16)[:count]
             for example, latent in zip(batch, latents):
                 yield records.LatentRecord(latent, example.caption)
             if start // BATCH % 100 == 99:

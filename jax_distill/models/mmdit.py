@@ -337,7 +337,9 @@ class MMDiT(nnx.Module):
                 else "guidance: this network has no guidance embedding (guidance_embeds=False)"
             )
         if interval is not None and self.interval_embedder is None:
-            raise ValueError("interval: this network has no second time embedder (interval_embeds)")
+            raise ValueError(
+                "interval: this network has no second time embedder (interval_embeds=False)"
+            )
         total = self.time_embedder(sinusoidal_features(self.config.time_scale * t))
         if guidance is not None:
             total = total + self.guidance_embedder(sinusoidal_features(1000.0 * guidance))
