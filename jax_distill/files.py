@@ -1,7 +1,10 @@
 """Files that are there whole or not at all."""
 
+import contextlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +28,28 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON, indented, in the same way."""
     write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def made_whole(folder: Path) -> Iterator[Path]:
+    """A folder that is there once the block has ended well, and not before.
+
+    Args:
+      folder: to make; its parent is made if it is missing.
+
+    Yields:
+      An empty folder beside it, to be filled; removed if the block fails.
+
+    Raises:
+      ValueError: the folder exists.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(f"--output: '{folder}' exists; remove it or choose another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

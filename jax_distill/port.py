@@ -1,7 +1,6 @@
 """Port: `python -m jax_distill.port --source=FLUX_DIR --output=DIR`, PyTorch weights to ours."""
 
 import shutil
-import tempfile
 from pathlib import Path
 
 import ml_dtypes
@@ -9,85 +8,145 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from jax_distill import commands, ported
+from jax_distill import build, commands, ported
 from jax_distill import config as configuration
-from jax_distill.files import write_json
-from jax_distill.interop import diffusers_folder, flux_config
-from jax_distill.interop.parts import Part, write_part
+from jax_distill.files import made_whole, write_json
+from jax_distill.interop import diffusers_folder, flux_config, sources
+from jax_distill.interop.parts import write_part
 
 _DTYPES = {"keep": None, "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+_GUIDANCE = {"scm": 4.5}  # of T2I-Distill's students, at two steps
+_EMBEDDED_GUIDANCE = 3.5  # of FLUX.1-dev, and of T2I-Distill's MeanFlow students at four steps
+_RESOLUTION = (512, 512)
 
-_SOURCE = flags.DEFINE_string("source", None, "Folder that diffusers can load.")
+_SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "Folder that diffusers can load, or its id on the hub; a transformer alone: its folder, a"
+    " student of T2I-Distill (.pt), or a safetensors file with BFL's or diffusers' names.",
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to make.")
 _DTYPE = flags.DEFINE_enum("dtype", "keep", list(_DTYPES), "Of the parameters on disk.")
 _TEXT_LENGTH = flags.DEFINE_integer(
-    "text_length", 256, "Tokens of T5's sequences: 256 for FLUX.1-lite and schnell, 512 for dev."
+    "text_length",
+    256,
+    "Tokens of T5's sequences: 256 for FLUX.1-lite and schnell, 512 for dev.",
+    lower_bound=2,
+)
+_BASE = flags.DEFINE_string(
+    "base",
+    "",
+    "For a transformer alone: the ported folder that has the text encoders and the autoencoder.",
+)
+_OBJECTIVE = flags.DEFINE_enum(
+    "objective", "", ["", *build.OBJECTIVES], "What the network was trained for; default: told."
 )
 
 
 def main(argv: list[str]) -> None:
     del argv
     output = Path(_OUTPUT.value)
-    port(Path(_SOURCE.value), output, dtype=_DTYPE.value, text_length=_TEXT_LENGTH.value)
+    port(
+        _SOURCE.value,
+        output,
+        dtype=_DTYPE.value,
+        text_length=_TEXT_LENGTH.value,
+        base=_BASE.value,
+        objective=_OBJECTIVE.value,
+    )
     print(f"wrote {output}")
 
 
-def port(source: Path, output: Path, *, dtype: str = "keep", text_length: int = 256) -> None:
+def port(
+    source: str,
+    output: Path,
+    *,
+    dtype: str = "keep",
+    text_length: int = 256,
+    base: str = "",
+    objective: str = "",
+) -> None:
     """Makes a ported folder (see `ported`), whole or not at all.
 
     Args:
-      source: a diffusers folder.
+      source: as `sources.locate` and `sources.read` take it.
       output: must not exist.
       dtype: "keep", "bfloat16" or "float32".
       text_length: of T5's sequences.
+      base: for a source that is a transformer alone, the ported folder with the other parts.
+      objective: what the network was trained for, a key of `build.OBJECTIVES`; by default
+        "flow_matching" (a teacher), "meanflow" if it has the second time embedder, and "scm" for
+        T2I-Distill's other students.
 
     Raises:
       ValueError: the source cannot be read or does not fit together, or the output exists.
+      OSError: the disk is full.
     """
-    if output.exists():
-        raise ValueError(f"--output: '{output}' exists; remove it or choose another")
-    parts = diffusers_folder.parts(source)
-    for part in parts.values():
-        part.check()
-    scheduler = diffusers_folder.read_json(
-        source / diffusers_folder.SCHEDULER / "scheduler_config.json"
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        for name, part in parts.items():
+    described = ported.describe(Path(base)) if base else None
+    with made_whole(output) as partial:
+        network = described["parts"]["network"] if described else None
+        weights = sources.read(sources.locate(source), network)
+        for part in weights.parts.values():
+            part.check()
+        _check_space(output, weights, dtype)
+        scheduler = described["scheduler"] if described else None
+        if weights.folder is not None:
+            scheduler = diffusers_folder.scheduler(weights.folder)
+            for name in diffusers_folder.TOKENIZERS:
+                diffusers_folder.copy(weights.folder / name, partial / name)
+        for name, part in weights.parts.items():
             count = write_part(part, partial / name, _DTYPES[dtype])
             logging.info("%s: %d tensors, %.2f GB", name, len(part.tensors), count / 1e9)
-        for name in diffusers_folder.TOKENIZERS:
-            shutil.copytree(source / name, partial / name)
-        configuration.save(_configuration(parts["network"], text_length), partial)
+        text_length = described["text_length"] if described else text_length
+        config = _configuration(weights, text_length, base, objective)
+        configuration.save(config, partial)
         description = {
-            "source": {"layout": "diffusers"},
+            "source": {"layout": weights.layout},
             "dtype": dtype,
-            "parts": {name: part.config for name, part in parts.items()},
+            "parts": {name: part.config for name, part in weights.parts.items()},
             "scheduler": scheduler,
             "text_length": text_length,
         }
         write_json(partial / ported.DESCRIPTION, description)
-        partial.chmod(0o755)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _configuration(network: Part, text_length: int) -> ConfigDict:
-    """The configuration of a ported teacher."""
+def _check_space(output: Path, weights: sources.Source, dtype: str) -> None:
+    """Raises ValueError when the disk has no room for the output."""
+    kind = _DTYPES[dtype]
+    needed = sum(
+        tensor.nbytes if kind is None else tensor.nbytes // tensor.dtype.itemsize * kind.itemsize
+        for part in weights.parts.values()
+        for tensor in part.tensors.values()
+    )
+    free = shutil.disk_usage(output.parent).free
+    if needed > free:
+        raise ValueError(
+            f"--output: '{output}' needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB"
+            " free; make room or choose another"
+        )
+
+
+def _configuration(
+    weights: sources.Source, text_length: int, base: str, objective: str
+) -> ConfigDict:
+    """The configuration of a ported network."""
+    part = weights.parts["network"]
+    interval = flux_config.has_interval(part.tensors)
+    model = flux_config.from_diffusers(part.config, interval_embeds=interval)
+    if not objective:
+        student = "scm" if weights.layout == "t2i_distill" else "flow_matching"
+        objective = "meanflow" if interval else student
     config = configuration.base()
-    model = flux_config.from_diffusers(network.config)
     with config.unlocked():
+        config.name = "flux"
         config.world = "flux"
-        config.objective.name = "flow_matching"
+        config.objective.name = objective
+        config.teacher.checkpoint = str(Path(base).resolve()) if base else ""
         for key in config.model:
-            if hasattr(model, key):
-                config.model[key] = getattr(model, key)
+            config.model[key] = getattr(model, key)
         config.data.text_length = text_length
-        config.data.resolution = (512, 512)
-        config.evaluation.guidance = 3.5
+        config.data.resolution = _RESOLUTION
+        config.evaluation.guidance = _GUIDANCE.get(objective, _EMBEDDED_GUIDANCE)
     return config
 
 

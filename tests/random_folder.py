@@ -1,23 +1,20 @@
-"""Small random FLUX pipelines of diffusers, saved as they are on the hub."""
+"""A small random FLUX folder, sharded as diffusers and transformers save it."""
 
-import dataclasses
+import json
 from pathlib import Path
 
 import random_flux
 import random_text
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
-from transformers import CLIPTokenizer, T5TokenizerFast
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-from jax_distill.models.autoencoder import AutoencoderConfig
-from jax_distill.models.clip import ClipConfig
+from jax_distill.models import clip, t5
 from jax_distill.models.mmdit import MMDiTConfig
-from jax_distill.models.t5 import T5Config
 
-TRANSFORMER = MMDiTConfig(
+NETWORK = MMDiTConfig(
     in_channels=16,
-    num_layers=1,
-    num_single_layers=1,
+    num_layers=2,
+    num_single_layers=3,
     attention_head_dim=16,
     num_attention_heads=2,
     joint_attention_dim=24,
@@ -25,47 +22,47 @@ TRANSFORMER = MMDiTConfig(
     guidance_embeds=True,
     axes_dims_rope=(4, 6, 6),
 )
-AUTOENCODER = AutoencoderConfig(3, 4, (8, 8, 12, 16), 1, 4, 0.4, 0.1)
-CLIP = ClipConfig(
-    vocab_size=100,
+CLIP = clip.ClipConfig(
+    vocab_size=50,
     hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=1,
+    intermediate_size=32,
+    num_hidden_layers=2,
     num_attention_heads=2,
+    max_position_embeddings=12,
 )
-T5 = T5Config(vocab_size=60, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "max_shift": 1.15}
-"""FLUX.1-dev's scheduler, and lite's."""
+T5 = t5.T5Config(vocab_size=50, d_model=24, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What a pipeline is made of."""
-
-    transformer: MMDiTConfig = TRANSFORMER
-    autoencoder: AutoencoderConfig = AUTOENCODER
-    clip: ClipConfig = CLIP
-    t5: T5Config = T5
-    scheduler: tuple[tuple[str, object], ...] = tuple(DYNAMIC.items())
-
-
-def save_random(folder: Path, sizes: Sizes = Sizes(), seed: int = 0) -> FluxPipeline:
-    """Writes a pipeline of random weights into a folder, in several shards, and returns it."""
-    random_text.write_tokenizers(folder)
+def autoencoder(seed: int = 0) -> AutoencoderKL:
     torch.manual_seed(seed)
-    vae = AutoencoderKL.from_config(sizes.autoencoder.to_dict()).eval()
-    vae.requires_grad_(False)
-    for parameter in vae.parameters():  # biases and norms away from their initial constants
-        parameter.add_(0.1 * torch.randn_like(parameter))
-    pipe = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(**dict(sizes.scheduler)),
-        vae,
-        random_text.clip_reference(sizes.clip, seed),
-        CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        random_text.t5_reference(sizes.t5, seed),
-        T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
-        random_flux.reference(sizes.transformer, seed),
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 16],
+        norm_num_groups=4,
+        latent_channels=4,
+        layers_per_block=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
     )
-    pipe.save_pretrained(folder, max_shard_size="20KB")
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+
+
+def make(folder: Path, network: MMDiTConfig = NETWORK, dtype: torch.dtype = torch.float32) -> Path:
+    """Writes a pipeline's folder; its tokenizers are empty files."""
+    transformer = random_flux.reference(network).to(dtype)
+    transformer.save_pretrained(folder / "transformer", max_shard_size="40KB")
+    autoencoder().to(dtype).save_pretrained(folder / "vae", max_shard_size="10KB")
+    text = random_text.clip_reference(CLIP).to(dtype)
+    text.save_pretrained(folder / "text_encoder", max_shard_size="10KB")
+    text = random_text.t5_reference(T5).to(dtype)
+    text.save_pretrained(folder / "text_encoder_2", max_shard_size="10KB")
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    for name in ("tokenizer", "tokenizer_2"):
+        (folder / name).mkdir()
+        (folder / name / "tokenizer.json").write_text(json.dumps({"of": name}))
+    index = {"_class_name": "FluxPipeline", "scheduler": ["diffusers", "FlowMatch"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from random_folder import DYNAMIC, T5, TRANSFORMER, Sizes, save_random
+from random_pipeline import DYNAMIC, T5, TRANSFORMER, Sizes, save_random
 from random_text import relative_error
 
 from jax_distill import pipeline

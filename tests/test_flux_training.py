@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 from PIL import Image
-from random_folder import save_random
+from random_pipeline import save_random
 
 from jax_distill import build, commands, experiment, main, pipeline, preflight, worlds
 from jax_distill.config import ConfigError

@@ -1,6 +1,8 @@
 """The layout of diffusers' FLUX folders."""
 
+import functools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from flax import nnx
 from jax_distill.interop import flux_config
 from jax_distill.interop.autoencoder_keys import AUTOENCODER_KEYS
 from jax_distill.interop.clip_keys import clip_keys
+from jax_distill.interop.key_table import KeyTable
 from jax_distill.interop.parts import Part
+from jax_distill.interop.safetensors_files import read_folder
 from jax_distill.interop.t5_keys import t5_keys
-from jax_distill.interop.tensors import Tensors, safetensors_folder
+from jax_distill.interop.tensors import Tensors
 from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 from jax_distill.models import clip, mmdit, t5
 from jax_distill.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -63,43 +67,72 @@ def parts(folder: Path) -> dict[str, Part]:
 
 def transformer(folder: Path) -> Part:
     """FLUX's transformer, or a student's with the second time embedder."""
-    tensors = safetensors_folder(folder, DIFFUSERS_STEM)
+    tensors = read_folder(folder, DIFFUSERS_STEM)
     return transformer_part(str(folder), read_json(folder / "config.json"), tensors)
 
 
-def transformer_part(where: str, config: dict[str, Any], tensors: Tensors) -> Part:
+def transformer_part(
+    where: str, config: dict[str, Any], tensors: Tensors, table: KeyTable = TRANSFORMER_KEYS
+) -> Part:
     """The part that a transformer's tensors under diffusers' names make.
 
     Args:
       where: for messages.
       config: diffusers'.
       tensors: of the transformer.
+      table: `TRANSFORMER_KEYS`, or one that ignores some names.
     """
-    interval = any(name.startswith("timestep_embedder2.") for name in tensors)
+    interval = flux_config.has_interval(tensors)
     ours = flux_config.from_diffusers(config, interval_embeds=interval)
-    like = jax.eval_shape(lambda: mmdit.initial_parameters(ours, nnx.Rngs(0)))
-    return Part(where, config, tensors, TRANSFORMER_KEYS, like)
+    return Part(where, config, tensors, table, _shapes(ours))
+
+
+@functools.cache
+def _shapes(config: Any) -> dict[str, Any]:
+    """The parameters' shapes of the network that has this config."""
+    match config:
+        case mmdit.MMDiTConfig():
+            return jax.eval_shape(lambda: mmdit.initial_parameters(config, nnx.Rngs(0)))
+        case AutoencoderConfig():
+            return parameters(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))))
+        case clip.ClipConfig():
+            return jax.eval_shape(lambda: clip.initial_parameters(config, nnx.Rngs(0)))
+        case t5.T5Config():
+            return jax.eval_shape(lambda: t5.initial_parameters(config, nnx.Rngs(0)))
 
 
 def autoencoder(folder: Path) -> Part:
     values = read_json(folder / "config.json")
     config = AutoencoderConfig.from_dict(values)
-    like = parameters(nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0))))
-    tensors = safetensors_folder(folder, DIFFUSERS_STEM)
-    return Part(str(folder), values, tensors, AUTOENCODER_KEYS, like)
+    tensors = read_folder(folder, DIFFUSERS_STEM)
+    return Part(str(folder), values, tensors, AUTOENCODER_KEYS, _shapes(config))
 
 
 def clip_text(folder: Path) -> Part:
     values = read_json(folder / "config.json")
     config = clip.ClipConfig.from_dict(values)
-    like = jax.eval_shape(lambda: clip.initial_parameters(config, nnx.Rngs(0)))
-    tensors = safetensors_folder(folder, TRANSFORMERS_STEM)
-    return Part(str(folder), values, tensors, clip_keys(tensors), like)
+    tensors = read_folder(folder, TRANSFORMERS_STEM)
+    return Part(str(folder), values, tensors, clip_keys(tensors), _shapes(config))
 
 
 def t5_encoder(folder: Path) -> Part:
     values = read_json(folder / "config.json")
     config = t5.T5Config.from_dict(values)
-    like = jax.eval_shape(lambda: t5.initial_parameters(config, nnx.Rngs(0)))
-    tensors = safetensors_folder(folder, TRANSFORMERS_STEM)
-    return Part(str(folder), values, tensors, t5_keys(tensors), like)
+    tensors = read_folder(folder, TRANSFORMERS_STEM)
+    return Part(str(folder), values, tensors, t5_keys(tensors), _shapes(config))
+
+
+def scheduler(folder: Path) -> dict[str, Any]:
+    """The config of a pipeline's scheduler."""
+    return read_json(folder / SCHEDULER / "scheduler_config.json")
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a folder of small files, such as a tokenizer's.
+
+    Raises:
+      ValueError: it is missing.
+    """
+    if not source.is_dir():
+        raise ValueError(f"'{source}' is missing; give a whole diffusers folder of FLUX")
+    shutil.copytree(source, target)

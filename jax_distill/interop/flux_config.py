@@ -5,13 +5,15 @@ unless it is diffusers' 1000.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jax_distill.models.mmdit import MMDiTConfig
 
 CLASS = "FluxTransformer2DModel"
 TIME_SCALE = 1000.0
+FLUX_AXES = (16, 56, 56)
 _SHARED = (
     "in_channels",
     "num_layers",
@@ -66,3 +68,62 @@ def to_diffusers(config: MMDiTConfig) -> dict[str, Any]:
     if config.time_scale != TIME_SCALE:
         values["time_scale"] = config.time_scale
     return values
+
+
+def has_interval(names: Iterable[str]) -> bool:
+    """Whether a transformer's tensors have the second time embedder among them."""
+    return any(name.startswith("timestep_embedder2.") for name in names)
+
+
+def from_shapes(
+    where: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    time_scale: float,
+    axes_dims_rope: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """The config of a transformer whose file has none, from its tensors.
+
+    Args:
+      where: for messages.
+      shapes: under diffusers' names.
+      time_scale: of its time embedder; the tensors do not say.
+      axes_dims_rope: likewise; FLUX.1's by default.
+
+    Returns:
+      What `from_diffusers` reads.
+
+    Raises:
+      ValueError: tensors that say the sizes are missing, or have no such shape.
+    """
+
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if len(shapes.get(name, ())) != axes:
+            raise ValueError(f"{where}: tensor '{name}' is missing; it is no transformer of FLUX")
+        return shapes[name]
+
+    def layers(kind: str) -> int:
+        found = {int(m[1]) for name in shapes if (m := re.match(rf"{kind}\.(\d+)\.", name))}
+        return max(found, default=-1) + 1
+
+    width, channels = shape("x_embedder.weight", 2)
+    (head,) = shape("transformer_blocks.0.attn.norm_q.weight", 1)
+    if axes_dims_rope is None and head != sum(FLUX_AXES):
+        raise ValueError(
+            f"{where}: heads are {head} wide where FLUX.1's are {sum(FLUX_AXES)}, so that its"
+            " positions are not known; give --base=DIR, a ported folder of such a network"
+        )
+    return {
+        "_class_name": CLASS,
+        "patch_size": 1,
+        "in_channels": channels,
+        "num_layers": layers("transformer_blocks"),
+        "num_single_layers": layers("single_transformer_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shape("context_embedder.weight", 2)[1],
+        "pooled_projection_dim": shape("time_text_embed.text_embedder.linear_1.weight", 2)[1],
+        "guidance_embeds": any(".guidance_embedder." in name for name in shapes),
+        "axes_dims_rope": list(axes_dims_rope or FLUX_AXES),
+        "time_scale": time_scale,
+    }

@@ -8,7 +8,7 @@ like any other.
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -105,3 +105,93 @@ class TreeWriter:
             "custom_metadata": None,
         }
         (self.folder / METADATA).write_text(json.dumps(metadata))
+
+
+class StoredLeaf:
+    """A parameter on disk, or in memory, that is read a layer at a time.
+
+    Attributes:
+      shape: of it.
+      dtype: of it.
+    """
+
+    def __init__(self, array: Any):
+        """Takes what numpy can index and convert: an array, or a store of TensorStore."""
+        self._array = array
+        self.shape = tuple(array.shape)
+        dtype = array.dtype
+        self.dtype = np.dtype(getattr(dtype, "numpy_dtype", dtype))
+        self._sums: dict[int | None, int] = {}
+
+    def read(self, index: int | None = None) -> np.ndarray:
+        """A layer of a stacked parameter, or with an index of None the whole."""
+        value = np.asarray(self._array if index is None else self._array[index])
+        self._sums[index] = _sum_of_bits(value)
+        return value
+
+    def checksum(self) -> int:
+        """The sum modulo 2^32 of all bits as whole numbers (see `checkpoint.checksums`).
+
+        What has not been read so far is read for it.
+        """
+        if not self._sums:
+            self.read()
+        if None in self._sums:
+            return self._sums[None]
+        for index in range(self.shape[0]):
+            if index not in self._sums:
+                self.read(index)
+        return sum(self._sums.values()) % 2**32
+
+
+def _sum_of_bits(value: np.ndarray) -> int:
+    flat = value.reshape(-1, order="A").view(f"u{value.dtype.itemsize}")
+    return int(flat.sum(dtype=np.uint64)) % 2**32
+
+
+def open_tree(folder: Path, under: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A tree that Orbax or `TreeWriter` has written; nothing but its description is read.
+
+    Args:
+      folder: of the tree.
+      under: the part of it that is wanted.
+
+    Returns:
+      Nested dicts of `StoredLeaf`.
+
+    Raises:
+      ValueError: there is no such tree, or it is damaged.
+    """
+    folder, tree = Path(folder).resolve(), {}
+    try:
+        description = json.loads((folder / METADATA).read_text())
+        context = ts.Context({})
+        for entry in description["tree_metadata"].values():
+            path = tuple(key["key"] for key in entry["key_metadata"])
+            if path[: len(under)] == under:
+                node = tree
+                for key in path[len(under) : -1]:
+                    node = node.setdefault(key, {})
+                spec = _spec(folder, ".".join(path), description)
+                node[path[-1]] = StoredLeaf(ts.open(spec, context=context).result())
+    except FileNotFoundError:
+        raise ValueError(f"'{folder}' is no Orbax tree: it has no {METADATA}") from None
+    except (KeyError, ValueError) as error:  # TensorStore's own are ValueErrors
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(f"'{folder}' is damaged ({reason})") from None
+    return tree
+
+
+def _spec(folder: Path, name: str, description: dict[str, Any]) -> dict[str, Any]:
+    """TensorStore's specification of a parameter."""
+    files = {"driver": "file", "path": f"{folder}/"}
+    if description["use_ocdbt"]:
+        store = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
+    else:
+        store = files | {"path": f"{folder / name}/"}
+    return {
+        "driver": "zarr3" if description["use_zarr3"] else "zarr",
+        "kvstore": store,
+        "open": True,
+        "fill_missing_data_reads": False,
+    }

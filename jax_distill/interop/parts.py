@@ -2,17 +2,15 @@
 
 import concurrent.futures
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jax_distill.interop.key_table import KeyTable, Place
-from jax_distill.interop.orbax_tree import Leaf, TreeWriter
-from jax_distill.interop.tensors import Tensors, check_finite
-
-THREADS = 4  # a tensor of each is in memory
+from jax_distill.interop.orbax_tree import Leaf, StoredLeaf, TreeWriter
+from jax_distill.interop.tensors import THREADS, Tensor, Tensors, check_finite
 
 
 class Part(NamedTuple):
@@ -61,8 +59,11 @@ def write_part(part: Part, folder: Path, dtype: np.dtype | None) -> int:
         other = first.setdefault((place.path, place.index), place)
         if other is not place:
             twins.append((other, place))
+    order = {name: index for index, name in enumerate(part.tensors)}  # of the bytes on disk
     for path, leaf in _leaves(part, list(first.values()), dtype).items():
         writer.create(path, leaf, stacked=(path, 0) in first)
+
+    ordered = sorted(first.values(), key=lambda place: order[place.name])
 
     def read(place: Place) -> np.ndarray:
         array = part.tensors[place.name].read()
@@ -76,7 +77,7 @@ def write_part(part: Part, folder: Path, dtype: np.dtype | None) -> int:
         return array.nbytes
 
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(move, place) for place in first.values()]
+        futures = [pool.submit(move, place) for place in ordered]
         try:
             written = sum(future.result() for future in futures)
         except BaseException as error:
@@ -113,3 +114,26 @@ def _leaves(part: Part, places: list[Place], dtype: np.dtype | None) -> dict[tup
             leaf = leaf[key]
         leaves[path] = Leaf(tuple(leaf.shape), next(iter(kinds)))
     return leaves
+
+
+def tensors_of(tree: Mapping[str, Any], table: KeyTable) -> Tensors:
+    """A tree's tensors under PyTorch's names, in the types that they have.
+
+    Args:
+      tree: nested `StoredLeaf`s.
+      table: which parameter is which of them.
+
+    Raises:
+      ValueError: the table has no rule for a parameter.
+    """
+    tensors = {}
+    for place in table.places(tree):
+        leaf = tree
+        for key in place.path:
+            leaf = leaf[key]
+        tensors[place.name] = Tensor(place.shape, leaf.dtype, _reader(leaf, place))
+    return tensors
+
+
+def _reader(leaf: StoredLeaf, place: Place) -> Callable[[], np.ndarray]:
+    return lambda: place.layout.from_jax(leaf.read(place.index))

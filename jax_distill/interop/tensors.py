@@ -1,19 +1,20 @@
-"""Tensors on disk under PyTorch's names, read one at a time."""
+"""Tensors under PyTorch's names, read one at a time."""
 
-import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 DTYPES: Mapping[str, np.dtype] = {  # safetensors' names of the types that weights come in
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+THREADS = 4  # that read and write; a tensor of each is in memory
 
 
 class Tensor(NamedTuple):
@@ -30,73 +31,12 @@ class Tensor(NamedTuple):
     dtype: np.dtype
     read: Callable[..., np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 Tensors = dict[str, Tensor]
-
-
-def safetensors_file(path: Path) -> Tensors:
-    """The tensors of one file.
-
-    Raises:
-      ValueError: it is missing, cut short, damaged, or has a type that weights do not come in.
-    """
-
-    def reader(name: str) -> Callable[..., np.ndarray]:
-        def read(start: int | None = None, stop: int | None = None) -> np.ndarray:
-            # Opened for each tensor: mapped pages of a whole file would count as memory.
-            with safe_open(path, "np", backend="pread") as file:
-                if start is None:
-                    return file.get_tensor(name)
-                return file.get_slice(name)[start:stop]
-
-        return read
-
-    tensors = {}
-    try:
-        with safe_open(path, "np", backend="pread") as file:
-            for name in file.keys():
-                piece = file.get_slice(name)
-                tensors[name] = Tensor(
-                    tuple(piece.get_shape()), _dtype(path, name, piece.get_dtype()), reader(name)
-                )
-    except FileNotFoundError:
-        raise ValueError(f"'{path}' is missing; download the folder again") from None
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is cut short or damaged ({error}); download it again") from None
-    return tensors
-
-
-def _dtype(path: Path, name: str, code: str) -> np.dtype:
-    if code not in DTYPES:
-        raise ValueError(
-            f"'{path}': tensor '{name}' is of type {code}; only {', '.join(DTYPES)} can be read"
-        )
-    return DTYPES[code]
-
-
-def safetensors_folder(folder: Path, stem: str) -> Tensors:
-    """The tensors of `<stem>.safetensors`, or of the shards that its index names.
-
-    Args:
-      folder: of one model.
-      stem: "diffusion_pytorch_model" (diffusers) or "model" (transformers).
-
-    Raises:
-      ValueError: neither is there, or as `safetensors_file`.
-    """
-    index = folder / f"{stem}.safetensors.index.json"
-    if not index.exists():
-        whole = folder / f"{stem}.safetensors"
-        if not whole.exists():
-            raise ValueError(f"'{folder}' has neither {whole.name} nor {index.name}")
-        return safetensors_file(whole)
-    try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"'{index}' is no index of shards ({error!r}); download it again"
-        ) from None
-    return merged((folder / file, safetensors_file(folder / file)) for file in files)
 
 
 def merged(parts: Iterable[tuple[Path, Tensors]]) -> Tensors:
