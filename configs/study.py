@@ -1,23 +1,51 @@
 """The comparison of all methods from the same teacher, with the same budget and seeds.
 
 python -m jax_distill.study --config=configs/study.py
+python -m jax_distill.study --config=configs/study.py:ablations
+
+The second changes one thing of sCM or of MeanFlow a row: what each stabiliser is worth.
 """
 
 from ml_collections import ConfigDict
 
 from jax_distill.config import ConfigError
 
-# A row's name, its config file, and settings of its own as "key=value".
+# A row's name, its config file, and settings of its own as "key=value"; {workdir} is the study's.
 METHODS = (
     ("sCM", "configs/scm.py"),
     ("MeanFlow", "configs/meanflow.py"),
     ("IMM", "configs/imm.py"),
 )
 
+SCM, MEANFLOW = "configs/scm.py", "configs/meanflow.py"
+# As much guidance as without: omega / (1 - kappa) is one.
+KAPPA = ("objective.kappa=0.5", "objective.omega=0.5")
+ABLATIONS = (
+    ("sCM", SCM),
+    (
+        *("sCM, 1000 t", SCM, "model.time_scale=1000.0"),
+        *("teacher.checkpoint=embedded", "rescale.total_steps=150"),  # adds the guidance alone
+    ),
+    ("sCM, time embedder trained", SCM, "optimizer.frozen="),
+    ("sCM, no tangent warm-up", SCM, "objective.tangent_warmup=0"),
+    ("sCM, tangent not normalised", SCM, "objective.normalize_tangent=False"),
+    ("sCM, published angles", SCM, "objective.angle_mean=0.2", "objective.tangent_constant=0.1"),
+    ("sCM, image-free", SCM, "data.path={workdir}/drawn"),
+    ("MeanFlow", MEANFLOW),
+    ("MeanFlow, finite intervals first", MEANFLOW, "objective.discrete_warmup=200"),
+    ("MeanFlow, copied start", MEANFLOW, "objective.interval_start=copy"),
+    ("MeanFlow, sample velocity", MEANFLOW, "objective.target_velocity=sample"),
+    ("MeanFlow, kappa 0.5", MEANFLOW, *KAPPA),
+    ("MeanFlow, kappa 0.5 in a window", MEANFLOW, *KAPPA, "objective.mix_to=0.75"),
+    ("MeanFlow, image-free", MEANFLOW, "data.path={workdir}/drawn"),
+)
+
 
 def get_config(preset: str = ""):
-    if preset not in ("", "smoke"):
-        raise ConfigError(f"--config: there is no preset {preset!r} after the colon; known: smoke")
+    if preset not in ("", "ablations", "smoke"):
+        raise ConfigError(
+            f"--config: there is no preset {preset!r} after the colon; known: ablations, smoke"
+        )
     config = ConfigDict(
         {
             "name": "study",
@@ -30,11 +58,15 @@ def get_config(preset: str = ""):
             "evaluate_every": 150,  # training steps between scores
             "examples": 12_800,
             "data_seed": 0,
+            "drawn_steps": 0,  # of the teacher that draws {workdir}/drawn, image-free; 0: not made
             "teacher": {"checkpoint": "", "config": "configs/time_rescale.py", "settings": ()},
             "grid_prompts": 8,
             "grid_steps": (1, 4),
         }
     )
+    if preset == "ablations":
+        config.name, config.rows, config.seeds = "ablations", ABLATIONS, (0,)
+        config.student_steps, config.drawn_steps, config.evaluate_every = (1, 2, 4), 20, 300
     if preset == "smoke":
         config.name = "study_smoke"
         config.seeds = (0,)

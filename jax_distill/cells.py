@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -16,12 +17,11 @@ from jax_distill import build, pipeline, scoring
 from jax_distill import config as configuration
 from jax_distill.config import ConfigError
 from jax_distill.data import records
-from jax_distill.data.encoding import encode_shapes
 from jax_distill.evaluation import comparison, grids
 from jax_distill.evaluation.metrics import read_metrics
 from jax_distill.files import write_json
 from jax_distill.flops import count_flops
-from jax_distill.worlds.shapes import embedded_codec, preview_captions
+from jax_distill.worlds.shapes import preview_captions
 
 RESULTS = "study.json"
 COST = "cost.json"
@@ -30,9 +30,9 @@ COST = "cost.json"
 def run(config: ConfigDict, workdir: Path) -> None:
     """Runs what is missing of a study, then compares all of it."""
     workdir.mkdir(parents=True, exist_ok=True)
-    data, teacher = workdir / "data", workdir / "teacher"
-    if not (data / records.DESCRIPTION).exists():
-        encode_shapes(data, config.examples, config.data_seed, embedded_codec().encode)
+    data, teacher, drawn = workdir / "data", workdir / "teacher", workdir / "drawn"
+    examples = [f"examples={config.examples}", f"seed={config.data_seed}"]
+    prepare(data, examples)
     shared = [f"data.path={data}", f"evaluation.prompts={config.prompts}"]
     settings = [f"{key}={_word(value)}" for key, value in config.common.items()]
     own = [f"teacher.checkpoint={config.teacher.checkpoint}", *config.teacher.settings]
@@ -40,11 +40,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
     train(config.teacher.config, teacher, [*shared, steps, *own])
     if not _teacher(teacher)["score"]:
         raise ConfigError(f"teacher: the one in '{teacher}' scores 0, no share of which is known")
+    if config.drawn_steps:
+        prepare(drawn, [*examples, f"teacher={teacher}", f"steps={config.drawn_steps}"])
 
     cells = list(_cells(config))
     found = []
     for index, (row, seed, file, own) in enumerate(cells):
-        cell = workdir / f"{row}-{seed}"
+        cell = workdir / folder(row, seed)
         logging.info("cell %d of %d: %s, seed %d", index + 1, len(cells), row, seed)
         steps = [
             f"evaluation.student_steps={_word(config.student_steps)}",
@@ -52,6 +54,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         ]
         every = [f"evaluation.every={config.evaluate_every}"]
         start = [f"teacher.checkpoint={teacher}", f"seed={seed}"]
+        own = [setting.format(workdir=workdir) for setting in own]
         command = train(file, cell, [*shared, *settings, *steps, *every, *start, *own])
         found.append({"row": row, "seed": seed, "command": command, **measured(cell)})
         study = {"name": config.name, "teacher": _teacher(teacher), "cells": found}
@@ -70,6 +73,11 @@ def _cells(config: ConfigDict) -> Iterator[tuple[str, int, str, Sequence[str]]]:
             yield row, seed, file, own
 
 
+def folder(row: str, seed: int) -> str:
+    """A cell's folder: the row's name without what shells and flags read otherwise."""
+    return re.sub(r"[^\w.-]+", "_", f"{row}-{seed}")
+
+
 def _word(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
@@ -82,15 +90,39 @@ def train(file: str, workdir: Path, settings: Sequence[str]) -> str:
     Raises:
       ConfigError: the command failed, or was stopped before its end.
     """
-    command = [sys.executable, "-m", "jax_distill.main", f"--config={file}"]
-    command += [f"--workdir={workdir}", *(f"--config.{setting}" for setting in settings)]
-    spoken = shlex.join(["python", *command[1:]])
+    flags = [f"--config={file}", f"--workdir={workdir}"]
+    flags += [f"--config.{setting}" for setting in settings]
+    spoken = shlex.join(["python", "-m", "jax_distill.main", *flags])
     cost = workdir / COST
     known = json.loads(cost.read_text()) if cost.exists() else {"command": "", "peak_gib": 0.0}
     if scoring.concluded(workdir) and known["command"] == spoken:
         logging.info("%s is finished", workdir)
         return spoken
-    process = subprocess.Popen(command)
+    code, peak = _run("main", flags)
+    if workdir.is_dir():
+        write_json(cost, {"command": spoken, "peak_gib": max(known["peak_gib"], peak)})
+    if code:
+        raise ConfigError(f"a cell of the study failed, see above; its command: {spoken}")
+    if not scoring.concluded(workdir):
+        raise ConfigError(f"'{workdir}' was stopped before its end; run the study again to go on")
+    return spoken
+
+
+def prepare(path: Path, settings: Sequence[str]) -> None:
+    """Makes a folder of latents, unless it is there.
+
+    Raises:
+      ConfigError: the command failed.
+    """
+    if (path / records.DESCRIPTION).exists():
+        return
+    if _run("prepare", [f"--output={path}", *(f"--{setting}" for setting in settings)])[0]:
+        raise ConfigError(f"'{path}' could not be made, see above")
+
+
+def _run(module: str, flags: Sequence[str]) -> tuple[int, float]:
+    """Runs a command of this package; returns its exit code and the peak of its memory in GiB."""
+    process = subprocess.Popen([sys.executable, "-m", f"jax_distill.{module}", *flags])
     try:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -98,14 +130,7 @@ def train(file: str, workdir: Path, settings: Sequence[str]) -> str:
         process.terminate()
         process.wait()
         raise
-    if workdir.is_dir():
-        peak = max(known["peak_gib"], usage.ru_maxrss / 2**20)
-        write_json(cost, {"command": spoken, "peak_gib": peak})
-    if process.returncode:
-        raise ConfigError(f"a cell of the study failed, see above; its command: {spoken}")
-    if not scoring.concluded(workdir):
-        raise ConfigError(f"'{workdir}' was stopped before its end; run the study again to go on")
-    return spoken
+    return process.returncode, usage.ru_maxrss / 2**20
 
 
 def measured(cell: Path) -> dict:
@@ -145,7 +170,7 @@ def draw_grid(path: Path, config: ConfigDict, workdir: Path) -> None:
     most = max(config.teacher_steps)
     rows, labels = [teacher(prompts, steps=most)], [f"teacher, {most} steps"]
     for row, *_ in config.rows:
-        pipe = pipeline.load(workdir / f"{row}-{config.seeds[0]}")
+        pipe = pipeline.load(workdir / folder(row, config.seeds[0]))
         for steps in config.grid_steps:
             rows.append(pipe(prompts, steps=steps))
             labels.append(f"{row}, {steps} step{'s' * (steps > 1)}")

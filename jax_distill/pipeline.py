@@ -1,7 +1,7 @@
 """Text to pictures with a trained network: what `jax_distill.load` returns."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -119,20 +119,41 @@ class Pipeline:
     ) -> np.ndarray:
         """As calling the pipeline, for captions that are embedded: text (B, ..)."""
         resolution = resolution or self.world.resolution
+        batches = self._sampled(text, steps, seed, guidance, batch_size, resolution, noise)
+        decode = functools.partial(self.world.codec.decode, tile=tile)
+        pictures = [decode(tokens, *resolution) for tokens in batches]
+        return np.concatenate(pictures)[: len(text.pooled)]
+
+    def latents(
+        self,
+        text: Text,
+        *,
+        steps: int,
+        seed: int = 0,
+        guidance: float | None = None,
+        batch_size: int | None = None,
+        resolution: tuple[int, int] | None = None,
+        noise: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """What `draw` decodes: packed latents (B, N, C) float32."""
+        resolution = resolution or self.world.resolution
+        batches = self._sampled(text, steps, seed, guidance, batch_size, resolution, noise)
+        return np.concatenate(list(batches))[: len(text.pooled)]
+
+    def _sampled(
+        self, text, steps, seed, guidance, batch_size, resolution, noise
+    ) -> Iterator[np.ndarray]:
+        """Tokens, a batch at a time; the last batch is filled up, so that one shape compiles."""
         count = len(text.pooled)
         self._check(steps, resolution, noise, count)
         sample = self._sampler(resolution, steps)
         scale = self.config.evaluation.guidance if guidance is None else guidance
         size = min(batch_size or self.world.batch_size, count)
-        pictures = []
         for start in range(0, count, size):
-            # The last batch is filled up, so that one shape compiles.
             rows = np.minimum(np.arange(start, start + size), count - 1)
             part = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), text)
             given = None if noise is None else jnp.asarray(noise[rows])
-            tokens = sample(self.params, part, jnp.asarray(rows), scale, seed, given)
-            pictures.append(self.world.codec.decode(np.asarray(tokens), *resolution, tile=tile))
-        return np.concatenate(pictures)[:count]
+            yield np.asarray(sample(self.params, part, jnp.asarray(rows), scale, seed, given))
 
     def _check(self, steps, resolution, noise, count) -> None:
         if steps < 1:

@@ -1,31 +1,41 @@
-"""Encode: `python -m jax_distill.prepare --output=DIR [--examples=N] [--seed=0]`, or, for FLUX,
-`python -m jax_distill.prepare --checkpoint=PORTED --source=PICTURES --output=DIR [--height=512]`.
+"""Encode pictures and captions into a folder of latents, for `data.path`: training never encodes,
+and several runs share one folder. Three ways:
 
-Pictures and their captions become a folder of latents, for `data.path`, so that training never
-encodes and several runs share one folder: pictures of the shapes world, or a folder of pictures
-with captions (see `data/folder.py`), whose captions are embedded too.
+python -m jax_distill.prepare --output=DIR [--examples=N] [--seed=0]
+    pictures of the shapes world
+python -m jax_distill.prepare --checkpoint=PORTED --source=PICTURES --output=DIR [--height=512]
+    your pictures with captions (see `data/folder.py`), for FLUX; captions are embedded too
+python -m jax_distill.prepare --teacher=DIR [--captions=FILE] --output=DIR [--steps=20]
+    no pictures at all: latents that a teacher draws for captions, the shapes world's or your own
 """
 
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
-from jax_distill import build, commands
-from jax_distill.data import records
-from jax_distill.data.encoding import encode_shapes
+from jax_distill import build, commands, pipeline
+from jax_distill.data import records, shapes
+from jax_distill.data.encoding import NULL_CAPTION, encode_drawn, encode_shapes
 from jax_distill.worlds.flux import Flux, ported_config
 from jax_distill.worlds.shapes import embedded_codec
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the latents, not there yet.")
-_EXAMPLES = flags.DEFINE_integer("examples", 12_800, "Pictures of the shapes world.", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the shapes world's stream, or of sampled latents.", 0)
+_EXAMPLES = flags.DEFINE_integer("examples", 12_800, "Examples of the shapes world.", 1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the shapes world's stream, and of what is drawn.", 0)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of jax_distill.port: FLUX's parts.")
 _SOURCE = flags.DEFINE_string("source", None, "Folder of pictures with captions, for FLUX.")
-_HEIGHT = flags.DEFINE_integer("height", 512, "Pixels that pictures are fitted to, for FLUX.", 1)
-_WIDTH = flags.DEFINE_integer("width", 512, "Pixels that pictures are fitted to, for FLUX.", 1)
+_HEIGHT = flags.DEFINE_integer("height", 512, "Pixels of the pictures, for FLUX.", 1)
+_WIDTH = flags.DEFINE_integer("width", 512, "Pixels of the pictures, for FLUX.", 1)
 _LATENTS = flags.DEFINE_enum(
     "latents", "mean", ["mean", "sample"], "What is taken of the autoencoder's posterior."
 )
+_TEACHER = flags.DEFINE_string(
+    "teacher", None, "Draws the latents: a run's workdir, a ported folder, or 'embedded'."
+)
+_CAPTIONS = flags.DEFINE_string("captions", None, "File with a caption a line, for --teacher.")
+_STEPS = flags.DEFINE_integer("steps", 20, "Sampling steps of --teacher.", 1)
+_GUIDANCE = flags.DEFINE_float("guidance", None, "Of --teacher; default: its configuration's.")
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +49,13 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--output: '{output}' is a file; give a folder")
     if bool(_CHECKPOINT.value) != bool(_SOURCE.value):
         raise ValueError("--checkpoint and --source go together: FLUX's parts, and your pictures")
-    if _SOURCE.value:
+    if _TEACHER.value and _SOURCE.value:
+        raise ValueError("--teacher draws for captions and --source has pictures; give one of them")
+    if _CAPTIONS.value and not _TEACHER.value:
+        raise ValueError("--captions needs --teacher, which draws for them")
+    if _TEACHER.value:
+        count = draw(output)
+    elif _SOURCE.value:
         config = ported_config(Path(_CHECKPOINT.value))
         with config.unlocked():
             config.data.resolution = (_HEIGHT.value, _WIDTH.value)
@@ -50,6 +66,52 @@ def main(argv: list[str]) -> None:
         count = _EXAMPLES.value
         encode_shapes(output, count, _SEED.value, embedded_codec().encode)
     print(f"wrote {count} examples to {output}; train on them with --config.data.path={output}")
+
+
+def draw(output: Path) -> int:
+    """Writes what the teacher draws; returns how many."""
+    pipe = pipeline.load(_TEACHER.value)
+    flux = isinstance(pipe.world, Flux)
+    resolution = (_HEIGHT.value, _WIDTH.value) if flux else pipe.world.resolution
+    shape, steps, seed = build.token_shape(pipe.config, resolution), _STEPS.value, _SEED.value
+    if _CAPTIONS.value:
+        captions = read_captions(Path(_CAPTIONS.value))
+    elif flux:
+        raise ValueError("--captions is missing; give a file with a caption a line")
+    else:
+        captions = [shapes.sample(seed, index).caption for index in range(_EXAMPLES.value)]
+
+    def drawn(text, start):
+        rng = np.random.Generator(np.random.Philox(key=[seed, start]))
+        noise = rng.standard_normal((len(text.pooled), *shape), np.float32)
+        return pipe.latents(
+            text, steps=steps, guidance=_GUIDANCE.value, resolution=resolution, noise=noise
+        )
+
+    description = {
+        "world": pipe.config.get("world", "shapes"),
+        "teacher": _TEACHER.value,
+        "steps": steps,
+        "seed": seed,
+        "resolution": list(resolution),
+    }
+    null = pipe.world.encode([NULL_CAPTION]) if flux else None
+    encode_drawn(output, captions, pipe.world.encode, drawn, description, null=null)
+    return len(captions)
+
+
+def read_captions(path: Path) -> list[str]:
+    """The lines of a text file that are not empty.
+
+    Raises:
+      ValueError: there is no such file, or it has no caption.
+    """
+    if not path.is_file():
+        raise ValueError(f"--captions: there is no file '{path}'")
+    captions = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not captions:
+        raise ValueError(f"--captions: '{path}' has no caption")
+    return captions
 
 
 if __name__ == "__main__":

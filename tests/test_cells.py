@@ -1,9 +1,12 @@
 """The study: what its cells run, that finished ones are kept, and what its table says."""
 
+import dataclasses
+import importlib.util
 import json
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -11,13 +14,20 @@ from ml_collections import ConfigDict
 from jax_distill import cells
 from jax_distill.config import ConfigError
 from jax_distill.evaluation import comparison
+from jax_distill.models.mmdit import MMDiTConfig
+from jax_distill.preflight import flatten
+
+ROOT = Path(__file__).parents[1]
 
 STUB = """#!{python}
 import json, os, sys
 from pathlib import Path
 with open({log!r}, "a") as log:
     log.write(" ".join(sys.argv[1:]) + chr(10))
-workdir = Path(next(a for a in sys.argv if a.startswith("--workdir=")).split("=", 1)[1])
+flags = ("--workdir=", "--output=")
+workdir = Path(next(a for a in sys.argv if a.startswith(flags)).split("=", 1)[1])
+if "prepare" in sys.argv[2]:
+    sys.exit(0)
 workdir.mkdir(parents=True, exist_ok=True)
 if "fail" in workdir.name:
     sys.exit(1)
@@ -70,6 +80,45 @@ def test_a_cell_that_was_stopped_is_not_taken_for_finished(trained, tmp_path):
         with pytest.raises(ConfigError, match="stopped before its end; run the study again"):
             cells.train("configs/scm.py", tmp_path / "stop-0", [])
     assert len(trained()) == 2
+
+
+def test_data_is_made_by_its_command_once(trained, tmp_path):
+    for made in (False, True):
+        cells.prepare(tmp_path / "drawn", ["teacher=embedded", "steps=8"])
+        command = (
+            f"-m jax_distill.prepare --output={tmp_path / 'drawn'} --teacher=embedded --steps=8"
+        )
+        assert trained() == [command]
+        if not made:
+            (tmp_path / "drawn").mkdir()
+            (tmp_path / "drawn" / "dataset.json").write_text("{}")
+
+
+def test_the_folder_of_a_cell_needs_no_quotes():
+    assert cells.folder("sCM, 1000 t", 0) == "sCM_1000_t-0"
+
+
+@pytest.mark.parametrize("preset", ["", "ablations", "smoke"])
+def test_every_row_of_the_studies_is_a_configuration_that_exists(preset):
+    """Settings are keys of the row's file, of their type; names, and so folders, differ."""
+    config = load_config("study").get_config(preset)
+    rows = [row for row, *_ in config.rows]
+    assert len({cells.folder(row, 0) for row in rows}) == len(rows)
+    for _, file, *own in config.rows:
+        known = flatten(load_config(Path(file).stem).get_config("").to_dict())
+        model = {f"model.{field.name}" for field in dataclasses.fields(MMDiTConfig)}
+        for setting in own:
+            key, value = setting.split("=")
+            assert key in known.keys() | model
+            kind = type(known.get(key, 1000.0))
+            assert kind is bool and value in ("True", "False") or kind(value) is not None
+
+
+def load_config(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_cells_are_rows_by_seeds_with_their_own_settings():

@@ -5,6 +5,7 @@ import pytest
 
 from jax_distill.data import encoding, shapes
 from jax_distill.data.records import LatentRecords
+from jax_distill.flow import Text
 
 
 def mean_color(images):
@@ -24,3 +25,30 @@ def test_examples_are_in_order_and_whole(tmp_path, examples):
         assert records[index].caption == example.caption
         expected = example.image.mean((0, 1))[None] / 255
         np.testing.assert_allclose(records[index].latents, expected, atol=1e-3)
+
+
+def test_drawn_latents_belong_to_their_captions_and_noise(tmp_path):
+    captions = [f"{index} circles" for index in range(encoding.DRAWN_BATCH + 3)]
+
+    def embed(rows):
+        numbers = np.array([float(row.split()[0]) for row in rows])
+        return Text(numbers[:, None, None], numbers[:, None])
+
+    def draw(text, start):
+        assert len(text.pooled) == encoding.DRAWN_BATCH  # one shape, one compilation
+        return np.stack([text.pooled, np.full_like(text.pooled, start)], -1)
+
+    encoding.encode_drawn(tmp_path / "plain", captions, embed, draw, {"teacher": "it"})
+    records = LatentRecords(tmp_path / "plain")
+    assert len(records) == len(captions) and records.description["teacher"] == "it"
+    assert not records.has_null and records[0].sequence is None
+    for index in (0, 7, len(captions) - 1):
+        start = index - index % encoding.DRAWN_BATCH
+        assert records[index].caption == captions[index]
+        np.testing.assert_array_equal(records[index].latents, [[index, start]])
+
+    null = Text(np.zeros((1, 1, 1)), np.zeros((1, 1)))
+    encoding.encode_drawn(tmp_path / "stored", captions, embed, draw, {}, null=null)
+    records = LatentRecords(tmp_path / "stored")
+    assert records.has_null
+    np.testing.assert_array_equal(records[7].pooled.astype(float), [7])

@@ -14,6 +14,7 @@ from jax_distill.data import folder, records, shapes
 from jax_distill.flow import Text
 
 BATCH = 64
+DRAWN_BATCH = 240  # captions that are embedded, then drawn, at a time
 EMBEDDED_BATCH = 8  # pictures and captions at a time, through large networks
 NULL_CAPTION = " "  # what T2I-Distill (arXiv:2512.13006) drops captions to
 
@@ -48,6 +49,46 @@ def encode_shapes(
     records.write(path, encoded(), description)
 
 
+def encode_drawn(
+    path: Path,
+    captions: Sequence[str],
+    embed: Callable[[Sequence[str]], Text],
+    draw: Callable[[Text, int], Any],
+    description: dict,
+    *,
+    null: Text | None = None,
+) -> None:
+    """Latents that a teacher draws from noise, for captions alone: no picture is needed.
+
+    The end points of its trajectories are data as good as the teacher is, for any objective, as
+    TBCM (arXiv:2511.20410) trains on latents along them.
+
+    Args:
+      path: folder of the records.
+      captions: one an example.
+      embed: captions (B,) to their embeddings.
+      draw: embedded captions (`DRAWN_BATCH`, ..) and the index of the first, of which its noise is
+        to depend, to packed latents (`DRAWN_BATCH`, N, C).
+      description: what is worth knowing of the teacher.
+      null: the empty caption, embedded; with it embedded captions are stored.
+    """
+    begun = time.monotonic()
+
+    def encoded():
+        for start in range(0, len(captions), DRAWN_BATCH):
+            batch = captions[start : start + DRAWN_BATCH]
+            text = embed([*batch, *batch[:1] * (DRAWN_BATCH - len(batch))])
+            latents = np.asarray(draw(text, start), np.float16)
+            stored = _half(text) if null is not None else ()
+            for caption, *fields in zip(batch, latents, *stored):
+                yield records.LatentRecord(fields[0], caption, *fields[1:])
+            rate = (start + len(batch)) / (time.monotonic() - begun)
+            logging.info("drew %d of %d, %.0f/s", start + len(batch), len(captions), rate)
+
+    null = None if null is None else _half(null)
+    records.write(path, encoded(), {**description, "examples": len(captions)}, null=null)
+
+
 def encode_folder(
     path: Path,
     pictures: Sequence[folder.Captioned],
@@ -74,9 +115,6 @@ def encode_folder(
       ValueError: a file is no picture.
     """
 
-    def half(text: Text) -> Text:
-        return jax.tree.map(lambda leaf: np.asarray(leaf, ml_dtypes.bfloat16), text)
-
     def encoded():
         for start in range(0, len(pictures), EMBEDDED_BATCH):
             batch = pictures[start : start + EMBEDDED_BATCH]
@@ -84,12 +122,16 @@ def encode_folder(
             images = np.stack([folder.read(row.path, *resolution) for row in rows])
             key = None if seed is None else jax.random.fold_in(jax.random.key(seed), start)
             latents = np.asarray(encode(images, key=key), np.float16)
-            text = half(embed([row.caption for row in rows]))
+            text = _half(embed([row.caption for row in rows]))
             for row, *fields in zip(batch, latents, *text):
                 yield records.LatentRecord(fields[0], row.caption, *fields[1:])
             logging.info("encoded %d of %d pictures", start + len(batch), len(pictures))
 
     description = {"world": "flux", "examples": len(pictures), "resolution": list(resolution)}
     empty = embed([NULL_CAPTION] * EMBEDDED_BATCH)
-    null = half(jax.tree.map(lambda leaf: leaf[:1], empty))
+    null = _half(jax.tree.map(lambda leaf: leaf[:1], empty))
     records.write(path, encoded(), description, null=null)
+
+
+def _half(text: Text) -> Text:
+    return jax.tree.map(lambda leaf: np.asarray(leaf, ml_dtypes.bfloat16), text)

@@ -1,0 +1,57 @@
+"""The prepare command: what it refuses, and that a teacher draws what captions ask for."""
+
+import sys
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from test_pipeline import tiny_pipeline
+
+from jax_distill import commands, pipeline, prepare
+from jax_distill.data.records import LatentRecords
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs the command into `output`; returns its error, None if there is none."""
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["prepare", f"--output={tmp_path / 'output'}", *flags])
+        with flagsaver.flagsaver():
+            try:
+                commands.run(prepare.main)
+            except SystemExit as stop:
+                return stop.code or None
+
+    return run
+
+
+def test_a_teacher_draws_for_captions_without_a_picture(run, monkeypatch, tmp_path):
+    teacher = tiny_pipeline("flow_matching")
+    monkeypatch.setattr(pipeline, "load", lambda source: teacher)
+    monkeypatch.setattr("jax_distill.data.encoding.DRAWN_BATCH", 4)
+    captions = ["a red circle", "two squares", "a red circle", "a green cross", "three disks"]
+    (tmp_path / "captions.txt").write_text("\n".join(["", *captions, ""]))
+    flags = ["--teacher=it", f"--captions={tmp_path / 'captions.txt'}", "--steps=2"]
+    assert run(*flags) is None
+    records = LatentRecords(tmp_path / "output")
+    assert [records[index].caption for index in range(len(records))] == captions
+    latents = np.stack([records[index].latents for index in range(5)])
+    assert latents.shape == (5, 16, 64) and np.isfinite(latents).all()
+    assert np.abs(latents[0] - latents[2]).max() > 0.1  # the same caption, another noise
+    assert "already prepared" in run(*flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--captions=c.txt"], "--captions needs --teacher"),
+        (["--teacher=embedded", "--source=x", "--checkpoint=y"], "give one of them"),
+        (["--teacher=embedded", "--captions=no.txt"], "there is no file 'no.txt'"),
+        (["--teacher=no/where"], "'no/where' is no workdir of a run"),
+        (["--source=x"], "--checkpoint and --source go together"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path, flags, expected):
+    error = run(*flags)
+    assert expected in error and "\n" not in error and not (tmp_path / "output").exists()
