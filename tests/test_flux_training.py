@@ -77,7 +77,7 @@ def flags(preset, ported, prepared, changes):
         "samples.every": 2,
         "samples.prompts": 2,
         "samples.teacher_steps": 2,
-        "evaluation.student_steps": "1,2",
+        "evaluation.student_steps": "1",
         "evaluation.teacher_steps": "2",
         "data.resolution": f"{SIZE[0]},{SIZE[1]}",
         "data.path": prepared,
