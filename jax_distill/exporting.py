@@ -26,6 +26,8 @@ from jax_distill.models.mmdit import MMDiTConfig
 EXAMPLES = 8  # captions whose embeddings stand beside the weights
 _STEPS = {"scm": 2, "meanflow": 4, "imm": 4}  # that the card's program takes
 _TEACHER_STEPS = 50
+_FLUX_STEPS = 28
+_FLUX_PATCH = 16
 
 
 class Weights(NamedTuple):
@@ -101,7 +103,7 @@ def _open(source: str) -> Weights:
     if ported.is_ported(folder):
         return Weights(config, open_tree(folder / "network"), lambda: None, folder)
     step = folder / "checkpoints" / str(checkpoint.complete_steps(folder)[0])
-    averaged = open_tree(step / "state", ("ema",))
+    averaged = open_tree(step / "state", ("ema",), checked=True)
 
     def check() -> None:
         """Compares with the checksum that was saved; the first versions saved none."""
@@ -202,24 +204,21 @@ def _flux(
 ) -> model_card.Card:
     """Writes what belongs to a network of FLUX's world; returns its card."""
     home = ported.whole(weights.folder)
-    if home is None:
-        raise ValueError(
-            f"--checkpoint: '{weights.folder}' has no autoencoder and no text encoders, nor has a"
-            " teacher of it; port it with --base=DIR, the ported folder that has them"
-        )
-    described = ported.describe(home)
-    parts = described["parts"]
-    tree = open_tree(home / "autoencoder")
-    exported.write_autoencoder(folder, parts["autoencoder"], tree)
-    if layout == "diffusers":
+    parts, scheduler, patch = {}, None, _FLUX_PATCH
+    if home is not None:
+        described = ported.describe(home)
+        parts, scheduler = described["parts"], described["scheduler"]
+        patch = 2 * AutoencoderConfig.from_dict(parts["autoencoder"]).downsampling
+        tree = open_tree(home / "autoencoder")
+        exported.write_autoencoder(folder, parts["autoencoder"], tree)
+    if home is not None and layout == "diffusers":
         for name in ("clip", "t5"):
             tree, names = open_tree(home / name), described["names"][name]
             exported.write_text_encoder(folder, name, parts[name], tree, names)
         for name in diffusers_folder.TOKENIZERS:
             diffusers_folder.copy(home / name, folder / name)
-    settings, scheduler = weights.config, described["scheduler"]
+    settings = weights.config
     method = settings.objective.name
-    patch = 2 * AutoencoderConfig.from_dict(parts["autoencoder"]).downsampling
     height, width = settings.data.resolution
     shift = settings.objective.get("time_shift", 0.0 if method == "imm" else None)
     if shift is None:
@@ -233,10 +232,12 @@ def _flux(
         layout,
         config,
         residual,
-        steps=_STEPS.get(method, 28),
+        steps=_STEPS.get(method, _FLUX_STEPS),
         resolution=(height, width),
         patch=patch,
         time_shift=shift,
-        text_length=described["text_length"],
+        text_length=settings.data.text_length,
         scheduler=scheduler,
+        has_autoencoder=home is not None,
+        has_text=home is not None and layout == "diffusers",
     )

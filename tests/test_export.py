@@ -1,5 +1,6 @@
 """What is exported is what was ported, bit for bit; a bad source makes nothing."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -21,7 +22,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 from jax_distill import build, config, ported
 from jax_distill.exporting import export
 from jax_distill.flow import Text
-from jax_distill.interop import safetensors_files, sources, torch_files
+from jax_distill.interop import sources, torch_files
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.latents import LatentCodec
 from jax_distill.porting import port
@@ -86,18 +87,16 @@ def test_a_diffusers_folder_comes_back_bit_for_bit(source, folder, tmp_path):
             assert (before / path).read_bytes() == (after / path).read_bytes(), path
 
 
-def test_without_guidance_embedding_it_comes_back(tmp_path):
-    network = random_folder.NETWORK.__class__(
-        **{**random_folder.NETWORK.__dict__, "guidance_embeds": False}
-    )
+def test_a_transformer_alone_comes_back(tmp_path):
+    network = dataclasses.replace(random_folder.NETWORK, guidance_embeds=False)
     model = random_flux.reference(network).half()
     model.save_pretrained(tmp_path / "transformer", max_shard_size="40KB")
     port(str(tmp_path / "transformer"), tmp_path / "ported")
-    with pytest.raises(ValueError, match="has no autoencoder .* --base=DIR"):
-        export(str(tmp_path / "ported"), tmp_path / "out")
-    tree = sources.read(tmp_path / "transformer").parts["network"].tensors
-    safetensors_files.write_file(tmp_path / "back.safetensors", tree)
-    assert_identical(load_torch_file(tmp_path / "back.safetensors"), dict(model.state_dict()))
+    export(str(tmp_path / "ported"), tmp_path / "out")
+    assert_identical(tensors(tmp_path / "out/transformer"), dict(model.state_dict()))
+    card = (tmp_path / "out/README.md").read_text()
+    assert 'AutoencoderKL.from_pretrained("FLUX", subfolder="vae")' in card
+    assert 'FluxPipeline.from_pretrained("FLUX", ' in card
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ _FILES = {
     "safetensors": "`model.safetensors` has the transformer under diffusers' names",
 }
 
+TEACHER = "FLUX"  # in programs, for a folder that is not known
+
 
 @dataclasses.dataclass(frozen=True)
 class Card:
@@ -47,6 +49,8 @@ class Card:
       time_shift: mu of the schedule at this resolution.
       captions: whose embeddings are in examples.safetensors; none where there are text encoders.
       text_length: of T5's sequences.
+      has_autoencoder: whether it is exported too.
+      has_text: whether the text encoders are.
       scheduler: the config of a teacher's own.
       scores: of the run's evaluation, by steps.
     """
@@ -66,6 +70,8 @@ class Card:
     time_shift: float
     captions: Sequence[str] = ()
     text_length: int = 0
+    has_autoencoder: bool = True
+    has_text: bool = False
     scheduler: Mapping[str, Any] | None = None
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -159,7 +165,8 @@ def _filled(text: str, card: Card, **more: str) -> str:
         middle=card.middle_angle,
         time_max=card.objective.get("time_max", 0.994),
         text_length=card.text_length,
-        folder="." if card.layout == "diffusers" else "FLUX",
+        folder="." if card.has_text else TEACHER,
+        vae='FOLDER / "vae"' if card.has_autoencoder else f'"{TEACHER}", subfolder="vae"',
         **more,
     )
 
@@ -204,7 +211,10 @@ def text(card: Card) -> str:
     if card.captions:
         lines += ["`examples.safetensors` has the embeddings of these captions:", ""]
         lines += [f"- {caption}" for caption in card.captions] + [""]
-    lines.append(python.format(program(card)))
+    code = program(card)
+    if f'"{TEACHER}"' in code:
+        lines += [f'Where it says "{TEACHER}", put the diffusers folder of the teacher.', ""]
+    lines.append(python.format(code))
     if card.method == "scm" and card.time_scale == 1000 and card.layout == "diffusers":
         lines += ["## Drawing, with diffusers' pipeline as it is", ""]
         lines.append(python.format(pipeline_program(card)))

@@ -68,7 +68,7 @@ transformer.time_text_embed = TwoTimes(transformer.time_text_embed, second)
 """
 
 REST = """
-vae = AutoencoderKL.from_pretrained(FOLDER / "vae")
+vae = AutoencoderKL.from_pretrained($vae)
 scheduler = $scheduler.from_pretrained(FOLDER / "scheduler")
 axes = torch.zeros(1), torch.arange(0.0, ROWS), torch.arange(0.0, COLUMNS)
 places = torch.cartesian_prod(*axes)
