@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from jax_distill import build, train
+from jax_distill import build, train, worlds
 from jax_distill import config as configuration
 from jax_distill.flops import count_flops
-from jax_distill.flow import Text
 from jax_distill.objectives.objective import Batch
 from jax_distill.optimizer import make_optimizer
 
@@ -41,7 +40,7 @@ def prepared(objective: str, batch: Batch):
     optimizer = make_optimizer(config.optimizer, config.total_steps)
     params = build.initial_parameters(config)
     state = jax.tree.map(jnp.array, train.init_state(method, optimizer, params, seed=0))
-    frozen = {"null": build.null_text(config), "teacher": params}
+    frozen = {"null": worlds.of(config).null, "teacher": params}
     step = jax.jit(train.make_step(method, optimizer, config))
     draws = method.draw(jax.random.key(0), batch)
 
@@ -56,8 +55,8 @@ def main(argv):
     count = _BATCH_SIZE.value
     config = setting("flow_matching")
     shape = (count, *build.token_shape(config))
-    text = build.caption_encoder(config).encode(["a red circle above a blue square"] * count)
-    batch = Batch(jnp.zeros(shape), Text(*map(jnp.asarray, text)))
+    text = worlds.of(config).encode(["a red circle above a blue square"] * count)
+    batch = Batch(jnp.zeros(shape), jax.tree.map(jnp.asarray, text))
     network, params = build.network(config), build.initial_parameters(config)
 
     def forward(params):

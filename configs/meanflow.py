@@ -1,6 +1,11 @@
 """MeanFlow: a student that draws in 4 evaluations, or any other number, from the embedded teacher.
 
 python -m jax_distill.main --config=configs/meanflow.py
+
+python -m jax_distill.main --config=configs/meanflow.py:flux_lite
+    --config.teacher.checkpoint=PORTED --config.data.path=PREPARED
+
+FLUX.1-lite-8B at 512 px on a pod; not run at that size yet.
 """
 
 from jax_distill.build import objective_settings
@@ -10,8 +15,12 @@ from jax_distill.config import shorten, student
 def get_config(preset: str = ""):
     config = student(preset)
     config.name = "meanflow"
-    config.total_steps = 600
     config.model.interval_embeds = True
+    if preset == "flux_lite":
+        config.evaluation.guidance = 3.5
+        config.objective = objective_settings("meanflow")
+        return config.lock()
+    config.total_steps = 600
     config.objective = objective_settings("meanflow", guidance_scales=(2.0, 2.5, 3.0))
     if preset == "smoke":
         shorten(config)

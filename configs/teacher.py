@@ -1,6 +1,12 @@
 """The teacher of the shapes world: flow matching with caption dropout, FLUX-shaped.
 
 python -m jax_distill.main --config=configs/teacher.py
+
+Two hours on two CPU cores; expect 0.71 at 50 steps. The one that ships went on from there, its rate
+raised once more, for 70 minutes; expect 0.75:
+
+python -m jax_distill.main --config=configs/teacher.py --config.total_steps=12500
+--config.optimizer.decay_share=0.9
 """
 
 from jax_distill.build import objective_settings

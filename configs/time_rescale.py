@@ -4,15 +4,31 @@ python -m jax_distill.main --config=configs/time_rescale.py
 
 configs/scm.py does this itself, in `<workdir>/time_rescale`. A run of its own is a teacher for many
 students, which then skip the stage: --config.teacher.checkpoint=runs/time_rescale.
+
+python -m jax_distill.main --config=configs/time_rescale.py:flux_lite
+    --config.teacher.checkpoint=PORTED --config.data.path=PREPARED
+
+The same for FLUX.1-lite-8B at 512 px on a pod; not run at that size yet. Both stages, the refitted
+time embedder and the velocity matching, are compared in `rescale.json`: how far velocities are from
+the teacher's, and how smooth the network has become in time.
 """
 
 from jax_distill.build import objective_settings
-from jax_distill.config import base
+from jax_distill.config import base, flux
 
 
 def get_config(preset: str = ""):
-    config = base(preset)
+    config = base(preset, presets=("", "flux_lite"))
     config.name = "time_rescale"
+    if preset == "flux_lite":
+        flux(config)
+        config.total_steps = config.rescale.total_steps
+        config.evaluation.guidance = 3.5
+        config.objective = objective_settings("time_rescale")
+        config.optimizer.learning_rate = config.rescale.learning_rate
+        config.optimizer.schedule = "cosine"
+        config.optimizer.warmup_steps = config.total_steps // 10
+        return config.lock()
     config.total_steps = 1000
     config.batch_size = 64
     config.ema_decay = 0.99

@@ -1,4 +1,4 @@
-"""From a configuration to its parts: networks, objective, encoders, data."""
+"""From a configuration to its parts: networks and objective."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,21 +10,24 @@ from flax import nnx
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jax_distill import embedded
+from jax_distill import worlds
 from jax_distill.config import ConfigError
-from jax_distill.data import shapes
-from jax_distill.data.captions import CaptionEncoder
-from jax_distill.flow import Text
+from jax_distill.flow import Network, Text
 from jax_distill.models import mmdit
-from jax_distill.models.autoencoder import AutoencoderConfig
-from jax_distill.models.latents import LatentCodec
 from jax_distill.objectives.flow_matching import FlowMatching
 from jax_distill.objectives.imm import IMM
 from jax_distill.objectives.meanflow import MeanFlow
 from jax_distill.objectives.objective import Batch, Objective
 from jax_distill.objectives.scm import SCM
-from jax_distill.objectives.teacher import TeacherVelocity, classifier_free, embedded_guidance
+from jax_distill.objectives.teacher import (
+    TeacherVelocity,
+    classifier_free,
+    embedded_guidance,
+    unguided,
+)
 from jax_distill.objectives.time_rescale import TimeRescale
+
+PATCH = 16  # pixels along a side of a token: eight of the autoencoder's, two of the packing
 
 OBJECTIVES = {
     "flow_matching": FlowMatching,
@@ -45,9 +48,15 @@ def network_config(config: ConfigDict) -> mmdit.MMDiTConfig:
         raise ConfigError(f"model.{error}") from None
 
 
-def network(config: ConfigDict):
-    """The pure functions of the network that `config.model` describes."""
-    return mmdit.as_network(network_config(config), dtype=config.dtype)
+def network(config: ConfigDict, resolution: tuple[int, int] | None = None) -> Network:
+    """The pure functions of the network that `config.model` describes.
+
+    Args:
+      config: of the run.
+      resolution: height and width of the pictures in pixels; the world's by default.
+    """
+    grid = token_grid(resolution or worlds.of(config).resolution)
+    return mmdit.as_network(network_config(config), dtype=config.dtype, grid=grid)
 
 
 def initial_parameters(config: ConfigDict) -> dict:
@@ -55,12 +64,18 @@ def initial_parameters(config: ConfigDict) -> dict:
     return mmdit.initial_parameters(network_config(config), nnx.Rngs(config.seed))
 
 
-def objective(config: ConfigDict, teacher: ConfigDict | None = None) -> Objective:
+def objective(
+    config: ConfigDict,
+    teacher: ConfigDict | None = None,
+    *,
+    resolution: tuple[int, int] | None = None,
+) -> Objective:
     """The objective that `config.objective` names.
 
     Args:
       config: of the run.
       teacher: configuration of the teacher; without one the objective can only be sampled.
+      resolution: height and width of the pictures in pixels; the world's by default.
 
     Raises:
       ConfigError: unknown name, or a value that the objective refuses.
@@ -69,9 +84,16 @@ def objective(config: ConfigDict, teacher: ConfigDict | None = None) -> Objectiv
     name = settings.pop("name")
     if name not in OBJECTIVES:
         raise ConfigError(f"objective.name: {name!r} is not one of {', '.join(OBJECTIVES)}")
-    if name != "flow_matching":
-        settings["teacher"] = teacher_velocity(teacher) if teacher is not None else None
-    return OBJECTIVES[name](network(config), **settings)
+    world = worlds.of(config)
+    resolution = resolution or world.resolution
+    if name == "flow_matching":
+        settings["guided"] = guided(config)
+    else:
+        settings["teacher"] = teacher_velocity(teacher, resolution) if teacher is not None else None
+    fields = [field.name for field in dataclasses.fields(OBJECTIVES[name])]
+    if "time_shift" in fields and settings.get("time_shift") is None:
+        settings["time_shift"] = world.time_shift(token_shape(config, resolution)[0])
+    return OBJECTIVES[name](network(config, resolution), **settings)
 
 
 def objective_settings(name: str, **settings: Any) -> dict[str, Any]:
@@ -90,10 +112,18 @@ def settings_of(kind: type[Objective]) -> dict[str, Any]:
     return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
 
-def teacher_velocity(teacher: ConfigDict) -> TeacherVelocity:
-    """The teacher's velocity, in the way its network takes guidance."""
-    kind = embedded_guidance if teacher.model.guidance_embeds else classifier_free
-    return kind(network(teacher))
+def guided(config: ConfigDict) -> Callable[[Network], TeacherVelocity]:
+    """How the velocity network of a configuration takes guidance."""
+    if config.model.guidance_embeds:
+        return embedded_guidance
+    return classifier_free if worlds.of(config).null is not None else unguided
+
+
+def teacher_velocity(
+    teacher: ConfigDict, resolution: tuple[int, int] | None = None
+) -> TeacherVelocity:
+    """The teacher's velocity, at a height and width in pixels; its world's by default."""
+    return guided(teacher)(network(teacher, resolution))
 
 
 def abstract_loss(config: ConfigDict, teacher: ConfigDict | None = None) -> tuple[Callable, tuple]:
@@ -112,8 +142,7 @@ def abstract_loss(config: ConfigDict, teacher: ConfigDict | None = None) -> tupl
     def arguments():
         key = jax.random.key(config.seed)
         params = method.init(key, initial_parameters(config))
-        null = null_text(config)
-        text = jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape[1:])), null)
+        null, text = (text_like(config, count) for count in (1, size))
         frozen = {"null": null, "average": params}
         if teacher is not None:
             frozen["teacher"] = initial_parameters(teacher)
@@ -126,30 +155,28 @@ def abstract_loss(config: ConfigDict, teacher: ConfigDict | None = None) -> tupl
     return loss, jax.eval_shape(arguments)
 
 
-def caption_encoder(config: ConfigDict) -> CaptionEncoder:
-    return CaptionEncoder(config.data.text_length)
+def text_like(config: ConfigDict, count: int) -> Text:
+    """Embedded captions, all zeros: (count, ..) of the world's shape."""
+    sequence, pooled = worlds.of(config).text_widths
+    return Text(jnp.zeros((count, config.data.text_length, sequence)), jnp.zeros((count, pooled)))
 
 
-def null_text(config: ConfigDict) -> Text:
-    """The empty caption, with a leading axis of length one."""
-    return Text(*caption_encoder(config).encode([""]))
+def token_grid(resolution: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the tokens of a picture.
+
+    Raises:
+      ValueError: the height or the width is no multiple of 16 pixels.
+    """
+    for name, size in zip(("height", "width"), resolution):
+        if size < 1 or size % PATCH:
+            raise ValueError(f"{name}: {size} is no multiple of {PATCH} pixels")
+    return resolution[0] // PATCH, resolution[1] // PATCH
 
 
-def embedded_codec() -> LatentCodec:
-    """The autoencoder that ships with the package."""
-    params, description = embedded.load("autoencoder")
-    return LatentCodec(AutoencoderConfig.from_dict(description), params)
-
-
-def picture_size(config: ConfigDict) -> tuple[int, int]:
-    """Height and width in pixels."""
-    return shapes.IMAGE_SIZE, shapes.IMAGE_SIZE
-
-
-def token_shape(config: ConfigDict) -> tuple[int, int]:
-    """Tokens and channels of one packed picture."""
-    side = shapes.IMAGE_SIZE // 16
-    return side * side, config.model.in_channels
+def token_shape(config: ConfigDict, resolution: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Tokens and channels of one packed picture; of the world's height and width by default."""
+    rows, columns = token_grid(resolution or worlds.of(config).resolution)
+    return rows * columns, config.model.in_channels
 
 
 def count(params: dict) -> int:

@@ -21,6 +21,7 @@ from jax_distill.evaluation import comparison, grids
 from jax_distill.evaluation.metrics import read_metrics
 from jax_distill.files import write_json
 from jax_distill.flops import count_flops
+from jax_distill.worlds.shapes import embedded_codec, preview_captions
 
 RESULTS = "study.json"
 COST = "cost.json"
@@ -31,7 +32,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     data, teacher = workdir / "data", workdir / "teacher"
     if not (data / records.DESCRIPTION).exists():
-        encode_shapes(data, config.examples, config.data_seed, build.embedded_codec().encode)
+        encode_shapes(data, config.examples, config.data_seed, embedded_codec().encode)
     shared = [f"data.path={data}", f"evaluation.prompts={config.prompts}"]
     settings = [f"{key}={_word(value)}" for key, value in config.common.items()]
     own = [f"teacher.checkpoint={config.teacher.checkpoint}", *config.teacher.settings]
@@ -139,7 +140,7 @@ def _teacher(workdir: Path) -> dict:
 
 def draw_grid(path: Path, config: ConfigDict, workdir: Path) -> None:
     """One row a method (its first seed), in as many steps as `grid_steps` says, and the teacher."""
-    prompts = [prompt.caption for prompt in scoring.spread(config.grid_prompts)]
+    prompts = preview_captions(config.grid_prompts)
     teacher = pipeline.load(workdir / "teacher")
     most = max(config.teacher_steps)
     rows, labels = [teacher(prompts, steps=most)], [f"teacher, {most} steps"]

@@ -18,6 +18,9 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jax_distill.parallel import shard_state
 
 
 class Saved(NamedTuple):
@@ -156,10 +159,14 @@ def complete_steps(workdir: Path) -> list[int]:
     return steps
 
 
-def load_averaged(workdir: Path) -> dict:
-    """The averaged parameters of a run's latest whole checkpoint, on the default device.
+def load_averaged(workdir: Path, mesh: Mesh | None = None) -> dict:
+    """The averaged parameters of a run's latest whole checkpoint.
 
     The run may be under way: nothing is written, and no more than the average is read.
+
+    Args:
+      workdir: of the run.
+      mesh: places them by the rules of `parallel`; without one they are on the default device.
 
     Raises:
       ValueError: the run has no complete checkpoint, or none that can be restored.
@@ -170,9 +177,12 @@ def load_averaged(workdir: Path) -> dict:
 
     def restore(step: int) -> dict:
         path, handler = directory / str(step) / "state", ocp.PyTreeCheckpointHandler()
+        found = {"ema": handler.metadata(path).tree["ema"]}
+        places = jax.tree.map(lambda _: device, found) if mesh is None else shard_state(found, mesh)
         target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-            {"ema": handler.metadata(path).tree["ema"]},
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            found,
+            places,
         )
         arguments = ocp.checkpoint_utils.construct_restore_args(target)
         restored = handler.restore(

@@ -34,6 +34,7 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
     config = ConfigDict(
         {
             "name": "",
+            "world": "shapes",  # or "flux": see worlds/
             "seed": 0,
             "total_steps": 1000,
             "batch_size": 64,
@@ -43,7 +44,8 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
             "dtype": "float32",  # of the networks' computation; parameters stay float32
             "objective": {"name": ""},
             "teacher": {
-                "checkpoint": "",  # a workdir of this program; empty: the embedded teacher
+                # A workdir, or a folder of jax_distill.port; empty: the embedded teacher.
+                "checkpoint": "",
                 "velocity": "rescaled",  # or "original", of the teacher before the rescale
             },
             "rescale": {  # the stage before sCM and MeanFlow, see objectives/time_rescale.py
@@ -77,6 +79,7 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
                 "examples": 100_000,  # of the shapes world, when the folder is made
                 "seed": 0,
                 "text_length": 10,
+                "resolution": (512, 512),  # of FLUX's world: height and width in pixels
             },
             "optimizer": {
                 "name": "adamw",
@@ -110,12 +113,15 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
 
 
 def student(preset: str = "") -> ConfigDict:
-    """What the students of the embedded teacher have in common: `base` with their settings.
+    """What students have in common: `base` with their settings, those of the embedded teacher.
 
     The preset "smoke" goes through every stage of a run in a minute or two; the student learns
-    nothing. A config file calls `shorten` for it, when all else is set.
+    nothing. A config file calls `shorten` for it, when all else is set. The preset "flux_lite" is
+    `flux`.
     """
-    config = base(preset, presets=("", "smoke"))
+    config = base(preset, presets=("", "smoke", "flux_lite"))
+    if preset == "flux_lite":
+        return flux(config)
     config.batch_size = 64
     config.ema_decay = 0.99
     # What the student's network changes of the teacher's.
@@ -131,6 +137,32 @@ def student(preset: str = "") -> ConfigDict:
     config.optimizer.warmup_steps = 20
     config.optimizer.frozen = "time_embedder"  # refitted by hand; trained, students collapse
     config.data.examples = 12_800
+    return config
+
+
+def flux(config: ConfigDict) -> ConfigDict:
+    """Makes `base` what runs from FLUX.1-lite-8B have in common, T2I-Distill's (arXiv:2512.13006).
+
+    They need --config.teacher.checkpoint, a folder of jax_distill.port, and --config.data.path, one
+    of jax_distill.prepare.
+    """
+    config.world = "flux"
+    config.dtype = "bfloat16"
+    config.total_steps = 20_000
+    config.batch_size = 64
+    # What the student's network changes of the teacher's.
+    config.model = {"time_scale": 1.0, "guidance_embeds": True, "remat": "full"}
+    config.teacher.velocity = "original"
+    config.rescale.total_steps = 3000
+    config.rescale.batch_size = 64
+    config.rescale.learning_rate = 1e-5
+    config.optimizer.learning_rate = 1e-6
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.clip_norm = 0.1
+    config.optimizer.frozen = "time_embedder"  # refitted by hand; trained, students collapse
+    config.samples.every = 1000
+    config.samples.teacher_steps = 28
+    config.evaluation.teacher_steps = (28, 4)
     return config
 
 

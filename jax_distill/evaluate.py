@@ -25,6 +25,11 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--steps: {','.join(_STEPS.value)} are not whole numbers") from None
     prompts = scoring.held_out(_PROMPTS.value)
     pipe = pipeline.load(_CHECKPOINT.value)
+    if not pipe.world.scored:
+        raise ValueError(
+            f"--checkpoint: pictures of '{_CHECKPOINT.value}', of world={pipe.config.world!r}, are"
+            " not scored; draw them with python -m jax_distill.sample"
+        )
     scores = scoring.score(pipe, steps, prompts, seed=_SEED.value, guidance=_GUIDANCE.value)
     if _OUTPUT.value:
         kind = "teacher" if pipe.config.objective.name in build.TEACHERS else "student"

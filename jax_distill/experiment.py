@@ -12,13 +12,11 @@ from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jax_distill import build, flow, pipeline, scoring, train
+from jax_distill import build, flow, parallel, pipeline, scoring, train, worlds
 from jax_distill import config as configuration
 from jax_distill.data import shapes
-from jax_distill.data.encoding import encode_shapes
-from jax_distill.data.pipeline import CaptionedLatents, Pictures
-from jax_distill.data.records import DESCRIPTION, LatentRecords
-from jax_distill.evaluation import grids
+from jax_distill.data.pipeline import Pictures
+from jax_distill.evaluation import grids, report
 from jax_distill.files import write_json
 from jax_distill.models import autoencoder, mmdit
 from jax_distill.models.binding import binder, parameters
@@ -26,6 +24,7 @@ from jax_distill.models.latents import LatentCodec
 from jax_distill.objectives import time_rescale
 from jax_distill.objectives.autoencoder import AutoencoderObjective
 from jax_distill.train import Interrupted
+from jax_distill.worlds import Source
 
 __all__ = ["Interrupted", "run"]
 
@@ -71,44 +70,38 @@ def train_autoencoder(config: ConfigDict, workdir: Path) -> None:
     write_json(workdir / "autoencoder.json", measured.to_dict())
 
 
-def latents_source(config: ConfigDict, workdir: Path) -> CaptionedLatents:
-    """The training data: `data.path`, or the shapes world, encoded once into the workdir."""
-    path = Path(config.data.path or workdir / "data")
-    if not config.data.path and not (path / DESCRIPTION).exists():
-        logging.info("encoding %d pictures into %s", config.data.examples, path)
-        encode = build.embedded_codec().encode
-        encode_shapes(path, config.data.examples, config.data.seed, encode)
-    return CaptionedLatents(LatentRecords(path), build.caption_encoder(config))
-
-
 def train_teacher(config: ConfigDict, workdir: Path) -> None:
-    """Trains a network from scratch by flow matching, and scores it."""
+    """Trains a network from scratch by flow matching, and evaluates it."""
     configuration.save(config, workdir)
+    world = worlds.of(config)
     objective = build.objective(config)
     initial = build.initial_parameters(config)
-    source = latents_source(config, workdir)
-    frozen = {"null": build.null_text(config)}
-    preview = previewer(config, workdir, {"teacher": config.evaluation.teacher_steps})
+    source = world.source(workdir)
+    frozen = {"null": source.null}
+    trained = pipeline.Pipeline(config, {}, world)
+    preview = previewer(workdir, trained, source, {"teacher": config.evaluation.teacher_steps})
     hooks = [(config.samples.every, preview)]
-    params = train.fit(config, workdir, objective, initial, frozen, source, hooks=hooks)
-    preview(config.total_steps, params)
-    scoring.conclude(workdir, teacher=pipeline.Pipeline(config, params, build.embedded_codec()))
+    trained.params = train.fit(config, workdir, objective, initial, frozen, source, hooks=hooks)
+    preview(config.total_steps, trained.params)
+    conclude(workdir, teacher=trained)
 
 
 def rescale_teacher(config: ConfigDict, workdir: Path) -> None:
     """Time rescale as a run of its own: a teacher for many students."""
-    teacher = pipeline.load(config.teacher.checkpoint or pipeline.EMBEDDED)
-    config = student_config(config, teacher.config)
-    rescaled = rescale(config, workdir, teacher, latents_source(config, workdir))
-    scoring.conclude(workdir, teacher=rescaled)
+    config, teacher = with_teacher(config)
+    source = teacher.world.source(workdir)
+    rescaled = rescale(config, workdir, teacher, source)
+    counts = {"rescaled": config.evaluation.teacher_steps}
+    previewer(workdir, rescaled, source, counts, teacher)(config.total_steps, rescaled.params)
+    conclude(workdir, teacher=rescaled)
 
 
 def distill(config: ConfigDict, workdir: Path) -> None:
     """Makes a few-step student of a teacher: time rescale, the objective, and the evaluation."""
-    teacher = pipeline.load(config.teacher.checkpoint or pipeline.EMBEDDED)
-    config = student_config(config, teacher.config)
+    config, teacher = with_teacher(config)
     configuration.save(config, workdir)
-    source = latents_source(config, workdir)
+    world = teacher.world
+    source = world.source(workdir)
     origin = start = teacher
     if needs_rescale(config, teacher.config):
         start = rescale(rescale_config(config), workdir / "time_rescale", teacher, source)
@@ -116,34 +109,52 @@ def distill(config: ConfigDict, workdir: Path) -> None:
             origin = start
     initial = rescaled_parameters(config, start.config, start.params["network"])
     objective = build.objective(config, origin.config)
-    frozen = {"teacher": origin.params["network"], "null": origin.null}
+    frozen = {"teacher": held(origin.params["network"], config.dtype), "null": source.null}
     counts = {"student": config.evaluation.student_steps}
-    preview = previewer(config, workdir, counts, teacher)
-    student = pipeline.Pipeline(config, {}, teacher.codec)
-    hooks = [
-        (config.samples.every, preview),
-        (config.evaluation.every, scoring.recorder(workdir / scoring.SCORES, student)),
-    ]
+    student = pipeline.Pipeline(config, {}, world)
+    preview = previewer(workdir, student, source, counts, teacher)
+    hooks = [(config.samples.every, preview)]
+    if world.scored:
+        record = scoring.recorder(workdir / scoring.SCORES, student)
+        hooks.append((config.evaluation.every, record))
     student.params = train.fit(config, workdir, objective, initial, frozen, source, hooks=hooks)
     preview(config.total_steps, student.params)
-    scoring.conclude(workdir, teacher=teacher, student=student)
+    conclude(workdir, teacher=teacher, student=student)
+
+
+def with_teacher(config: ConfigDict) -> tuple[ConfigDict, pipeline.Pipeline]:
+    """The student's whole configuration, and the teacher, drawing in the student's world."""
+    mesh = parallel.make_mesh(config.mesh)
+    teacher = pipeline.load(config.teacher.checkpoint or pipeline.EMBEDDED, mesh=mesh)
+    config = student_config(config, teacher.config)
+    return config, pipeline.Pipeline(teacher.config, teacher.params, worlds.of(config))
+
+
+def conclude(
+    workdir: Path, *, teacher: pipeline.Pipeline, student: pipeline.Pipeline | None = None
+) -> None:
+    """Scores what was trained, in a world that is scored, and writes the report."""
+    if teacher.world.scored:
+        scoring.conclude(workdir, teacher=teacher, student=student)
+    else:
+        print(f"report: {report.write_report(workdir)}")
 
 
 def rescale(
-    config: ConfigDict, workdir: Path, teacher: pipeline.Pipeline, source: CaptionedLatents
+    config: ConfigDict, workdir: Path, teacher: pipeline.Pipeline, source: Source
 ) -> pipeline.Pipeline:
     """The teacher with the student's inputs: t for 1000 t, and the guidance scale embedded."""
     configuration.save(config, workdir)
     original = teacher.params["network"]
     initial = rescaled_parameters(config, teacher.config, original)
     objective = build.objective(config, teacher.config)
-    frozen = {"teacher": original, "null": teacher.null}
+    frozen = {"teacher": original, "null": source.null}
     params = train.fit(config, workdir, objective, initial, frozen, source)
     if not (workdir / "rescale.json").exists():
         unfitted = {**initial, "time_embedder": original["time_embedder"]}
         stages = {"unfitted": unfitted, "refitted": initial, "finetuned": params["network"]}
         compare_stages(workdir / "rescale.json", config, teacher, stages, source)
-    return pipeline.Pipeline(config, params, teacher.codec)
+    return pipeline.Pipeline(config, params, teacher.world)
 
 
 def compare_stages(
@@ -151,19 +162,20 @@ def compare_stages(
     config: ConfigDict,
     teacher: pipeline.Pipeline,
     stages: dict[str, dict],
-    source: CaptionedLatents,
+    source: Source,
 ) -> None:
     """Writes how near each stage of the rescale is to the teacher, and how smooth in time."""
-    batch = jax.tree.map(lambda *rows: np.stack(rows), *[source[index] for index in range(64)])
-    t = jnp.linspace(0.01, 0.99, 64)
+    count = min(64, config.batch_size, len(source))
+    batch = jax.tree.map(lambda *rows: np.stack(rows), *[source[index] for index in range(count)])
+    t = jnp.linspace(0.01, 0.99, count)
     noise = jax.random.normal(jax.random.key(config.seed), batch.x.shape)
-    guidance = jnp.full(64, config.evaluation.guidance)
-    frozen = {"teacher": teacher.params["network"], "null": teacher.null}
-    old = build.teacher_velocity(teacher.config)
+    guidance = jnp.full(count, config.evaluation.guidance)
+    frozen = {"teacher": teacher.params["network"], "null": source.null}
+    old = build.teacher_velocity(teacher.config, worlds.of(config).resolution)
     network = build.network(config)
 
     @jax.jit
-    def measure(params):
+    def measure(params, frozen, batch):
         return time_rescale.compare(
             lambda x, t: network.velocity(params, x, t, batch.text, guidance),
             lambda x, t: old(frozen, x, t, batch.text, guidance),
@@ -171,10 +183,11 @@ def compare_stages(
             t,
         )
 
-    report = {}
+    stage_values = {}
     for name, params in stages.items():
-        values = {key: float(value) for key, value in measure(params)._asdict().items()}
-        report[name] = values
+        measured = measure(params, frozen, batch)
+        values = {key: float(value) for key, value in measured._asdict().items()}
+        stage_values[name] = values
         logging.info(
             "time rescale, %s: relative velocity error %.3f, rms d(net)/dt %.3g (teacher's %.3g)",
             name,
@@ -182,33 +195,36 @@ def compare_stages(
             values["time_derivative"],
             values["old_time_derivative"],
         )
-    write_json(path, report)
+    write_json(path, stage_values)
 
 
 def previewer(
-    config: ConfigDict,
     workdir: Path,
+    trained: pipeline.Pipeline,
+    source: Source,
     steps: dict[str, Sequence[int]],
     teacher: pipeline.Pipeline | None = None,
 ):
     """A function (step, averaged parameters) that draws fixed prompts into `samples/`.
 
     Args:
-      config: of the run.
       workdir: of the run.
+      trained: what is trained; its parameters are set.
+      source: the data.
       steps: numbers of sampling steps, a row each, under the name of what is trained.
       teacher: draws the first row, once.
     """
-    prompts = [prompt.caption for prompt in scoring.spread(config.samples.prompts)]
+    config, world = trained.config, trained.world
     full = config.samples.teacher_steps
-    reference = functools.cache(lambda: teacher(prompts, steps=full))
+    prompts, text = world.preview(source, config.samples.prompts)
+    draw = functools.partial(pipeline.Pipeline.draw, text=text, resolution=world.resolution)
+    reference = functools.cache(lambda: draw(teacher, steps=full))
     ((name, counts),) = steps.items()
-    trained = pipeline.Pipeline(config, {}, build.embedded_codec())
 
     def preview(step: int, params: dict) -> None:
         trained.params = params
         rows = {f"{name}, {count} step{'s' * (count > 1)}": count for count in counts}
-        pictures = [trained(prompts, steps=count) for count in rows.values()]
+        pictures = [draw(trained, steps=count) for count in rows.values()]
         labels = list(rows)
         if teacher is not None:
             pictures, labels = [reference(), *pictures], [f"teacher, {full} steps", *labels]
@@ -261,12 +277,28 @@ def needs_rescale(config: ConfigDict, teacher: ConfigDict) -> bool:
 def rescaled_parameters(config: ConfigDict, teacher: ConfigDict, params: dict) -> dict:
     """The teacher's parameters in the student's network, its time embedder refitted.
 
-    Embedders that the teacher does not have start as they are initialised: adding nothing.
+    Embedders that the teacher does not have start as they are initialised: adding nothing. All else
+    is the teacher's own arrays, no copies.
     """
-    merged = {**build.initial_parameters(config), **params}
+
+    def fresh() -> dict:
+        created = build.initial_parameters(config)
+        return {name: leaf for name, leaf in created.items() if name not in params}
+
+    merged = {**jax.jit(fresh)(), **params}
     old, new = build.network_config(teacher), build.network_config(config)
     if old.time_scale != new.time_scale:
+        embedder = parallel.gather(params["time_embedder"])
         merged["time_embedder"] = time_rescale.refit_time_embedder(
-            lambda t: mmdit.time_embedding(old, params["time_embedder"], t), new.hidden_size
+            lambda t: mmdit.time_embedding(old, embedder, t), new.hidden_size
         )
     return merged
+
+
+def held(params: dict, dtype: str) -> dict:
+    """Parameters that are not trained, no wider than the computation that they are for."""
+
+    def narrow(leaf):
+        return leaf.astype(dtype) if leaf.dtype.itemsize > jnp.dtype(dtype).itemsize else leaf
+
+    return jax.tree.map(narrow, params)

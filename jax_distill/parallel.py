@@ -19,6 +19,7 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"token_embedding$", ("embed",)),  # of the text encoders: (vocabulary, width)
     (r"", ()),
 )
+ALL_FSDP: Mapping[str, int] = {"data": 1, "fsdp": -1, "tensor": 1}  # for drawing, on any machine
 MESH_AXES: Mapping[str, str] = {"embed": "fsdp", "heads": "tensor"}
 BATCH = PartitionSpec(("data", "fsdp"))
 
@@ -66,6 +67,18 @@ def shard_state(state: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def gather(tree: Any) -> Any:
+    """Arrays of any sharding in the host memory of every process."""
+
+    def whole(leaf: jax.Array) -> np.ndarray:
+        if not getattr(leaf, "is_fully_addressable", True):
+            place = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+            leaf = jax.jit(lambda leaf: leaf, out_shardings=place)(leaf)
+        return np.asarray(leaf)
+
+    return jax.tree.map(whole, tree)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

@@ -1,37 +1,60 @@
 """Text to pictures with a trained network: what `jax_distill.load` returns."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jax_distill import build, checkpoint, embedded
+from jax_distill import build, checkpoint, embedded, parallel, ported, worlds
 from jax_distill import config as configuration
 from jax_distill.flow import Text
-from jax_distill.models.latents import LatentCodec
 from jax_distill.objectives.objective import Objective
+from jax_distill.worlds import World
+from jax_distill.worlds.flux import load_stored, ported_config
 
 EMBEDDED = "embedded"  # in the place of a workdir: the teacher that ships with the package
 
 
 class Pipeline:
-    """A network, its sampler, the caption encoder and the autoencoder.
+    """A network, its sampler, and the world that it draws in.
 
     Args:
       config: of the run that trained the network.
-      params: what its objective trained (averaged), {"network": ...}.
-      codec: turns tokens into pictures.
+      params: what its objective trained (averaged), {"network": ...}, or a function that reads it,
+        which is called when it is first needed: after captions are embedded.
+      world: of the configuration; made from it by default.
     """
 
-    def __init__(self, config: ConfigDict, params: dict, codec: LatentCodec):
-        self.config, self.params, self.codec = config, params, codec
-        self.objective: Objective = build.objective(config)
-        self.encoder = build.caption_encoder(config)
-        self.null = build.null_text(config)
+    def __init__(
+        self,
+        config: ConfigDict,
+        params: dict | Callable[[], dict],
+        world: World | None = None,
+    ):
+        self.config, self._params = config, params
+        self.world = world or worlds.of(config)
+        self._samplers: dict[tuple, Callable] = {}
+        self._embed = functools.lru_cache(maxsize=1)(self.world.encode)
+
+    @property
+    def params(self) -> dict:
+        if callable(self._params):
+            self._params = self._params()
+        return self._params
+
+    @params.setter
+    def params(self, params: dict) -> None:
+        self._params = params
+
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """The objective at the world's own resolution, without a teacher."""
+        return build.objective(self.config)
 
     def __call__(
         self,
@@ -40,64 +63,138 @@ class Pipeline:
         steps: int = 2,
         seed: int = 0,
         guidance: float | None = None,
-        batch_size: int = 60,
+        batch_size: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        noise: np.ndarray | None = None,
+        tile: int | None = None,
     ) -> np.ndarray:
         """Draws one picture a prompt.
 
         Args:
           prompts: one caption or several.
-          steps: of the sampler; 1, 2 or 4 for a student, 50 for a teacher.
+          steps: of the sampler; 1, 2 or 4 for a student, 28 to 50 for a teacher.
           seed: of the noise. The i-th picture depends on (prompt, seed, i) alone.
           guidance: scale; the configuration's by default.
-          batch_size: pictures drawn at a time.
+          batch_size: pictures drawn at a time; the world's by default.
+          height: in pixels, a multiple of 16; the world's by default.
+          width: likewise.
+          noise: (B, N, C), packed as FLUX packs latents, in the place of the seed's.
+          tile: pixels along a side that are decoded at a time, see `models.tiling`.
 
         Returns:
-          (B, H, W, 3) uint8.
+          (B, height, width, 3) uint8.
 
         Raises:
-          ValueError: a caption is longer than the encoder takes, or steps is not positive.
+          ValueError: a caption is longer than the encoder takes, steps is not positive, or sizes do
+            not fit.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if steps < 1:
-            raise ValueError(f"steps: {steps} is not at least 1")
+        prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         if not prompts:
             raise ValueError("prompts: none given; pass one caption or more")
-        text = Text(*self.encoder.encode(prompts))
+        resolution = (height or self.world.resolution[0], width or self.world.resolution[1])
+        self._check(steps, resolution, noise, len(prompts))
+        return self.draw(
+            self._embed(prompts),
+            steps=steps,
+            seed=seed,
+            guidance=guidance,
+            batch_size=batch_size,
+            resolution=resolution,
+            noise=noise,
+            tile=tile,
+        )
+
+    def draw(
+        self,
+        text: Text,
+        *,
+        steps: int,
+        seed: int = 0,
+        guidance: float | None = None,
+        batch_size: int | None = None,
+        resolution: tuple[int, int] | None = None,
+        noise: np.ndarray | None = None,
+        tile: int | None = None,
+    ) -> np.ndarray:
+        """As calling the pipeline, for captions that are embedded: text (B, ..)."""
+        resolution = resolution or self.world.resolution
+        count = len(text.pooled)
+        self._check(steps, resolution, noise, count)
+        sample = self._sampler(resolution, steps)
         scale = self.config.evaluation.guidance if guidance is None else guidance
-        size = min(batch_size, len(prompts))
+        size = min(batch_size or self.world.batch_size, count)
         pictures = []
-        for start in range(0, len(prompts), size):
+        for start in range(0, count, size):
             # The last batch is filled up, so that one shape compiles.
-            rows = np.minimum(np.arange(start, start + size), len(prompts) - 1)
+            rows = np.minimum(np.arange(start, start + size), count - 1)
             part = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), text)
-            tokens = self._draw(self.params, part, jnp.asarray(rows), scale, seed, steps)
-            pictures.append(self.codec.decode(tokens, *build.picture_size(self.config)))
-        return np.concatenate(pictures)[: len(prompts)]
+            given = None if noise is None else jnp.asarray(noise[rows])
+            tokens = sample(self.params, part, jnp.asarray(rows), scale, seed, given)
+            pictures.append(self.world.codec.decode(np.asarray(tokens), *resolution, tile=tile))
+        return np.concatenate(pictures)[:count]
 
-    @functools.partial(jax.jit, static_argnums=(0, 6))
-    def _draw(self, params, text, rows, scale, seed, steps):
-        def one_row(row):
-            key_noise, key_restart = jax.random.split(jax.random.fold_in(jax.random.key(seed), row))
-            return jax.random.normal(key_noise, build.token_shape(self.config)), key_restart
+    def _check(self, steps, resolution, noise, count) -> None:
+        if steps < 1:
+            raise ValueError(f"steps: {steps} is not at least 1")
+        shape = (count, *build.token_shape(self.config, resolution))
+        if noise is not None and noise.shape != shape:
+            raise ValueError(f"noise: shape {noise.shape} where {shape} is needed")
 
-        noise, keys = jax.vmap(one_row)(rows)
-        guidance = jnp.full(rows.shape, scale, jnp.float32)
-        return self.objective.sample(params, noise, text, self.null, guidance, keys, steps)
+    def _sampler(self, resolution: tuple[int, int], steps: int) -> Callable:
+        """(params, text, rows, scale, seed, noise or None) -> tokens, compiled."""
+        if (resolution, steps) not in self._samplers:
+            objective = build.objective(self.config, resolution=resolution)
+            shape, null = build.token_shape(self.config, resolution), self.world.null
+
+            def sample(params, text, rows, scale, seed, noise):
+                def one_row(row):
+                    key = jax.random.fold_in(jax.random.key(seed), row)
+                    key_noise, key_restart = jax.random.split(key)
+                    return jax.random.normal(key_noise, shape), key_restart
+
+                drawn, keys = jax.vmap(one_row)(rows)
+                noise = drawn if noise is None else noise
+                guidance = jnp.full(rows.shape, scale, jnp.float32)
+                return objective.sample(params, noise, text, null, guidance, keys, steps)
+
+            self._samplers[resolution, steps] = jax.jit(
+                sample, out_shardings=_everywhere(self.params)
+            )
+        return self._samplers[resolution, steps]
 
 
-def load(source: str | Path = EMBEDDED) -> Pipeline:
-    """The pipeline of a training run, or of the teacher that ships with the package.
+def _everywhere(params: dict) -> NamedSharding | None:
+    """A copy on each device of the mesh that the parameters lie on, if they lie on one."""
+    place = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else None
+
+
+def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None) -> Pipeline:
+    """The pipeline of a training run, of a ported folder, or of the teacher that ships.
 
     Args:
-      source: a workdir of `jax_distill.main`, or "embedded".
+      source: a workdir of `jax_distill.main`, a folder of `jax_distill.port`, or "embedded".
+      mesh: where parameters of FLUX's world are placed; over all devices by default.
 
     Raises:
       ValueError: there is no such run, or it has no checkpoint yet.
     """
     if str(source) == EMBEDDED:
         params, description = embedded.load("teacher")
-        config = ConfigDict(description["config"]).lock()
-        return Pipeline(config, {"network": params}, build.embedded_codec())
+        return Pipeline(ConfigDict(description["config"]).lock(), {"network": params})
     workdir = Path(source)
+    if ported.is_ported(workdir):
+        config = ported_config(workdir)
+
+        def read() -> dict:
+            like = jax.eval_shape(lambda: build.initial_parameters(config))
+            place = mesh or parallel.make_mesh(parallel.ALL_FSDP)
+            return {"network": load_stored(workdir, "network", like, place)}
+
+        return Pipeline(config, read)
     config = configuration.load(workdir)
-    return Pipeline(config, checkpoint.load_averaged(workdir), build.embedded_codec())
+    checkpoint.complete_steps(workdir)
+    if config.get("world", "shapes") == "flux":
+        mesh = mesh or parallel.make_mesh(parallel.ALL_FSDP)
+    return Pipeline(config, functools.partial(checkpoint.load_averaged, workdir, mesh))

@@ -11,9 +11,18 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from jax_distill import build, checkpoint, embedded, experiment, parallel, pipeline, scoring
+from jax_distill import (
+    build,
+    checkpoint,
+    embedded,
+    experiment,
+    parallel,
+    pipeline,
+    ported,
+    scoring,
+    worlds,
+)
 from jax_distill.config import ConfigError, base, load
-from jax_distill.data import shapes
 from jax_distill.data.pipeline import check_batch_size
 from jax_distill.data.records import LatentRecords
 from jax_distill.models.autoencoder import AutoencoderConfig
@@ -25,8 +34,6 @@ KINDS = {"autoencoder": AutoencoderObjective, **build.OBJECTIVES}
 
 FROM_SCRATCH = ("autoencoder", "flow_matching")
 """Objectives without a teacher."""
-
-CAPTIONS_CHECKED = 1000  # of the shapes world; of a folder, all
 
 
 def check(config: ConfigDict, workdir: Path) -> None:
@@ -45,11 +52,13 @@ def check(config: ConfigDict, workdir: Path) -> None:
     check_objective(config)
     teacher = None
     if name == "autoencoder":
+        if config.world != "shapes":
+            raise ConfigError(f"world: {config.world!r} has its autoencoder; none is trained there")
         AutoencoderConfig(**config.autoencoder)
         check_batches(config, ("batch_size",), config.data.examples)
     else:
         if name not in FROM_SCRATCH:
-            teacher = teacher_config(config.teacher.checkpoint)
+            teacher = teacher_config(config)
             config = student_config(config, teacher)
         check_evaluation(config)
         check_data(config)
@@ -81,25 +90,37 @@ def check_batches(config: ConfigDict, keys: Sequence[str], examples: int) -> Non
         check_batch_size(size, examples, key)
 
 
-def teacher_config(source: str) -> ConfigDict:
-    """The teacher's configuration, without its weights.
+def teacher_config(config: ConfigDict) -> ConfigDict:
+    """The configuration of the teacher that `teacher.checkpoint` names, without its weights.
 
     Raises:
-      ConfigError: `source`, of `teacher.checkpoint`, holds no trained teacher.
+      ConfigError: there is no trained teacher, or it is of another world.
     """
+    source = config.teacher.checkpoint
     if source in ("", pipeline.EMBEDDED):
+        if config.world != "shapes":
+            raise ConfigError(
+                f"teacher.checkpoint: missing; world={config.world!r} needs a folder that python -m"
+                " jax_distill.port made, or a run that began with one"
+            )
         return ConfigDict(embedded.load("teacher")[1]["config"])
     try:
-        config = load(Path(source))
-        checkpoint.complete_steps(Path(source))
+        teacher = load(Path(source))
+        if not ported.is_ported(Path(source)):
+            checkpoint.complete_steps(Path(source))
     except ValueError as error:
         raise ConfigError(f"teacher.checkpoint: {error}") from None
-    if config.objective.name not in build.TEACHERS:
+    if teacher.objective.name not in build.TEACHERS:
         raise ConfigError(
-            f"teacher.checkpoint: '{source}' is a run of objective {config.objective.name!r}, no"
+            f"teacher.checkpoint: '{source}' is a run of objective {teacher.objective.name!r}, no"
             " teacher; give one such as configs/teacher.py or configs/time_rescale.py makes"
         )
-    return config
+    if (world := teacher.get("world", "shapes")) != config.world:
+        raise ConfigError(
+            f"world: {config.world!r} is not that of the teacher in '{source}', {world!r};"
+            " FLUX's is that of presets such as configs/scm.py:flux_lite"
+        )
+    return teacher
 
 
 def student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
@@ -115,52 +136,49 @@ def student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
 
 def check_evaluation(config: ConfigDict) -> None:
     """Checks what else would only fail when training is over."""
-    try:
-        scoring.held_out(config.evaluation.prompts)
-    except ValueError as error:
-        raise ConfigError(f"evaluation.{error}") from None
-    channels = 4 * embedded.load("autoencoder")[1]["latent_channels"]
+    world = worlds.of(config)
+    if world.scored:
+        try:
+            scoring.held_out(config.evaluation.prompts)
+        except ValueError as error:
+            raise ConfigError(f"evaluation.{error}") from None
+    elif config.evaluation.every:
+        raise ConfigError(
+            f"evaluation.every: {config.evaluation.every}, but pictures of world={config.world!r}"
+            " are not scored; leave it 0 and look at the grids of samples.every"
+        )
+    channels = world.latent_channels
     if config.model.in_channels != channels:
         raise ConfigError(
-            f"model.in_channels: {config.model.in_channels} cannot be drawn by the embedded"
+            f"model.in_channels: {config.model.in_channels} cannot be drawn by the world's"
             f" autoencoder, whose packed latents have {channels} channels"
         )
-    limit = len(shapes.held_out_prompts())
-    if config.samples.prompts > limit:
-        raise ConfigError(f"samples.prompts: {config.samples.prompts} is more than {limit}")
 
 
 def check_data(config: ConfigDict) -> None:
-    """Checks the data against the network's shapes, the batch and the caption encoder."""
-    null = build.null_text(config)
-    for key, width in (
-        ("joint_attention_dim", null.sequence.shape[-1]),
-        ("pooled_projection_dim", null.pooled.shape[-1]),
-    ):
+    """Checks the data against the network's shapes, the batch and the world's captions."""
+    world, path = worlds.of(config), config.data.path
+    widths = zip(("joint_attention_dim", "pooled_projection_dim"), world.text_widths)
+    for key, width in widths:
         if config.model[key] != width:
             raise ConfigError(f"model.{key}: {config.model[key]} must be the captions' {width}")
-    if config.data.path:
-        records = LatentRecords(Path(config.data.path))
-        examples = len(records)
-        channels = records[0].latents.shape[-1]
+    records = LatentRecords(Path(path)) if path else None
+    if records is not None:
+        tokens, channels = records[0].latents.shape
         if channels != config.model.in_channels:
             raise ConfigError(
-                f"data.path: the latents in '{config.data.path}' have {channels} channels,"
+                f"data.path: the latents in '{path}' have {channels} channels,"
                 f" model.in_channels is {config.model.in_channels}; they must be equal"
             )
-        captions = (records[index].caption for index in range(examples))
-    else:
-        examples = config.data.examples
-        checked = range(min(examples, CAPTIONS_CHECKED))
-        captions = (shapes.sample(config.data.seed, index).caption for index in checked)
+        if tokens != (wanted := build.token_shape(config)[0]):
+            raise ConfigError(
+                f"data.path: the pictures in '{path}' have {tokens} tokens, where"
+                f" {world.resolution} pixels have {wanted}; set data.resolution to their size"
+            )
+    world.check(records)
+    examples = config.data.examples if records is None else len(records)
     distils = config.objective.name not in FROM_SCRATCH
     check_batches(config, ("batch_size", "rescale.batch_size")[: 1 + distils], examples)
-    encoder = build.caption_encoder(config)
-    try:
-        for caption in captions:
-            encoder.concepts(caption)
-    except ValueError as error:
-        raise ConfigError(f"data.text_length: {error}") from None
 
 
 def check_loss(config: ConfigDict, teacher: ConfigDict | None) -> None:
@@ -203,6 +221,7 @@ _CHOICES = {
     "on_nonfinite": ("stop", "skip"),
     "dtype": ("float32", "bfloat16"),
     "teacher.velocity": ("rescaled", "original"),
+    "world": tuple(worlds.WORLDS),
 }
 
 
@@ -214,9 +233,14 @@ def _rules() -> Iterable[tuple[Sequence[str], Callable[[Any], bool], str]]:
     yield _SEEDS, lambda value: 0 <= value < 2**32, "at least 0 and less than 2^32"
     yield ("optimizer.decay_share",), lambda value: 0 <= value <= 1, "from 0 to 1"
     yield ("name",), bool, "a word; it names the default workdir"
+    yield ("data.resolution",), _is_resolution, "a height and a width, multiples of 16 pixels"
     yield _STEP_COUNTS, lambda value: min(value) > 0, "a list of positive numbers"
     for key, known in _CHOICES.items():
         yield (key,), known.__contains__, f"one of {', '.join(known)}"
+
+
+def _is_resolution(value: Sequence[int]) -> bool:
+    return len(value) == 2 and all(size > 0 and size % build.PATCH == 0 for size in value)
 
 
 def validate(config: ConfigDict) -> None:
@@ -315,11 +339,19 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
     """
     if not (workdir / "config.json").exists():
         return
-    identity = ["name", "seed", "objective", "optimizer.name", "data.examples", "data.seed"]
+    identity = [
+        "name",
+        "world",
+        "seed",
+        "objective",
+        "optimizer.name",
+        "data.examples",
+        "data.seed",
+    ]
     if config.objective.name == "autoencoder":
         identity += ["autoencoder"]
     else:
-        identity += ["model", "data.text_length"]
+        identity += ["model", "data.text_length", "data.resolution"]
     if config.objective.name not in FROM_SCRATCH:
         identity += ["teacher", "rescale"]
     old, new = _identifying(load(workdir)), _identifying(config)

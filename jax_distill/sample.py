@@ -8,12 +8,20 @@ from jax_distill import commands, pipeline
 from jax_distill.evaluation import grids
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", pipeline.EMBEDDED, "Workdir of a run, or 'embedded' for the shipped teacher."
+    "checkpoint",
+    pipeline.EMBEDDED,
+    "Workdir of a run, folder of jax_distill.port, or 'embedded' for the shipped teacher.",
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Caption; give it again for more pictures.")
-_STEPS = flags.DEFINE_integer("steps", 2, "Sampling steps: 1, 2 or 4 for a student.", 1)
+_STEPS = flags.DEFINE_integer("steps", 2, "Sampling steps: 1, 2 or 4; 28 for FLUX itself.", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the configuration's.")
+_HEIGHT = flags.DEFINE_integer("height", None, "Pixels, a multiple of 16; default: the run's.", 1)
+_WIDTH = flags.DEFINE_integer("width", None, "Pixels, a multiple of 16; default: the run's.", 1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Pictures drawn at a time.", 1)
+_TILE = flags.DEFINE_integer(
+    "tile", None, "Decode in overlapping tiles of so many pixels, to save memory; 1024 for FLUX.", 1
+)
 _OUTPUT = flags.DEFINE_string("output", "out.png", "PNG: the picture, or a grid of several.")
 
 
@@ -22,7 +30,16 @@ def main(argv: list[str]) -> None:
     if not _PROMPT.value:
         raise ValueError('--prompt is missing; say what to draw, such as --prompt="a red circle"')
     pipe = pipeline.load(_CHECKPOINT.value)
-    pictures = pipe(_PROMPT.value, steps=_STEPS.value, seed=_SEED.value, guidance=_GUIDANCE.value)
+    pictures = pipe(
+        _PROMPT.value,
+        steps=_STEPS.value,
+        seed=_SEED.value,
+        guidance=_GUIDANCE.value,
+        batch_size=_BATCH_SIZE.value,
+        height=_HEIGHT.value,
+        width=_WIDTH.value,
+        tile=_TILE.value,
+    )
     output = Path(_OUTPUT.value)
     grids.save_pictures(output, pictures, _PROMPT.value)
     print(f"wrote {output}")

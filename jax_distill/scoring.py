@@ -30,12 +30,6 @@ def held_out(count: int) -> list[shapes.Prompt]:
     return [p for task in range(tasks) for p in prompts[task * each :][: count // tasks]]
 
 
-def spread(count: int) -> list[shapes.Prompt]:
-    """`count` of the held-out prompts, taken evenly from first to last, for sample grids."""
-    prompts = shapes.held_out_prompts()
-    return [prompts[index * len(prompts) // count] for index in range(count)]
-
-
 def score(
     pipe: Pipeline,
     steps: Sequence[int],

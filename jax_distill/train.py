@@ -44,8 +44,9 @@ class Interrupted(BaseException):
 def init_state(
     objective: Objective, optimizer: optax.GradientTransformation, params: dict, seed: int
 ) -> TrainState:
-    """A state at step zero from the student's initial network parameters."""
+    """A state at step zero from the student's initial network parameters, made float32."""
     params = objective.init(jax.random.fold_in(jax.random.key(seed), INIT_STREAM), params)
+    params = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params)
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, params, params, optimizer.init(params), zero)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 import torch
 from flax import nnx
 from safetensors.numpy import load_file
@@ -81,3 +82,34 @@ def saved(model: torch.nn.Module, folder: Path, max_shard_size: str) -> dict[str
 
 def relative_error(actual, expected) -> float:
     return np.abs(np.asarray(actual) - np.asarray(expected)).max() / np.abs(expected).max()
+
+
+def write_tokenizers(path: Path, clip_length: int = 77) -> None:
+    """The files of FLUX's `tokenizer/` and `tokenizer_2/`, with the vocabulary of a few words."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789,!"
+
+    merges = ["r e", "re d</w>", "a n", "an d</w>", "c i", "c r"]
+    pieces = [*letters, *(letter + "</w>" for letter in letters)]
+    pieces += [merge.replace(" ", "") for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    clip = path / "tokenizer"
+    clip.mkdir(parents=True)
+    (clip / "vocab.json").write_text(json.dumps({p: i for i, p in enumerate(pieces)}))
+    (clip / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": clip_length}
+    ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
+    ends |= {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (clip / "tokenizer_config.json").write_text(json.dumps(config | ends))
+
+    pieces = ["▁a", "▁red", "▁circle", "▁and", "▁", *letters]
+    scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    scores += [(piece, -1.0 - 0.1 * i) for i, piece in enumerate(pieces)]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram(scores, unk_id=2))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
+    made.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    t5 = path / "tokenizer_2"
+    t5.mkdir()
+    made.save(str(t5 / "tokenizer.json"))
+    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512, "extra_ids": 0}
+    ends = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    (t5 / "tokenizer_config.json").write_text(json.dumps(config | ends))

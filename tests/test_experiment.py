@@ -1,5 +1,7 @@
 """Runs: which stages a distillation has, and what each starts from."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from test_pipeline import tiny_config
 from jax_distill import build, experiment, pipeline
 from jax_distill.objectives.scm import SCM
 from jax_distill.objectives.time_rescale import TimeRescale
+from jax_distill.worlds.shapes import Shapes
 
 
 @pytest.fixture
@@ -16,7 +19,7 @@ def stages(monkeypatch, tmp_path):
 
     def distil(config, teacher_config):
         teacher = pipeline.Pipeline(
-            teacher_config, {"network": build.initial_parameters(teacher_config)}, None
+            teacher_config, {"network": build.initial_parameters(teacher_config)}
         )
         ran = []
 
@@ -25,14 +28,14 @@ def stages(monkeypatch, tmp_path):
             return {"network": jax.tree.map(lambda leaf: leaf + 1, params)}
 
         for name, stub in (
-            ("pipeline.load", lambda source: teacher),
+            ("pipeline.load", lambda source, mesh: teacher),
             ("train.fit", fit),
             ("compare_stages", lambda *args: None),
-            ("latents_source", lambda *args: None),
             ("previewer", lambda *args: lambda *args: None),
             ("scoring.conclude", lambda *args, **kwargs: None),
         ):
             monkeypatch.setattr(f"jax_distill.experiment.{name}", stub)
+        monkeypatch.setattr(Shapes, "source", lambda self, workdir: SimpleNamespace(null=None))
         experiment.run(config, tmp_path)
         return teacher, ran
 

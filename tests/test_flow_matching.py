@@ -36,7 +36,7 @@ def test_dropped_captions_become_the_null_caption():
 
 def test_loss_is_the_mean_square_against_noise_minus_data():
     network = reads_text()
-    objective = FlowMatching(network, drop_rate=0.5)
+    objective = FlowMatching(network, teacher.classifier_free, drop_rate=0.5)
     batch = Batch(jax.random.normal(jax.random.key(0), (5, 4, 2)), TEXT)
     draws = objective.draw(jax.random.key(1), batch)
     assert 0 < draws.dropped.sum() < 5
@@ -55,7 +55,7 @@ def test_loss_is_the_mean_square_against_noise_minus_data():
 def test_the_marginal_velocity_minimises_the_loss():
     """On Gaussian data the oracle's parameters are a stationary point of the expected loss."""
     oracle = GaussianOracle(jnp.float32(0.4), jnp.float32(0.7))
-    objective = FlowMatching(GaussianOracle.network(), drop_rate=0.0)
+    objective = FlowMatching(GaussianOracle.network(), teacher.classifier_free, drop_rate=0.0)
     key_x, key_draw = jax.random.split(jax.random.key(0))
     x = oracle.mean + oracle.std * jax.random.normal(key_x, (20_000, 4, 1))
     batch = Batch(x, Text(jnp.zeros((20_000, 1, 1)), jnp.zeros((20_000, 1))))
@@ -72,7 +72,7 @@ def test_the_marginal_velocity_minimises_the_loss():
 
 
 def test_times_follow_the_logit_normal():
-    objective = FlowMatching(reads_text(), time_mean=0.5, time_std=1.0)
+    objective = FlowMatching(reads_text(), teacher.classifier_free, time_mean=0.5, time_std=1.0)
     draws = objective.draw(jax.random.key(0), Batch(jnp.zeros((20_000, 1, 1)), TEXT))
     quantiles = np.quantile(draws.t, [0.1587, 0.5, 0.8413])
     np.testing.assert_allclose(quantiles, jax.nn.sigmoid(jnp.array([-0.5, 0.5, 1.5])), atol=0.01)
@@ -98,7 +98,7 @@ def test_embedded_guidance_is_an_input_of_the_teacher():
 
 def test_sampling_integrates_the_guided_velocity_to_the_oracles_data():
     oracle = GaussianOracle(0.3, 0.8)
-    objective = FlowMatching(GaussianOracle.network(), solver="heun")
+    objective = FlowMatching(GaussianOracle.network(), teacher.classifier_free, solver="heun")
     noise = jax.random.normal(jax.random.key(0), (5, 4, 2))
     data = objective.sample({"network": oracle}, noise, TEXT, NULL, jnp.full(5, 3.0), None, 40)
     want = oracle.flow_map(noise, jnp.ones(5), jnp.zeros(5))

@@ -37,7 +37,7 @@ def tiny_pipeline(objective: str) -> pipeline.Pipeline:
     rng = np.random.default_rng(0)
     leaves = [leaf + 0.2 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
     network = {"network": jax.tree.unflatten(tree, leaves)}
-    return pipeline.Pipeline(config, network, build.embedded_codec())
+    return pipeline.Pipeline(config, network)
 
 
 @pytest.fixture(scope="module")

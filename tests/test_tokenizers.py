@@ -1,6 +1,5 @@
 """Token ids are those of diffusers' pipeline; captions that do not fit are named or cut."""
 
-import json
 import logging
 import subprocess
 import sys
@@ -8,9 +7,9 @@ import types
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 from diffusers import FluxPipeline
+from random_text import write_tokenizers
 from transformers import CLIPTokenizer, T5TokenizerFast
 
 from jax_distill.data.tokenizers import FluxTokenizer
@@ -22,35 +21,8 @@ LENGTHS = (77, 24)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The files of FLUX's `tokenizer/` and `tokenizer_2/`, with the vocabulary of a few words."""
     path = tmp_path_factory.mktemp("flux")
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789,!"
-
-    merges = ["r e", "re d</w>", "a n", "an d</w>", "c i", "c r"]
-    pieces = [*letters, *(letter + "</w>" for letter in letters)]
-    pieces += [merge.replace(" ", "") for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    clip = path / "tokenizer"
-    clip.mkdir()
-    (clip / "vocab.json").write_text(json.dumps({p: i for i, p in enumerate(pieces)}))
-    (clip / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": LENGTHS[0]}
-    ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>"}
-    ends |= {"unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    (clip / "tokenizer_config.json").write_text(json.dumps(config | ends))
-
-    pieces = ["▁a", "▁red", "▁circle", "▁and", "▁", *letters]
-    scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    scores += [(piece, -1.0 - 0.1 * i) for i, piece in enumerate(pieces)]
-    made = tokenizers.Tokenizer(tokenizers.models.Unigram(scores, unk_id=2))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    made.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", None, [("</s>", 1)])
-    made.add_special_tokens(["<pad>", "</s>", "<unk>"])
-    t5 = path / "tokenizer_2"
-    t5.mkdir()
-    made.save(str(t5 / "tokenizer.json"))
-    config = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512, "extra_ids": 0}
-    ends = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    (t5 / "tokenizer_config.json").write_text(json.dumps(config | ends))
+    write_tokenizers(path, LENGTHS[0])
     return path
 
 

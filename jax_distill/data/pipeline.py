@@ -1,5 +1,7 @@
 """Input pipelines: a random-access source, shuffled, repeated and batched by grain."""
 
+from collections.abc import Sequence
+
 import grain
 import jax
 import numpy as np
@@ -26,10 +28,11 @@ class Pictures:
 
 
 class CaptionedLatents:
-    """Latents and their embedded captions, from records that `prepare` wrote."""
+    """Latents and their captions, embedded as they are read: those of the shapes world."""
 
     def __init__(self, records: LatentRecords, encoder: CaptionEncoder):
         self._records, self._encoder = records, encoder
+        self.null = Text(*encoder.encode([""]))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -41,6 +44,27 @@ class CaptionedLatents:
         except ValueError as error:
             raise ValueError(f"data.text_length, example {int(index)}: {error}") from None
         return Batch(record.latents.astype(np.float32), Text(sequence[0], pooled[0]))
+
+
+class EmbeddedLatents:
+    """Latents and their captions, embedded when they were prepared: those of FLUX's world."""
+
+    def __init__(self, records: LatentRecords):
+        self._records = records
+        self.null = records.null
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Batch:
+        record = self._records[int(index)]
+        return Batch(record.latents.astype(np.float32), Text(record.sequence, record.pooled))
+
+    def captions(self, indices: Sequence[int]) -> tuple[list[str], Text]:
+        """Captions of some examples, as words and embedded (B, ...)."""
+        records = [self._records[index] for index in indices]
+        text = Text(*(np.stack([getattr(r, name) for r in records]) for name in Text._fields))
+        return [record.caption for record in records], text
 
 
 def batches(source, batch_size: int, seed: int) -> grain.DatasetIterator:

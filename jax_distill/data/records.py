@@ -10,14 +10,19 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from flax import serialization
 
-from jax_distill.files import write_json
+from jax_distill.files import write_atomically, write_json
+from jax_distill.flow import Text
 
-DESCRIPTION = "dataset.json"
+DESCRIPTION, NULL = "dataset.json", "null.msgpack"
 
 
 class LatentRecord(NamedTuple):
+    """One picture and its caption, embedded where that takes large networks."""
+
     latents: np.ndarray  # (N, C) packed, float16
     caption: str
+    sequence: np.ndarray | None = None  # (L, D) bfloat16
+    pooled: np.ndarray | None = None  # (P,) bfloat16
 
 
 class LatentRecords:
@@ -46,6 +51,7 @@ class LatentRecords:
         for shard in shards:
             if not shard.exists():
                 raise ValueError(f"data.path: '{shard}' is missing; make the folder again")
+        self._path = path
         self._source = grain.sources.ArrayRecordDataSource([str(shard) for shard in shards])
 
     def __len__(self) -> int:
@@ -54,9 +60,24 @@ class LatentRecords:
     def __getitem__(self, index: int) -> LatentRecord:
         return LatentRecord(**serialization.msgpack_restore(self._source[index]))
 
+    @property
+    def has_null(self) -> bool:
+        """Whether the empty caption is there, embedded."""
+        return (self._path / NULL).is_file()
+
+    @property
+    def null(self) -> Text:
+        """The empty caption, embedded, with a leading axis of length one."""
+        return Text(**serialization.msgpack_restore((self._path / NULL).read_bytes()))
+
 
 def write(
-    path: Path, records: Iterable[LatentRecord], description: dict, shard_size: int = 20_000
+    path: Path,
+    records: Iterable[LatentRecord],
+    description: dict,
+    *,
+    null: Text | None = None,
+    shard_size: int = 20_000,
 ) -> None:
     """Writes records in shards; the description comes last, so half a folder is never read.
 
@@ -64,6 +85,7 @@ def write(
       path: folder, made if it is missing.
       records: in order.
       description: JSON-able facts about the data set, kept in `dataset.json`.
+      null: the empty caption, where captions are embedded.
       shard_size: records a shard.
     """
     path.mkdir(parents=True, exist_ok=True)
@@ -77,7 +99,10 @@ def write(
             shards.append(f"latents-{len(shards):05d}.array_record")
             # Groups of one record: reads are random.
             writer = ArrayRecordWriter(str(path / shards[-1]), "group_size:1")
-        writer.write(serialization.msgpack_serialize(record._asdict()))
+        fields = {name: value for name, value in record._asdict().items() if value is not None}
+        writer.write(serialization.msgpack_serialize(fields))
     if writer:
         writer.close()
+    if null is not None:
+        write_atomically(path / NULL, serialization.msgpack_serialize(null._asdict()))
     write_json(path / DESCRIPTION, {**description, "shards": shards})

@@ -105,25 +105,26 @@ def score_by_steps(
 
     def draw(axes: Axes, theme: Theme) -> None:
         curves = [
-            (student, "student", theme.student[-1], "o"),
-            (few, "teacher at few steps", theme.few, "s"),
+            (student, few, "student", theme.student[-1], "o"),
+            (few, student, "teacher at few steps", theme.few, "s"),
         ]
         steps = sorted({*student, *few})
         if teacher is not None:
             axes.axhline(teacher, color=theme.teacher, dashes=(5, 3), label=teacher_name)
-        for scores, name, color, marker in curves:
+        for scores, others, name, color, marker in curves:
             if scores:
                 at = sorted(scores)
                 values = [scores[step] for step in at]
                 axes.plot(at, values, marker=marker, color=color, label=name, linewidth=1.8)
                 for step, value in zip(at, values):
+                    above = value > others.get(step, value)  # away from the other curve
                     axes.annotate(
                         f"{value:.2f}",
                         (step, value),
-                        (0, -7),
+                        (0, 7 if above else -7),
                         textcoords="offset points",
                         ha="center",
-                        va="top",
+                        va="bottom" if above else "top",
                         color=color,
                     )
         top = max([*student.values(), *few.values(), teacher or 0]) or 1.0
@@ -132,7 +133,7 @@ def score_by_steps(
         axes.xaxis.set_major_locator(FixedLocator(steps))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(-0.09 * top, 1.08 * top)  # room for the numbers below the points
+        axes.set_ylim(-0.09 * top, 1.12 * top)  # room for the numbers beside the points
         axes.grid(axis="x", visible=False)
         axes.set_xlabel("steps per picture")
         axes.set_ylabel("score")

@@ -342,6 +342,15 @@ class Autoencoder(nnx.Module):
         self.encoder = Encoder(config, rngs=rngs, dtype=dtype)
         self.decoder = Decoder(config, rngs=rngs, dtype=dtype)
 
+    def check_size(self, images: jax.Array) -> None:
+        """Raises ValueError if height or width of (B, H, W, 3) cannot be halved at every level."""
+        multiple = self.config.downsampling
+        if images.shape[1] % multiple or images.shape[2] % multiple:
+            raise ValueError(
+                f"images: height and width {images.shape[1:3]} are not multiples of {multiple};"
+                " resize or crop them."
+            )
+
     def encode(self, images: jax.Array) -> Posterior:
         """Encodes pictures.
 
@@ -355,14 +364,8 @@ class Autoencoder(nnx.Module):
         Raises:
           ValueError: if H or W is not such a multiple.
         """
-        multiple = self.config.downsampling
-        if images.shape[1] % multiple or images.shape[2] % multiple:
-            raise ValueError(
-                f"images: height and width {images.shape[1:3]} are not multiples of {multiple};"
-                " resize or crop them."
-            )
-        mean, logvar = jnp.split(self.encoder(images), 2, axis=-1)
-        return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
+        self.check_size(images)
+        return posterior(self.encoder(images))
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Decodes raw latents (B, h, w, c) to pictures (B, H, W, 3), about in [-1, 1]."""
@@ -375,6 +378,18 @@ class Autoencoder(nnx.Module):
     def denormalize(self, latents: jax.Array) -> jax.Array:
         """The transformer's latents to raw ones: z / scale + shift."""
         return latents / self.config.scaling_factor + self.config.shift_factor
+
+
+def posterior(moments: jax.Array) -> Posterior:
+    """The Gaussian that the encoder's output (B, h, w, 2c) stands for."""
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    return Posterior(mean, jnp.clip(logvar, -30.0, 20.0))
+
+
+def sample_posterior(posterior: Posterior, key: jax.Array) -> jax.Array:
+    """Draws latents (B, h, w, c): ``mean + exp(logvar / 2) n``, n ~ N(0, 1)."""
+    noise = jax.random.normal(key, posterior.mean.shape, posterior.mean.dtype)
+    return posterior.mean + jnp.exp(0.5 * posterior.logvar) * noise
 
 
 def pack(latents: jax.Array) -> jax.Array:

@@ -3,43 +3,81 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_distill.models.autoencoder import Autoencoder, AutoencoderConfig, pack, unpack
+from jax_distill.models.autoencoder import (
+    Autoencoder,
+    AutoencoderConfig,
+    pack,
+    posterior,
+    sample_posterior,
+    unpack,
+)
 from jax_distill.models.binding import binder
+from jax_distill.models.tiling import tiled
 
 
 class LatentCodec:
     """An autoencoder with its parameters, from uint8 pictures to packed tokens and back.
 
+    Parameters keep their type; the computation is in float32.
+
     Args:
       config: of the autoencoder.
       params: its parameters.
+      sliced: whether pictures go through it one by one, so that memory does not grow with the
+        batch; the numbers are the same.
     """
 
-    def __init__(self, config: AutoencoderConfig, params: dict):
+    def __init__(self, config: AutoencoderConfig, params: dict, *, sliced: bool = False):
         self.config, self._params = config, params
-        self._bind = binder(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+        bind = binder(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
 
-    def encode(self, images: np.ndarray) -> jax.Array:
-        """(B, H, W, 3) uint8 to normalised, packed posterior means (B, N, 4c)."""
-        return self._encode(self._params, jnp.asarray(images))
+        def through(apply, params, x):
+            if not sliced:
+                return apply(bind(params), x)
+            return jax.lax.map(lambda one: apply(bind(params), one[None])[0], x)
 
-    def decode(self, tokens: jax.Array, height: int, width: int) -> np.ndarray:
-        """Tokens (B, N, 4c) to pictures (B, height, width, 3) uint8."""
-        return np.asarray(self._decode(self._params, tokens, height, width))
+        self._moments = jax.jit(functools.partial(through, lambda model, x: model.encoder(x)))
+        self._pictures = jax.jit(functools.partial(through, lambda model, z: model.decoder(z)))
+        self._model = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _encode(self, params, images):
-        model = self._bind(params)
-        mean = model.encode(images.astype(jnp.float32) / 127.5 - 1).mean
-        return pack(model.normalize(mean))
+    def encode(
+        self, images: np.ndarray, *, key: jax.Array | None = None, tile: int | None = None
+    ) -> jax.Array:
+        """Pictures to normalised, packed latents (B, N, 4c).
 
-    @functools.partial(jax.jit, static_argnums=(0, 3, 4))
-    def _decode(self, params, tokens, height, width):
-        model, factor = self._bind(params), self.config.downsampling
-        latents = model.denormalize(unpack(tokens, height // factor, width // factor))
-        pictures = (model.decode(latents) + 1) * 127.5
-        return jnp.round(jnp.clip(pictures, 0, 255)).astype(jnp.uint8)
+        Args:
+          images: (B, H, W, 3) uint8, H and W multiples of twice the autoencoder's downsampling.
+          key: draws from the posterior; without one, its mean is taken.
+          tile: pixels along a side that are encoded at a time, see `models.tiling`; all by default.
+
+        Raises:
+          ValueError: H, W or the tile is no such multiple.
+        """
+        images = np.asarray(images, np.float32) / 127.5 - 1
+        self._model.check_size(images)
+        found = posterior(self._in_tiles(self._moments, images, tile, encode=True))
+        latents = found.mean if key is None else sample_posterior(found, key)
+        return pack(self._model.normalize(latents))
+
+    def decode(
+        self, tokens: jax.Array, height: int, width: int, *, tile: int | None = None
+    ) -> np.ndarray:
+        """Tokens (B, N, 4c) to pictures (B, height, width, 3) uint8; `tile` as in `encode`."""
+        factor = self.config.downsampling
+        latents = unpack(np.asarray(tokens), height // factor, width // factor)
+        latents = self._model.denormalize(latents)
+        pictures = self._in_tiles(self._pictures, latents, tile, encode=False)
+        return np.round(np.clip((pictures + 1) * 127.5, 0, 255)).astype(np.uint8)
+
+    def _in_tiles(self, apply, x, tile, *, encode):
+        apply = functools.partial(apply, self._params)
+        if tile is None:
+            return np.asarray(apply(x))
+        factor = self.config.downsampling
+        if tile < 1 or tile % (4 * factor):
+            raise ValueError(f"tile: {tile} is no positive multiple of {4 * factor} pixels")
+        small = tile // factor
+        return tiled(apply, x, tile, small) if encode else tiled(apply, x, small, tile)

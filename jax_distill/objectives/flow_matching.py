@@ -1,6 +1,8 @@
 """Flow matching: how the teacher is made, and the base of every distillation."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 from jax_distill import sampling
 from jax_distill.flow import Network, interpolate, logit_normal, path_velocity, shift_time
 from jax_distill.objectives.objective import Batch, drop_text
-from jax_distill.objectives.teacher import guided
+from jax_distill.objectives.teacher import TeacherVelocity
 
 
 class FlowMatchingDraws(NamedTuple):
@@ -26,19 +28,21 @@ class FlowMatching:
 
     Attributes:
       network: the velocity network.
+      guided: how the sampler follows it under guidance, such as `teacher.classifier_free`.
       time_mean: of the logit-normal times.
       time_std: of the logit-normal times.
       drop_rate: share of captions replaced by the null caption, for classifier-free guidance.
       solver: of the sampler, one of `sampling.SOLVERS`.
-      time_shift: mu of the sampling schedule (`flow.shift_time`); 0 is uniform.
+      time_shift: mu of the sampling schedule (`flow.shift_time`); None: the world's, or uniform.
     """
 
     network: Network
+    guided: Callable[[Network], TeacherVelocity]
     time_mean: float = 0.0
     time_std: float = 1.0
     drop_rate: float = 0.1
     solver: str = "euler"
-    time_shift: float = 0.0
+    time_shift: float | None = None
 
     def init(self, key: jax.Array, params: dict) -> dict:
         del key
@@ -64,13 +68,11 @@ class FlowMatching:
         return jnp.mean(jnp.square(error)), {}
 
     def sample(self, params, noise, text, null, guidance, key, steps):
-        """Integrates the guided velocity: two network evaluations for each of the solver's."""
+        """Integrates the guided velocity."""
         del key
-
-        def velocity(x, t, text, guidance):
-            return guided(self.network, params["network"], x, t, text, null, guidance)
-
-        times = shift_time(sampling.uniform_times(steps), self.time_shift)
+        frozen = {"teacher": params["network"], "null": null}
+        velocity = functools.partial(self.guided(self.network), frozen)
+        times = shift_time(sampling.uniform_times(steps), self.time_shift or 0.0)
         return sampling.solve(
             velocity, noise, times, text, guidance, solver=sampling.SOLVERS[self.solver]
         )

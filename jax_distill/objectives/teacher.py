@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax_distill.flow import Network, Text, guided_velocity
 
 TeacherVelocity = Callable[..., jax.Array]
-"""(frozen, x, t, text, guidance) -> velocity (B, N, C)."""
+"""(frozen, x, t, text, guidance) -> velocity (B, N, C); frozen has "teacher" and "null"."""
 
 
 def embedded_guidance(network: Network) -> TeacherVelocity:
@@ -16,6 +16,16 @@ def embedded_guidance(network: Network) -> TeacherVelocity:
 
     def velocity(frozen, x, t, text, guidance):
         return network.velocity(frozen["teacher"], x, t, text, guidance)
+
+    return velocity
+
+
+def unguided(network: Network) -> TeacherVelocity:
+    """A teacher that knows no guidance scale and needs none, such as FLUX.1-schnell."""
+
+    def velocity(frozen, x, t, text, guidance):
+        del guidance
+        return network.velocity(frozen["teacher"], x, t, text)
 
     return velocity
 

@@ -98,7 +98,7 @@ class TimeRescale:
     teacher: TeacherVelocity
     guidance_scales: tuple[float, ...] = (4.0, 4.5, 5.0)
     solver: str = "euler"
-    time_shift: float = 0.0
+    time_shift: float | None = None
 
     def init(self, key: jax.Array, params: dict) -> dict:
         del key
@@ -133,7 +133,7 @@ class TimeRescale:
         def velocity(x, t, text, guidance):
             return self.network.velocity(params["network"], x, t, text, guidance)
 
-        times = shift_time(sampling.uniform_times(steps), self.time_shift)
+        times = shift_time(sampling.uniform_times(steps), self.time_shift or 0.0)
         return sampling.solve(
             velocity, noise, times, text, guidance, solver=sampling.SOLVERS[self.solver]
         )

@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jax_distill.ops import online_softmax
 from jax_distill.ops.block_sizes import Blocks, block_sizes
+from jax_distill.ops.forward_kernels import forward_kernel, forward_tangent_kernel
 from jax_distill.ops.online_softmax import LOG2_E, MASKED, nn, nt, result_of
 
 WIDTHS = (32, 64, 128)
@@ -33,57 +33,11 @@ def unsupported(query, key, value) -> str | None:
     return None
 
 
-def _over_blocks(tokens: int, block: int, body, carry):
+def _over_blocks(tokens: int, body, carry, *, block: int):
     """carry = body(slice of tokens, carry), block after block."""
     return lax.fori_loop(
         0, tokens // block, lambda i, carry: body(pl.ds(i * block, block), carry), carry
     )
-
-
-def _forward_kernel(*refs, masked: bool, block: int, scale: float):
-    query, key, value, *bias, output, lse = refs
-    q = query[...]
-
-    def body(keys, sums):
-        scores = nt(q, key[keys, :]) * (LOG2_E * scale)
-        if masked:
-            scores = scores + bias[0][:, keys]
-        return online_softmax.add_keys(sums, scores, value[keys, :], nn)
-
-    empty = online_softmax.empty_sums(q.shape[:1], q.shape[1], jnp.float32)
-    sums = _over_blocks(key.shape[0], block, body, empty)
-    out, log_sum_exp = online_softmax.finish(sums)
-    output[...] = out.astype(output.dtype)
-    lse[...] = log_sum_exp
-
-
-def _forward_tangent_kernel(*refs, masked: bool, block: int, scale: float):
-    query, key, value, *bias, d_query, d_key, d_value = refs[:-4]
-    output, lse, d_output, d_lse = refs[-4:]
-    q, dq = query[...], d_query[...]
-
-    def body(keys, sums):
-        k = key[keys, :]
-        scores = nt(q, k) * (LOG2_E * scale)
-        d_scores = (nt(dq, k) + nt(q, d_key[keys, :])) * scale
-        if masked:
-            scores = scores + bias[0][:, keys]
-        return online_softmax.add_keys_with_tangent(
-            *sums, scores, d_scores, value[keys, :], d_value[keys, :], nn
-        )
-
-    rows, width = q.shape[:1], q.shape[1]
-    empty = (
-        online_softmax.empty_sums(rows, width, jnp.float32),
-        online_softmax.empty_tangent_sums(rows, width, jnp.float32),
-    )
-    sums, tangent_sums = _over_blocks(key.shape[0], block, body, empty)
-    out, log_sum_exp = online_softmax.finish(sums)
-    d_out, d_log_sum_exp = online_softmax.finish_tangent(sums, tangent_sums)
-    output[...] = out.astype(output.dtype)
-    lse[...] = log_sum_exp
-    d_output[...] = d_out.astype(d_output.dtype)
-    d_lse[...] = d_log_sum_exp
 
 
 def _backward_keys_kernel(*refs, masked: bool, block: int, scale: float):
@@ -103,7 +57,7 @@ def _backward_keys_kernel(*refs, masked: bool, block: int, scale: float):
         return dk + nn(d_scores.astype(q.dtype), q), dv
 
     zeros = jnp.zeros(k.shape, jnp.float32)
-    dk, dv = _over_blocks(query.shape[0], block, body, (zeros, zeros))
+    dk, dv = _over_blocks(query.shape[0], body, (zeros, zeros), block=block)
     d_key[...] = (dk * scale).astype(d_key.dtype)
     d_value[...] = dv.astype(d_value.dtype)
 
@@ -120,7 +74,7 @@ def _backward_queries_kernel(*refs, masked: bool, block: int, scale: float):
         d_scores = jnp.exp2(scores - lse) * (nt(ct, value[keys, :]) - delta)
         return dq + nn(d_scores.astype(k.dtype), k)
 
-    dq = _over_blocks(key.shape[0], block, body, jnp.zeros(q.shape, jnp.float32))
+    dq = _over_blocks(key.shape[0], body, jnp.zeros(q.shape, jnp.float32), block=block)
     d_query[...] = (dq * scale).astype(d_query.dtype)
 
 
@@ -222,10 +176,11 @@ def _forward(query, key, value, mask, tangents, interpret, blocks):
         ),
     ]
     kernel = functools.partial(
-        _forward_tangent_kernel if tangents else _forward_kernel,
+        forward_tangent_kernel if tangents else forward_kernel,
         masked=bias is not None,
-        block=blocks.looped,
         scale=width**-0.5,
+        loop=functools.partial(_over_blocks, block=blocks.looped),
+        stored=lambda column: column,
     )
     out = _call(
         kernel,

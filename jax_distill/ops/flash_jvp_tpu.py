@@ -16,8 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_distill.ops import online_softmax
 from jax_distill.ops.block_sizes import Blocks, block_sizes
+from jax_distill.ops.forward_kernels import forward_kernel, forward_tangent_kernel
 from jax_distill.ops.online_softmax import LOG2_E, MASKED, nn, nt, result_of, tn
 
 LANES = 128
@@ -47,7 +47,7 @@ def _as_row(column):
     return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
 
 
-def _over_chunks(tokens: int, chunk: int, body, carry):
+def _over_chunks(tokens: int, body, carry, *, chunk: int):
     """carry = body(slice of tokens, carry), chunk after chunk; the last may be shorter."""
     whole = tokens // chunk
 
@@ -57,52 +57,6 @@ def _over_chunks(tokens: int, chunk: int, body, carry):
     carry = lax.fori_loop(0, whole, step, carry)
     rest = tokens - whole * chunk
     return body(pl.ds(whole * chunk, rest), carry) if rest else carry
-
-
-def _forward_kernel(*refs, masked: bool, chunk: int, scale: float):
-    query, key, value, *bias, output, lse = refs
-    q = query[...]
-
-    def body(keys, sums):
-        scores = nt(q, key[keys, :]) * (LOG2_E * scale)
-        if masked:
-            scores = scores + bias[0][:, keys]
-        return online_softmax.add_keys(sums, scores, value[keys, :], nn)
-
-    empty = online_softmax.empty_sums(q.shape[:1], q.shape[1], jnp.float32)
-    sums = _over_chunks(key.shape[0], chunk, body, empty)
-    out, log_sum_exp = online_softmax.finish(sums)
-    output[...] = out.astype(output.dtype)
-    lse[...] = _as_row(log_sum_exp)
-
-
-def _forward_tangent_kernel(*refs, masked: bool, chunk: int, scale: float):
-    query, key, value, *bias, d_query, d_key, d_value = refs[:-4]
-    output, lse, d_output, d_lse = refs[-4:]
-    q, dq = query[...], d_query[...]
-
-    def body(keys, sums):
-        k = key[keys, :]
-        scores = nt(q, k) * (LOG2_E * scale)
-        d_scores = (nt(dq, k) + nt(q, d_key[keys, :])) * scale
-        if masked:
-            scores = scores + bias[0][:, keys]
-        return online_softmax.add_keys_with_tangent(
-            *sums, scores, d_scores, value[keys, :], d_value[keys, :], nn
-        )
-
-    rows, width = q.shape[:1], q.shape[1]
-    empty = (
-        online_softmax.empty_sums(rows, width, jnp.float32),
-        online_softmax.empty_tangent_sums(rows, width, jnp.float32),
-    )
-    sums, tangent_sums = _over_chunks(key.shape[0], chunk, body, empty)
-    out, log_sum_exp = online_softmax.finish(sums)
-    d_out, d_log_sum_exp = online_softmax.finish_tangent(sums, tangent_sums)
-    output[...] = out.astype(output.dtype)
-    lse[...] = _as_row(log_sum_exp)
-    d_output[...] = d_out.astype(d_output.dtype)
-    d_lse[...] = _as_row(d_log_sum_exp)
 
 
 def _backward_kernel(*refs, masked: bool, chunk: int, scale: float):
@@ -129,7 +83,7 @@ def _backward_kernel(*refs, masked: bool, chunk: int, scale: float):
         return dk, dv
 
     zeros = jnp.zeros(k.shape, jnp.float32)
-    dk, dv = _over_chunks(query.shape[0], chunk, body, (zeros, zeros))
+    dk, dv = _over_chunks(query.shape[0], body, (zeros, zeros), chunk=chunk)
     d_key[...] = (dk * scale).astype(d_key.dtype)
     d_value[...] = dv.astype(d_value.dtype)
 
@@ -267,10 +221,11 @@ def _forward(query, key, value, mask, tangents, interpret, blocks):
     results = [of_query, arrays.rows(block, walks=True)]
     copies = 2 if tangents else 1
     kernel = functools.partial(
-        _forward_tangent_kernel if tangents else _forward_kernel,
+        forward_tangent_kernel if tangents else forward_kernel,
         masked=bias is not None,
-        chunk=min(blocks.looped, keys),
         scale=arrays.width**-0.5,
+        loop=functools.partial(_over_chunks, chunk=min(blocks.looped, keys)),
+        stored=_as_row,
     )
     out = pl.pallas_call(
         kernel,

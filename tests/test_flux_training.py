@@ -1,0 +1,255 @@
+"""From a diffusers folder and pictures to a student that draws: every stage, very small."""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+from random_pipeline import save_random
+
+from jax_distill import build, commands, experiment, main, pipeline, preflight, worlds
+from jax_distill.config import ConfigError
+from jax_distill.data import folder
+from jax_distill.data.records import LatentRecords
+from jax_distill.port import port
+from jax_distill.worlds.flux import Flux, ported_config
+
+ROOT = Path(__file__).parents[1]
+SIZE = (32, 48)
+LENGTH = 12
+WORDS = ("red circle", "blue square", "green cross")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Compiling is most of what these tests do."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
+        yield
+
+
+@pytest.fixture(scope="module")
+def ported(tmp_path_factory):
+    source = tmp_path_factory.mktemp("diffusers")
+    save_random(source)
+    output = tmp_path_factory.mktemp("ported") / "flux"
+    port(source, output, dtype="bfloat16", text_length=LENGTH)
+    return output
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for index in range(12):
+        size = (60 + index, 50, 3)
+        Image.fromarray(rng.integers(0, 256, size, np.uint8)).save(path / f"{index:02d}.png")
+        (path / f"{index:02d}.txt").write_text(f"{index} times a {WORDS[index % 3]}\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def prepared(ported, pictures, tmp_path_factory):
+    output = tmp_path_factory.mktemp("prepared") / "latents"
+    config = ported_config(ported)
+    with config.unlocked():
+        config.data.resolution = SIZE
+    assert Flux(config).prepare(pictures, output) == 12
+    return output
+
+
+def flags(preset, ported, prepared, changes):
+    sizes = {
+        "total_steps": 2,
+        "batch_size": 4,
+        "rescale.total_steps": 2,
+        "rescale.batch_size": 4,
+        "log_every": 1,
+        "samples.every": 2,
+        "samples.prompts": 2,
+        "samples.teacher_steps": 2,
+        "evaluation.student_steps": "1,2",
+        "evaluation.teacher_steps": "2",
+        "data.resolution": f"{SIZE[0]},{SIZE[1]}",
+        "data.path": prepared,
+        "teacher.checkpoint": ported,
+    }
+    sizes |= dict(change.split("=") for change in changes)
+    settings = [f"--config.{key}={value}" for key, value in sizes.items()]
+    return [f"--config={ROOT}/configs/{preset}.py:flux_lite", *settings]
+
+
+def train(patch, preset, ported, prepared, changes, workdir):
+    """Runs the training command in this process; returns its error, if any."""
+    argv = ["main", *flags(preset, ported, prepared, changes), f"--workdir={workdir}"]
+    patch.setattr(sys, "argv", argv)
+    with flagsaver.flagsaver():
+        try:
+            commands.run(main.main)
+        except SystemExit as stop:
+            return stop.code
+
+
+@pytest.fixture
+def run(monkeypatch, ported, prepared):
+    def run(preset, *changes, into):
+        return train(monkeypatch, preset, ported, prepared, changes, into)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def student(ported, prepared, tmp_path_factory):
+    """A run of sCM with its rescale stage."""
+    workdir = tmp_path_factory.mktemp("student") / "scm"
+    with pytest.MonkeyPatch.context() as patch:
+        assert not train(patch, "scm", ported, prepared, [], workdir)
+    return workdir
+
+
+def test_records_hold_what_the_encoders_make(ported, pictures, prepared):
+    records = LatentRecords(prepared)
+    world = pipeline.load(ported).world
+    captions = [records[index].caption for index in (0, 7)]
+    assert captions == ["0 times a red circle", "7 times a blue square"] and len(records) == 12
+    text = world.encode([*captions, " "])
+    for row, index in enumerate((0, 7)):
+        image = folder.read(pictures / f"{index:02d}.png", *SIZE)
+        assert image.shape == (*SIZE, 3)
+        latents = world.codec.encode(image[None])[0]
+        np.testing.assert_allclose(records[index].latents, latents, atol=2e-3 * abs(latents).max())
+        stored = records[index].sequence
+        assert stored.dtype == ml_dtypes.bfloat16 and stored.shape == text.sequence[row].shape
+        np.testing.assert_allclose(stored.astype("f4"), text.sequence[row], rtol=0.02, atol=0.02)
+        np.testing.assert_allclose(
+            records[index].pooled.astype("f4"), text.pooled[row], rtol=0.02, atol=0.02
+        )
+    np.testing.assert_allclose(
+        records.null.pooled.astype("f4"), text.pooled[2:], rtol=0.02, atol=0.02
+    )
+
+
+def test_a_student_is_made_and_draws(student, tmp_path):
+    for name in ("config.json", "metrics.jsonl", "report.html", "samples/step-000002.png"):
+        assert (student / name).stat().st_size > 0, name
+    assert not (student / "results.json").exists()  # this world is not scored
+    stages = json.loads((student / "time_rescale" / "rescale.json").read_text())
+    assert stages.keys() == {"unfitted", "refitted", "finetuned"}
+    for values in stages.values():
+        assert np.isfinite(list(values.values())).all()
+        assert values["time_derivative"] < values["old_time_derivative"]
+    losses = [json.loads(line)["loss"] for line in open(student / "metrics.jsonl")]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+
+    output = tmp_path / "out.png"
+    command = [sys.executable, "-m", "jax_distill.sample", f"--checkpoint={student}", "--steps=2"]
+    command += ["--prompt=a red circle", "--prompt=two crosses", "--height=48", "--width=16"]
+    command += ["--tile=32", "--batch_size=1", "--seed=3", f"--output={output}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and output.stat().st_size > 0, done.stderr
+
+
+def test_the_teacher_keeps_its_type_and_the_student_is_float32(ported, student):
+    teacher = pipeline.load(ported)
+    assert {leaf.dtype for leaf in jax.tree.leaves(teacher.params)} == {jnp.dtype("bfloat16")}
+    trained = pipeline.load(student)
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained.params)} == {jnp.dtype("float32")}
+    assert trained.world.folder == ported  # found through teacher.checkpoint
+    initial = experiment.rescaled_parameters(
+        trained.config, teacher.config, teacher.params["network"]
+    )
+    shared = [name for name in initial if name != "time_embedder"]
+    assert all(
+        a is b
+        for name in shared
+        for a, b in zip(*(jax.tree.leaves(p[name]) for p in (initial, teacher.params["network"])))
+    )
+    wide = {"a": jnp.ones(2), "b": jnp.ones(2, jnp.bfloat16)}
+    assert {leaf.dtype.name for leaf in experiment.held(wide, "bfloat16").values()} == {"bfloat16"}
+    assert experiment.held(wide, "float32")["b"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("preset", ["meanflow", "imm", "time_rescale"])
+def test_other_presets_can_run_from_a_ported_folder(monkeypatch, run, preset, tmp_path):
+    ran = []
+    monkeypatch.setattr(experiment, "run", lambda config, workdir: ran.append(config))
+    assert not run(preset, into=tmp_path / "run")
+    assert ran[0].world == "flux" and ran[0].objective.name == preset
+
+
+def test_a_rescaled_run_is_a_teacher_like_its_ported_folder(student, run, tmp_path, monkeypatch):
+    """Its students need no rescale, and find text encoders and autoencoder behind it."""
+    teacher = student / "time_rescale"
+    ran = []
+    monkeypatch.setattr(experiment, "run", lambda config, workdir: ran.append(config))
+    assert not run("scm", f"teacher.checkpoint={teacher}", into=tmp_path / "run")
+    teacher_config = pipeline.load(teacher).config
+    config = experiment.student_config(ran[0], teacher_config)
+    assert not experiment.needs_rescale(config, teacher_config)
+    assert worlds.of(config).folder == worlds.of(teacher_config).folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["teacher.checkpoint="], "teacher.checkpoint: missing; world='flux' needs a folder that"),
+        (["teacher.checkpoint=no/where"], "teacher.checkpoint: 'no/where' is no workdir"),
+        (["data.path="], "data.path: missing; make the folder with python -m jax_distill.prepare"),
+        (["data.path=no/where"], "data.path: 'no/where' has no dataset.json"),
+        (["data.resolution=40,48"], "data.resolution: (40, 48) is not a height and a width, mult"),
+        (["data.resolution=48"], "data.resolution: (48,) is not a height and a width"),
+        (["data.resolution=48,48"], "have 6 tokens, where (48, 48) pixels have 9; set data.resol"),
+        (["data.resolution=48,32"], "are of (32, 48) pixels, data.resolution is (48, 32)"),
+        (["data.text_length=9"], "data.text_length: 9 differs from the teacher's 12"),
+        (["evaluation.every=5"], "evaluation.every: 5, but pictures of world='flux' are not scor"),
+        (["samples.prompts=13"], "samples.prompts: 13 is more than the 12 examples there are"),
+        (["world=shapes"], "world: 'shapes' is not that of the teacher"),
+        (["batch_size=16"], "batch_size: 16 is more than the 12 examples"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_does_not_fit_is_said_in_one_sentence(run, tmp_path, changes, expected):
+    error = run("scm", *changes, into=tmp_path / "run")
+    assert isinstance(error, str) and error.startswith("error: ") and "\n" not in error
+    assert expected in error and not (tmp_path / "run").exists()
+
+
+def test_a_network_of_other_widths_is_refused(ported, prepared):
+    config = ported_config(ported)
+    with config.unlocked():
+        config.data.path, config.data.resolution = str(prepared), SIZE
+        config.model.pooled_projection_dim = 8
+    with pytest.raises(ConfigError, match="pooled_projection_dim: 8 must be the captions' 16"):
+        preflight.check_data(config)
+
+
+def test_plain_networks_are_followed_as_they_are(ported):
+    config = ported_config(ported)
+    assert build.guided(config) is build.embedded_guidance
+    with config.unlocked():
+        config.model.guidance_embeds = False
+    assert build.guided(config) is build.unguided
+
+
+def test_preparing_says_what_is_missing(ported, pictures, tmp_path):
+    def prepare(*flags):
+        command = [sys.executable, "-m", "jax_distill.prepare", f"--output={tmp_path / 'out'}"]
+        done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and not (tmp_path / "out").exists()
+        return done.stderr
+
+    source = f"--source={pictures}"
+    assert "width: 40 is no multiple of 16" in prepare(
+        source, f"--checkpoint={ported}", "--width=40"
+    )
+    assert "is no ported folder" in prepare(source, f"--checkpoint={tmp_path}")
+    assert "--checkpoint and --source go together" in prepare(source)
