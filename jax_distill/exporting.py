@@ -12,7 +12,7 @@ import safetensors.numpy
 from absl import logging
 from ml_collections import ConfigDict
 
-from jax_distill import build, checkpoint, embedded, flow, pipeline, ported, scoring
+from jax_distill import build, checkpoint, embedded, flow, pipeline, ported, worlds
 from jax_distill import config as configuration
 from jax_distill.files import made_whole, write_atomically
 from jax_distill.interop import diffusers_folder, exported, model_card, time_scale
@@ -22,6 +22,8 @@ from jax_distill.interop.safetensors_files import SHARD_BYTES
 from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.mmdit import MMDiTConfig
+from jax_distill.worlds.flux import schedule_shift
+from jax_distill.worlds.shapes import preview_captions
 
 EXAMPLES = 8  # captions whose embeddings stand beside the weights
 _STEPS = {"scm": 2, "meanflow": 4, "imm": 4}  # that the card's program takes
@@ -171,10 +173,10 @@ def _shapes(
     params, description = embedded.load("autoencoder")
     autoencoder = AutoencoderConfig.from_dict(description)
     exported.write_autoencoder(folder, autoencoder.to_dict(), jax.tree.map(StoredLeaf, params))
-    captions = [prompt.caption for prompt in scoring.spread(EXAMPLES)]
-    encoder = build.caption_encoder(weights.config)
-    sequence, pooled = encoder.encode(captions)
-    null_sequence, null_pooled = encoder.encode([""])
+    world = worlds.of(weights.config)
+    captions = preview_captions(EXAMPLES)
+    sequence, pooled = world.encode(captions)
+    null_sequence, null_pooled = world.null
     examples = {
         "sequence": sequence,
         "pooled": pooled,
@@ -184,17 +186,19 @@ def _shapes(
     examples = {name: np.ascontiguousarray(x, np.float32) for name, x in examples.items()}
     write_atomically(folder / "examples.safetensors", safetensors.numpy.save(examples))
     method = weights.config.objective.name
-    tokens, _ = build.token_shape(weights.config)
-    shift = weights.config.objective.get("time_shift", None if method == "meanflow" else 0.0)
+    shift = weights.config.objective.get("time_shift")
+    if shift is None:
+        tokens, _ = build.token_shape(weights.config)
+        shift = flow.flux_shift(tokens) if method == "meanflow" else 0.0
     return _card(
         weights,
         layout,
         config,
         residual,
         steps=_STEPS.get(method, _TEACHER_STEPS),
-        resolution=build.picture_size(weights.config),
+        resolution=world.resolution,
         patch=2 * autoencoder.downsampling,
-        time_shift=flow.flux_shift(tokens) if shift is None else shift,
+        time_shift=shift,
         captions=captions,
     )
 
@@ -222,11 +226,7 @@ def _flux(
     height, width = settings.data.resolution
     shift = settings.objective.get("time_shift", 0.0 if method == "imm" else None)
     if shift is None:
-        tokens = (height // patch) * (width // patch)
-        keys = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
-        given = (scheduler or {}) if method not in _STEPS else {}
-        defaults = (0.5, 1.15, 256, 4096)
-        shift = flow.flux_shift(tokens, *(given.get(k, x) for k, x in zip(keys, defaults)))
+        shift = schedule_shift(scheduler, (height // patch) * (width // patch))
     return _card(
         weights,
         layout,

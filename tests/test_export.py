@@ -135,7 +135,7 @@ def test_t2i_distills_file_comes_back_and_draws(student, folder, tmp_path):
         rng.standard_normal(shape, np.float32) for shape in ((2, 16, 16), (2, 5, 24), (2, 16))
     )
     guidance = jnp.full(2, GUIDANCE)
-    sample = jit(build.objective(settings).sample, static_argnums=6)
+    sample = jit(build.objective(settings, resolution=(64, 64)).sample, static_argnums=6)
     tokens = sample({"network": params}, noise, Text(sequence, pooled), None, guidance, None, 2)
     defined = run_program(tmp_path / "folder")
     defined["vae"].float()
