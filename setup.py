@@ -32,7 +32,9 @@ setup(
         "scipy",  # evaluation/shapes_eval.py: connected components
         "pillow",  # evaluation/grids.py
         "matplotlib",  # evaluation/report.py
-        "safetensors",  # embedded.py
+        "safetensors>=0.8",  # embedded.py, interop
+        "tensorstore",  # interop/orbax_tree.py
+        "ml-dtypes",  # interop/tensors.py
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
@@ -42,7 +44,7 @@ setup(
         "data": ["tensorflow-datasets>=4.9"],
         "test": [
             "chex>=0.1.90",
-            "diffusers>=0.35",
+            "diffusers>=0.42",
             "transformers>=4.56",
             "tensorflow-datasets>=4.9",
             "torch==2.13.0",

@@ -17,6 +17,7 @@ def get_config(preset: str = ""):
     config.name = "imm"
     config.model.interval_embeds = True
     if preset == "flux_lite":
+        config.name = "imm_flux_lite"
         config.evaluation.guidance = 3.5
         config.objective = objective_settings("imm")
         return config.lock()

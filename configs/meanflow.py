@@ -17,6 +17,7 @@ def get_config(preset: str = ""):
     config.name = "meanflow"
     config.model.interval_embeds = True
     if preset == "flux_lite":
+        config.name = "meanflow_flux_lite"
         config.evaluation.guidance = 3.5
         config.objective = objective_settings("meanflow")
         return config.lock()

@@ -18,6 +18,7 @@ def get_config(preset: str = ""):
     config = student(preset)
     config.name = "scm"
     if preset == "flux_lite":
+        config.name = "scm_flux_lite"
         config.objective = objective_settings("scm")
         return config.lock()
     config.total_steps = 600

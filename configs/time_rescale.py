@@ -22,6 +22,7 @@ def get_config(preset: str = ""):
     config.name = "time_rescale"
     if preset == "flux_lite":
         flux(config)
+        config.name = "time_rescale_flux_lite"
         config.total_steps = config.rescale.total_steps
         config.evaluation.guidance = 3.5
         config.objective = objective_settings("time_rescale")

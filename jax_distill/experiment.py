@@ -109,7 +109,7 @@ def distill(config: ConfigDict, workdir: Path) -> None:
             origin = start
     initial = rescaled_parameters(config, start.config, start.params["network"])
     objective = build.objective(config, origin.config)
-    frozen = {"teacher": held(origin.params["network"], config.dtype), "null": source.null}
+    frozen = {"teacher": origin.params["network"], "null": source.null}
     counts = {"student": config.evaluation.student_steps}
     student = pipeline.Pipeline(config, {}, world)
     preview = previewer(workdir, student, source, counts, teacher)
@@ -127,7 +127,8 @@ def with_teacher(config: ConfigDict) -> tuple[ConfigDict, pipeline.Pipeline]:
     mesh = parallel.make_mesh(config.mesh)
     teacher = pipeline.load(config.teacher.checkpoint or pipeline.EMBEDDED, mesh=mesh)
     config = student_config(config, teacher.config)
-    return config, pipeline.Pipeline(teacher.config, teacher.params, worlds.of(config))
+    params = held(teacher.params, config.dtype)
+    return config, pipeline.Pipeline(teacher.config, params, worlds.of(config))
 
 
 def conclude(
@@ -151,10 +152,15 @@ def rescale(
     frozen = {"teacher": original, "null": source.null}
     params = train.fit(config, workdir, objective, initial, frozen, source)
     if not (workdir / "rescale.json").exists():
-        unfitted = {**initial, "time_embedder": original["time_embedder"]}
+        old = jax.tree.map(  # of the types of the new one: all stages but the last compile as one
+            lambda leaf, like: jnp.asarray(leaf, like.dtype),
+            original["time_embedder"],
+            initial["time_embedder"],
+        )
+        unfitted = {**initial, "time_embedder": old}
         stages = {"unfitted": unfitted, "refitted": initial, "finetuned": params["network"]}
         compare_stages(workdir / "rescale.json", config, teacher, stages, source)
-    return pipeline.Pipeline(config, params, teacher.world)
+    return pipeline.Pipeline(config, held(params, config.dtype), teacher.world)
 
 
 def compare_stages(
@@ -296,7 +302,7 @@ def rescaled_parameters(config: ConfigDict, teacher: ConfigDict, params: dict) -
 
 
 def held(params: dict, dtype: str) -> dict:
-    """Parameters that are not trained, no wider than the computation that they are for."""
+    """Parameters that are not trained, no wider than the computation, which would narrow them."""
 
     def narrow(leaf):
         return leaf.astype(dtype) if leaf.dtype.itemsize > jnp.dtype(dtype).itemsize else leaf

@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from jax_distill import config as configuration
 from jax_distill.parallel import shard_state
 
 PARTS = ("network", "autoencoder", "clip", "t5")
@@ -36,6 +37,7 @@ def describe(folder: Path) -> dict[str, Any]:
       "source": {"layout": "diffusers", "t2i_distill" or "bfl"}; "dtype": of the parameters;
       "parts": for each one that is there its own config, under its library's names (diffusers' for
       the network, what `AutoencoderConfig`, `ClipConfig` and `T5Config` read for the others);
+      "names": of tensors that tell under which of several names a part had its tensors;
       "scheduler": diffusers' scheduler_config.json, or null; "text_length": of T5's sequences.
 
     Raises:
@@ -129,3 +131,25 @@ def shapes(path: Path) -> dict[str, Any]:
     except Exception as error:  # Orbax raises all kinds
         reason = str(error).partition("\n")[0][:200]
         raise ValueError(f"'{path}' is no Orbax tree ({reason})") from error
+
+
+def whole(folder: Path) -> Path | None:
+    """The ported folder that has the text encoders and the autoencoder of a run.
+
+    Args:
+      folder: a workdir or a ported folder; its teachers are followed, however many there are.
+
+    Returns:
+      The first one that has all parts; None when the last teacher is no ported one.
+
+    Raises:
+      ValueError: one of the folders is no workdir.
+    """
+    folder = Path(folder)
+    while True:
+        if is_ported(folder) and set(PARTS) <= describe(folder)["parts"].keys():
+            return folder
+        teacher = configuration.load(folder).teacher.checkpoint
+        if not teacher:
+            return None
+        folder = Path(teacher)

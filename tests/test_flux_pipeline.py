@@ -12,7 +12,7 @@ from random_pipeline import DYNAMIC, T5, TRANSFORMER, Sizes, save_random
 from random_text import relative_error
 
 from jax_distill import pipeline
-from jax_distill.port import port
+from jax_distill.porting import port
 from jax_distill.worlds import flux
 
 SIZES = {
@@ -51,7 +51,7 @@ def pairs(tmp_path_factory):
         source = tmp_path_factory.mktemp("diffusers")
         theirs = save_random(source, SIZES[name])
         ported = tmp_path_factory.mktemp("ported") / name
-        port(source, ported, text_length=LENGTH)
+        port(str(source), ported, text_length=LENGTH)
         return theirs, pipeline.load(ported)
 
     return make

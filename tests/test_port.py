@@ -32,7 +32,7 @@ from jax_distill.interop import (
 from jax_distill.interop.parts import tensors_of
 from jax_distill.interop.tensors import Tensor
 from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
-from jax_distill.port import port
+from jax_distill.porting import port
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from jax_distill.interop.clip_keys import clip_keys
 from jax_distill.interop.key_table import KeyTable
 from jax_distill.interop.parts import Part
 from jax_distill.interop.safetensors_files import read_folder
-from jax_distill.interop.t5_keys import t5_keys
+from jax_distill.interop.t5_keys import EMBEDDING_NAMES, t5_keys
 from jax_distill.interop.tensors import Tensors
 from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 from jax_distill.models import clip, mmdit, t5
@@ -112,14 +112,15 @@ def clip_text(folder: Path) -> Part:
     values = read_json(folder / "config.json")
     config = clip.ClipConfig.from_dict(values)
     tensors = read_folder(folder, TRANSFORMERS_STEM)
-    return Part(str(folder), values, tensors, clip_keys(tensors), _shapes(config))
+    return Part(str(folder), values, tensors, clip_keys(tensors), _shapes(config), (min(tensors),))
 
 
 def t5_encoder(folder: Path) -> Part:
     values = read_json(folder / "config.json")
     config = t5.T5Config.from_dict(values)
     tensors = read_folder(folder, TRANSFORMERS_STEM)
-    return Part(str(folder), values, tensors, t5_keys(tensors), _shapes(config))
+    names = tuple(name for name in EMBEDDING_NAMES if name in tensors)
+    return Part(str(folder), values, tensors, t5_keys(tensors), _shapes(config), names)
 
 
 def scheduler(folder: Path) -> dict[str, Any]:

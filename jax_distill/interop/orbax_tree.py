@@ -115,9 +115,14 @@ class StoredLeaf:
       dtype: of it.
     """
 
-    def __init__(self, array: Any):
-        """Takes what numpy can index and convert: an array, or a store of TensorStore."""
-        self._array = array
+    def __init__(self, array: Any, *, checked: bool = False):
+        """Takes an array, or a store of TensorStore.
+
+        Args:
+          array: of either kind.
+          checked: whether `checksum` will be asked for.
+        """
+        self._array, self._checked = array, checked
         self.shape = tuple(array.shape)
         dtype = array.dtype
         self.dtype = np.dtype(getattr(dtype, "numpy_dtype", dtype))
@@ -125,8 +130,13 @@ class StoredLeaf:
 
     def read(self, index: int | None = None) -> np.ndarray:
         """A layer of a stacked parameter, or with an index of None the whole."""
-        value = np.asarray(self._array if index is None else self._array[index])
-        self._sums[index] = _sum_of_bits(value)
+        array = self._array if index is None else self._array[index]
+        if isinstance(array, ts.TensorStore):
+            value = array.read(order="F").result()  # whose transpose is as PyTorch has it
+        else:
+            value = np.asarray(array)
+        if self._checked:
+            self._sums[index] = _sum_of_bits(value)
         return value
 
     def checksum(self) -> int:
@@ -146,15 +156,18 @@ class StoredLeaf:
 
 def _sum_of_bits(value: np.ndarray) -> int:
     flat = value.reshape(-1, order="A").view(f"u{value.dtype.itemsize}")
-    return int(flat.sum(dtype=np.uint64)) % 2**32
+    return int(flat.sum(dtype=np.uint32))  # which wraps around
 
 
-def open_tree(folder: Path, under: tuple[str, ...] = ()) -> dict[str, Any]:
+def open_tree(
+    folder: Path, under: tuple[str, ...] = (), *, checked: bool = False
+) -> dict[str, Any]:
     """A tree that Orbax or `TreeWriter` has written; nothing but its description is read.
 
     Args:
       folder: of the tree.
       under: the part of it that is wanted.
+      checked: whether checksums of the leaves will be asked for.
 
     Returns:
       Nested dicts of `StoredLeaf`.
@@ -173,7 +186,9 @@ def open_tree(folder: Path, under: tuple[str, ...] = ()) -> dict[str, Any]:
                 for key in path[len(under) : -1]:
                     node = node.setdefault(key, {})
                 spec = _spec(folder, ".".join(path), description)
-                node[path[-1]] = StoredLeaf(ts.open(spec, context=context).result())
+                node[path[-1]] = StoredLeaf(
+                    ts.open(spec, context=context).result(), checked=checked
+                )
     except FileNotFoundError:
         raise ValueError(f"'{folder}' is no Orbax tree: it has no {METADATA}") from None
     except (KeyError, ValueError) as error:  # TensorStore's own are ValueErrors

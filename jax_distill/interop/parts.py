@@ -22,6 +22,8 @@ class Part(NamedTuple):
       tensors: under PyTorch's names.
       table: which of them is which parameter.
       like: our parameters' shapes, nested.
+      names: of tensors that say under which of several names the source has its tensors; its module
+        of keys makes the table of them.
     """
 
     where: str
@@ -29,6 +31,7 @@ class Part(NamedTuple):
     tensors: Tensors
     table: KeyTable
     like: Mapping[str, Any]
+    names: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises ValueError when a tensor is missing, not expected or of another shape."""

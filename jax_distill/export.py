@@ -1,0 +1,40 @@
+"""Export: `python -m jax_distill.export --checkpoint=DIR --output=DIR`, our weights to PyTorch."""
+
+from pathlib import Path
+
+from absl import flags
+
+from jax_distill import commands, exporting
+from jax_distill.interop.exported import LAYOUTS
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    None,
+    "Workdir of a run, a folder of jax_distill.port, or 'embedded' for the shipped teacher.",
+)
+_FORMAT = flags.DEFINE_enum(
+    "format",
+    "diffusers",
+    LAYOUTS,
+    "A diffusers folder; T2I-Distill's .pt file; or one safetensors file.",
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to make.")
+_TIME_SCALE = flags.DEFINE_float(
+    "time_scale",
+    None,
+    "1000: refit the time embedder so that the network embeds 1000 t, as stock diffusers does."
+    " Default: the network's own.",
+    lower_bound=1e-3,
+)
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    output = Path(_OUTPUT.value)
+    exporting.export(_CHECKPOINT.value, output, layout=_FORMAT.value, scale=_TIME_SCALE.value)
+    print(f"wrote {output}; its README.md says how to draw with it")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["checkpoint", "output"])
+    commands.run(main)

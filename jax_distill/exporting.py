@@ -1,0 +1,243 @@
+"""From our networks to PyTorch's weights, with what it takes to draw with them."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors.numpy
+from absl import logging
+from ml_collections import ConfigDict
+
+from jax_distill import build, checkpoint, embedded, flow, pipeline, ported, worlds
+from jax_distill import config as configuration
+from jax_distill.files import made_whole, write_atomically
+from jax_distill.interop import diffusers_folder, exported, model_card, time_scale
+from jax_distill.interop.orbax_tree import StoredLeaf, open_tree
+from jax_distill.interop.parts import tensors_of
+from jax_distill.interop.safetensors_files import SHARD_BYTES
+from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
+from jax_distill.models.autoencoder import AutoencoderConfig
+from jax_distill.models.mmdit import MMDiTConfig
+from jax_distill.worlds.flux import schedule_shift
+from jax_distill.worlds.shapes import preview_captions
+
+EXAMPLES = 8  # captions whose embeddings stand beside the weights
+_STEPS = {"scm": 2, "meanflow": 4, "imm": 4}  # that the card's program takes
+_TEACHER_STEPS = 50
+_FLUX_STEPS = 28
+_FLUX_PATCH = 16
+
+
+class Weights(NamedTuple):
+    """A network to export.
+
+    Attributes:
+      config: of its run.
+      tree: its parameters, nested `StoredLeaf`s.
+      check: raises ValueError when what was read of them is not what was saved.
+      folder: its workdir or ported folder; None for the embedded teacher.
+    """
+
+    config: ConfigDict
+    tree: dict[str, Any]
+    check: Callable[[], None]
+    folder: Path | None
+
+
+def export(
+    source: str,
+    output: Path,
+    *,
+    layout: str = "diffusers",
+    scale: float | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a network for PyTorch, with a README.md, whole or not at all.
+
+    Args:
+      source: a workdir, a ported folder, or "embedded".
+      output: must not exist.
+      layout: one of `exported.LAYOUTS`.
+      scale: time scale of the exported network; by default its own.
+      shard_bytes: of the files of a diffusers folder.
+
+    Raises:
+      ValueError: the source has no network, it is damaged, or the output exists.
+      OSError: the disk is full.
+    """
+    with made_whole(output) as partial:
+        weights = _open(source)
+        config, tree, residual = build.network_config(weights.config), weights.tree, None
+        if scale is not None and scale != config.time_scale:
+            config, tree, residual = _rescaled(config, tree, scale)
+        tensors = tensors_of(tree, TRANSFORMER_KEYS)
+        exported.write_transformer(partial, layout, config, tensors, shard_bytes)
+        weights.check()
+        if _world(weights.config) == "flux":
+            card = _flux(weights, partial, layout, config, residual)
+        else:
+            card = _shapes(weights, partial, layout, config, residual)
+        exported.write_scheduler(partial, card)
+        if layout == "diffusers":
+            kind = model_card.scheduler_config(card)["_class_name"]
+            exported.write_index(partial, kind)
+        (partial / "README.md").write_text(model_card.text(card))
+
+
+def _world(config: ConfigDict) -> str:
+    return config.get("world", "shapes")  # runs of the first versions do not say
+
+
+def _open(source: str) -> Weights:
+    """Finds the network; nothing but descriptions is read."""
+    if source == pipeline.EMBEDDED:
+        params, description = embedded.load("teacher")
+        config = ConfigDict(description["config"])
+        return Weights(config, jax.tree.map(StoredLeaf, params), lambda: None, None)
+    folder = Path(source)
+    config = configuration.load(folder)
+    if config.objective.name == "autoencoder":
+        raise ValueError(f"--checkpoint: '{folder}' is the run of an autoencoder, not of a network")
+    if ported.is_ported(folder):
+        return Weights(config, open_tree(folder / "network"), lambda: None, folder)
+    step = folder / "checkpoints" / str(checkpoint.complete_steps(folder)[0])
+    averaged = open_tree(step / "state", ("ema",), checked=True)
+
+    def check() -> None:
+        """Compares with the checksum that was saved; the first versions saved none."""
+        path = step / "progress" / "metadata"
+        saved = json.loads(path.read_text())["checksums"] if path.exists() else {}
+        found = sum(leaf.checksum() for leaf in jax.tree.leaves(averaged)) % 2**32
+        if saved.get("ema", found) != found:
+            raise ValueError(f"'{step}' is damaged: its checksums do not fit; remove that folder")
+
+    return Weights(config, averaged["network"], check, folder)
+
+
+def _rescaled(
+    config: MMDiTConfig, tree: dict[str, Any], scale: float
+) -> tuple[MMDiTConfig, dict[str, Any], float]:
+    """The network with its time embedders refitted for another scale, and the largest residual."""
+    residuals = []
+    for name in time_scale.EMBEDDERS:
+        if name in tree:
+            old = jax.tree.map(lambda leaf: leaf.read(), tree[name])
+            refitted = time_scale.refit(config, old, scale)
+            residuals.append(refitted.residual)
+            logging.info("%s: refitted for %g t, residual %.1e", name, scale, refitted.residual)
+            kept = jax.tree.map(
+                lambda new, leaf: StoredLeaf(np.asarray(new).astype(leaf.dtype)),
+                refitted.embedder,
+                tree[name],
+            )
+            tree = {**tree, name: kept}
+    return dataclasses.replace(config, time_scale=scale), tree, max(residuals)
+
+
+def _card(
+    weights: Weights, layout: str, config: MMDiTConfig, residual: float | None, **world: Any
+) -> model_card.Card:
+    objective = dict(weights.config.objective)
+    return model_card.Card(
+        name=weights.config.name or "network",
+        objective=objective,
+        layout=layout,
+        time_scale=config.time_scale,
+        residual=residual,
+        guidance=weights.config.evaluation.guidance,
+        guidance_embeds=config.guidance_embeds,
+        interval_embeds=config.interval_embeds,
+        channels=config.in_channels,
+        scores=_scores(weights),
+        **world,
+    )
+
+
+def _scores(weights: Weights) -> dict[str, float]:
+    """Scores by steps, of a run that has been evaluated."""
+    path = weights.folder / "results.json" if weights.folder else None
+    if path is None or not path.exists():
+        return {}
+    students = json.loads(path.read_text()).get("student", {})
+    return {steps: result["score"] for steps, result in students.items()}
+
+
+def _shapes(
+    weights: Weights, folder: Path, layout: str, config: MMDiTConfig, residual: float | None
+) -> model_card.Card:
+    """Writes what belongs to a network of the shapes world; returns its card."""
+    params, description = embedded.load("autoencoder")
+    autoencoder = AutoencoderConfig.from_dict(description)
+    exported.write_autoencoder(folder, autoencoder.to_dict(), jax.tree.map(StoredLeaf, params))
+    world = worlds.of(weights.config)
+    captions = preview_captions(EXAMPLES)
+    sequence, pooled = world.encode(captions)
+    null_sequence, null_pooled = world.null
+    examples = {
+        "sequence": sequence,
+        "pooled": pooled,
+        "null_sequence": null_sequence,
+        "null_pooled": null_pooled,
+    }
+    examples = {name: np.ascontiguousarray(x, np.float32) for name, x in examples.items()}
+    write_atomically(folder / "examples.safetensors", safetensors.numpy.save(examples))
+    method = weights.config.objective.name
+    shift = weights.config.objective.get("time_shift")
+    if shift is None:
+        tokens, _ = build.token_shape(weights.config)
+        shift = flow.flux_shift(tokens) if method == "meanflow" else 0.0
+    return _card(
+        weights,
+        layout,
+        config,
+        residual,
+        steps=_STEPS.get(method, _TEACHER_STEPS),
+        resolution=world.resolution,
+        patch=2 * autoencoder.downsampling,
+        time_shift=shift,
+        captions=captions,
+    )
+
+
+def _flux(
+    weights: Weights, folder: Path, layout: str, config: MMDiTConfig, residual: float | None
+) -> model_card.Card:
+    """Writes what belongs to a network of FLUX's world; returns its card."""
+    home = ported.whole(weights.folder)
+    parts, scheduler, patch = {}, None, _FLUX_PATCH
+    if home is not None:
+        described = ported.describe(home)
+        parts, scheduler = described["parts"], described["scheduler"]
+        patch = 2 * AutoencoderConfig.from_dict(parts["autoencoder"]).downsampling
+        tree = open_tree(home / "autoencoder")
+        exported.write_autoencoder(folder, parts["autoencoder"], tree)
+    if home is not None and layout == "diffusers":
+        for name in ("clip", "t5"):
+            tree, names = open_tree(home / name), described["names"][name]
+            exported.write_text_encoder(folder, name, parts[name], tree, names)
+        for name in diffusers_folder.TOKENIZERS:
+            diffusers_folder.copy(home / name, folder / name)
+    settings = weights.config
+    method = settings.objective.name
+    height, width = settings.data.resolution
+    shift = settings.objective.get("time_shift", 0.0 if method == "imm" else None)
+    if shift is None:
+        shift = schedule_shift(scheduler, (height // patch) * (width // patch))
+    return _card(
+        weights,
+        layout,
+        config,
+        residual,
+        steps=_STEPS.get(method, _FLUX_STEPS),
+        resolution=(height, width),
+        patch=patch,
+        time_shift=shift,
+        text_length=settings.data.text_length,
+        scheduler=scheduler,
+        has_autoencoder=home is not None,
+        has_text=home is not None and layout == "diffusers",
+    )

@@ -1,0 +1,100 @@
+"""What `export` can write: the layouts of other programs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jax_distill.files import write_json
+from jax_distill.interop import (
+    diffusers_folder,
+    flux_config,
+    model_card,
+    safetensors_files,
+    torch_files,
+)
+from jax_distill.interop.autoencoder_keys import AUTOENCODER_KEYS
+from jax_distill.interop.clip_keys import clip_keys
+from jax_distill.interop.parts import tensors_of
+from jax_distill.interop.t5_keys import t5_keys
+from jax_distill.interop.tensors import Tensors
+from jax_distill.models.mmdit import MMDiTConfig
+
+LAYOUTS = ("diffusers", "t2i_distill", "safetensors")
+_LIBRARIES = {
+    "transformer": ("diffusers", flux_config.CLASS),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "T5EncoderModel"),
+    "tokenizer": ("transformers", "CLIPTokenizer"),
+    "tokenizer_2": ("transformers", "T5TokenizerFast"),
+    "image_encoder": (None, None),
+    "feature_extractor": (None, None),
+}
+
+
+def write_transformer(
+    folder: Path, layout: str, config: MMDiTConfig, tensors: Tensors, shard_bytes: int
+) -> None:
+    """Writes the transformer as `layout` has it, its config in `transformer/` in any case."""
+    inner = folder / diffusers_folder.SUBFOLDERS["network"]
+    write_json(inner / "config.json", flux_config.to_diffusers(config))
+    if layout == "diffusers":
+        stem = diffusers_folder.DIFFUSERS_STEM
+        safetensors_files.write_folder(inner, stem, tensors, shard_bytes)
+    elif layout == "t2i_distill":
+        torch_files.write_file(folder / "model.pt", tensors)
+    else:
+        scale = {"time_scale": str(config.time_scale)}
+        safetensors_files.write_file(folder / "model.safetensors", tensors, scale)
+
+
+def write_autoencoder(folder: Path, config: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
+    """Writes `vae/`.
+
+    Args:
+      folder: of the pipeline.
+      config: diffusers'.
+      tree: nested `StoredLeaf`s.
+    """
+    inner = folder / diffusers_folder.SUBFOLDERS["autoencoder"]
+    write_json(inner / "config.json", config)
+    tensors = tensors_of(tree, AUTOENCODER_KEYS)
+    safetensors_files.write_folder(inner, diffusers_folder.DIFFUSERS_STEM, tensors)
+
+
+def write_text_encoder(
+    folder: Path,
+    name: str,
+    config: Mapping[str, Any],
+    tree: Mapping[str, Any],
+    names: Sequence[str],
+) -> None:
+    """Writes `text_encoder/` or `text_encoder_2/`.
+
+    Args:
+      folder: of the pipeline.
+      name: "clip" or "t5".
+      config: transformers'.
+      tree: nested `StoredLeaf`s.
+      names: as `ported.describe` has them.
+    """
+    inner = folder / diffusers_folder.SUBFOLDERS[name]
+    write_json(inner / "config.json", config)
+    table = {"clip": clip_keys, "t5": t5_keys}[name](names)
+    tensors = tensors_of(tree, table)
+    safetensors_files.write_folder(inner, diffusers_folder.TRANSFORMERS_STEM, tensors)
+
+
+def write_scheduler(folder: Path, card: model_card.Card) -> None:
+    """Writes `scheduler/`."""
+    config = model_card.scheduler_config(card)
+    write_json(folder / diffusers_folder.SCHEDULER / "scheduler_config.json", config)
+
+
+def write_index(folder: Path, scheduler: str) -> None:
+    """Writes `model_index.json`; what is not there is null, as for prompts that come embedded."""
+    index: dict[str, Any] = {"_class_name": "FluxPipeline"}
+    index["scheduler"] = ["diffusers", scheduler]
+    for name, library in _LIBRARIES.items():
+        index[name] = list(library) if (folder / name).is_dir() else [None, None]
+    write_json(folder / diffusers_folder.INDEX, index)

@@ -1,0 +1,202 @@
+"""What is exported is what was ported, bit for bit; a bad source makes nothing."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_flux
+import random_folder
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from random_text import jit
+from safetensors.torch import load_file as load_torch_file
+from tiny_runs import GUIDANCE, RUNS, assert_same_pictures, random_parameters, run_program, save_run
+from transformers import CLIPTextModel, T5EncoderModel
+
+from jax_distill import build, config, ported
+from jax_distill.exporting import export
+from jax_distill.flow import Text
+from jax_distill.interop import sources, torch_files
+from jax_distill.models.autoencoder import AutoencoderConfig
+from jax_distill.models.latents import LatentCodec
+from jax_distill.porting import port
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("run") / "scm", RUNS["scm"])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return random_folder.make(tmp_path_factory.mktemp("source") / "flux", dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def folder(source, tmp_path_factory):
+    """Ported, for pictures of 16 x 16."""
+    output = tmp_path_factory.mktemp("ported") / "flux"
+    port(str(source), output)
+    values = json.loads((output / "config.json").read_text())
+    values["data"]["resolution"] = [16, 16]
+    (output / "config.json").write_text(json.dumps(values))
+    return output
+
+
+def tensors(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: x for file in files for name, x in load_torch_file(file).items()}
+
+
+def assert_identical(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert actual[name].dtype == tensor.dtype and actual[name].shape == tensor.shape
+        assert torch.equal(actual[name], tensor), name
+
+
+def test_a_diffusers_folder_comes_back_bit_for_bit(source, folder, tmp_path):
+    export(str(folder), tmp_path / "out", shard_bytes=20_000)
+    classes = {
+        "transformer": FluxTransformer2DModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": T5EncoderModel,
+    }
+    for name, kind in classes.items():
+        theirs = tensors(source / name)
+        assert_identical(tensors(tmp_path / "out" / name), theirs)
+        kind.from_pretrained(tmp_path / "out" / name)
+    for name in ("tokenizer/tokenizer.json", "scheduler/scheduler_config.json"):
+        before, after = (
+            json.loads((root / name).read_text()) for root in (source, tmp_path / "out")
+        )
+        assert before == after
+    port(str(tmp_path / "out"), tmp_path / "again")
+    for name in ported.PARTS:
+        before, after = folder / name, tmp_path / "again" / name
+        files = sorted(path.relative_to(before) for path in before.rglob("*") if path.is_file())
+        assert files
+        for path in files:
+            assert (before / path).read_bytes() == (after / path).read_bytes(), path
+
+
+def test_a_transformer_alone_comes_back(tmp_path):
+    network = dataclasses.replace(random_folder.NETWORK, guidance_embeds=False)
+    model = random_flux.reference(network).half()
+    model.save_pretrained(tmp_path / "transformer", max_shard_size="40KB")
+    port(str(tmp_path / "transformer"), tmp_path / "ported")
+    export(str(tmp_path / "ported"), tmp_path / "out")
+    assert_identical(tensors(tmp_path / "out/transformer"), dict(model.state_dict()))
+    card = (tmp_path / "out/README.md").read_text()
+    assert 'AutoencoderKL.from_pretrained("FLUX", subfolder="vae")' in card
+    assert 'FluxPipeline.from_pretrained("FLUX", ' in card
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """T2I-Distill's file of a MeanFlow student."""
+    path = tmp_path_factory.mktemp("student") / "meanflow.pt"
+    state = random_flux.reference(random_folder.NETWORK).state_dict()
+    torch.manual_seed(1)
+    width = random_folder.NETWORK.hidden_size
+    for number, inputs in ((1, 256), (2, width)):
+        state[f"timestep_embedder2.linear_{number}.weight"] = torch.randn(width, inputs) / 16
+        state[f"timestep_embedder2.linear_{number}.bias"] = torch.randn(width)
+    torch.save({"module": state}, path)
+    return path
+
+
+def test_t2i_distills_file_comes_back_and_draws(student, folder, tmp_path):
+    port(str(student), tmp_path / "ported", base=str(folder))
+    export(str(tmp_path / "ported"), tmp_path / "out", layout="t2i_distill")
+    back = torch.load(tmp_path / "out/model.pt", weights_only=True)["module"]
+    assert_identical(back, torch.load(student)["module"])
+
+    export(str(tmp_path / "ported"), tmp_path / "folder")
+    settings = config.load(tmp_path / "ported")
+    params = ported.load_part(tmp_path / "ported", "network", random_parameters(settings))
+    parts = ported.describe(folder)["parts"]
+    shapes = sources.read(tmp_path / "folder").parts["autoencoder"].like
+    codec = LatentCodec(
+        AutoencoderConfig.from_dict(parts["autoencoder"]),
+        jax.tree.map(
+            lambda x: x.astype(jnp.float32), ported.load_part(folder, "autoencoder", shapes)
+        ),
+    )
+    rng = np.random.default_rng(0)
+    noise, sequence, pooled = (
+        rng.standard_normal(shape, np.float32) for shape in ((2, 16, 16), (2, 5, 24), (2, 16))
+    )
+    guidance = jnp.full(2, GUIDANCE)
+    sample = jit(build.objective(settings, resolution=(64, 64)).sample, static_argnums=6)
+    tokens = sample({"network": params}, noise, Text(sequence, pooled), None, guidance, None, 2)
+    defined = run_program(tmp_path / "folder")
+    defined["vae"].float()
+    inputs = map(torch.from_numpy, (noise, sequence, pooled))
+    theirs = defined["draw"](*inputs, steps=2, guidance=GUIDANCE)
+    ours = codec.decode(tokens, 16, 16)
+    assert_same_pictures(np.stack([np.asarray(x) for x in theirs]), ours)
+
+
+def test_one_safetensors_file_comes_back(student, folder, tmp_path):
+    port(str(student), tmp_path / "ported", base=str(folder))
+    export(str(tmp_path / "ported"), tmp_path / "out", layout="safetensors")
+    path = tmp_path / "out/model.safetensors"
+    assert_identical(load_torch_file(path), torch.load(student)["module"])
+    port(str(path), tmp_path / "again", base=str(folder))
+    assert config.load(tmp_path / "again").model.time_scale == 1.0
+
+
+def test_a_run_follows_its_teachers_to_the_ported_folder(folder, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for path, teacher in ((first, folder), (second, first)):
+        settings = RUNS["scm"].copy_and_resolve_references()
+        with settings.unlocked():
+            settings.teacher.checkpoint = str(teacher)
+        config.save(settings, path)
+    assert ported.whole(second) == folder
+    assert ported.whole(folder) == folder
+    config.save(RUNS["scm"], tmp_path / "alone")
+    assert ported.whole(tmp_path / "alone") is None
+
+
+def test_bad_sources_make_nothing(run, tmp_path, monkeypatch):
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="is no workdir of a run"):
+        export(str(tmp_path / "none"), tmp_path / "out")
+    with pytest.raises(ValueError, match="exists; remove it or choose another"):
+        export(str(run), tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            export(str(run), tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_damaged_checkpoint_is_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run/checkpoints/1/progress/metadata"
+    saved = json.loads(path.read_text())
+    saved["checksums"]["ema"] += 1
+    path.write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="1' is damaged: its checksums do not fit"):
+        export(str(tmp_path / "run"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_is_written_and_read_without_torch_is_the_same(student, tmp_path):
+    torch_files.write_file(tmp_path / "x.pt", torch_files.read_file(student))
+    back = torch_files.read_file(tmp_path / "x.pt")
+    for name, tensor in torch_files.read_file(student).items():
+        np.testing.assert_array_equal(back[name].read(), tensor.read())
