@@ -327,7 +327,7 @@ class _Code:
 def test_code_in_a_pickle_is_refused_and_not_run(folder, tmp_path):
     state = random_flux.reference(random_folder.NETWORK).state_dict()
     torch.save({"module": state, "code": _Code(tmp_path / "ran")}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="asks to run posix.mkdir, .*; it was not run"):
+    with pytest.raises(ValueError, match="asks for posix.mkdir, .*; it was not run"):
         port(str(tmp_path / "x.pt"), tmp_path / "out", base=str(folder))
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(_Code(tmp_path / "ran")))
     with pytest.raises(ValueError, match="no file of torch.save"):

@@ -54,24 +54,41 @@ class _View(NamedTuple):
     strides: tuple[int, ...]
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *unused):
-    del unused  # whether it has a gradient, and its hooks
-    return _View(storage, offset, tuple(shape), tuple(strides))
+class _RebuildTensor:
+    __slots__ = ()
+
+    def __call__(self, storage, offset, shape, strides, *unused):
+        del unused  # whether it has a gradient, and its hooks
+        shape, strides = tuple(shape), tuple(strides)
+        numbers = (offset, *shape, *strides)
+        if not isinstance(storage, _Storage) or not all(_is_count(n) for n in numbers):
+            raise _Refused("a tensor that is none")
+        return _View(storage, offset, shape, strides)
 
 
-def _rebuild_parameter(view, *unused):
-    del unused
-    return view
+class _RebuildParameter:
+    __slots__ = ()
+
+    def __call__(self, view, *unused):
+        del unused
+        return view
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names that a state dict needs and no others."""
+    """Knows the names that a state dict needs and no others.
+
+    A pickle may also change the state of what it names: none of these has one.
+    """
 
     _KNOWN = {
         ("collections", "OrderedDict"): collections.OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-        ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-        **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+        ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+        ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
+        **{("torch", name): name for name in _STORAGES},
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -80,10 +97,11 @@ class _Unpickler(pickle.Unpickler):
         return self._KNOWN[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _, count = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype):
-            raise _Refused(f"{kind!r}")
-        return _Storage(dtype, key, count)
+        kind, name, key, _, count = pid
+        known = kind == "storage" and type(name) is str and name in _STORAGES
+        if not (known and type(key) is str and _is_count(count)):
+            raise _Refused("a storage that is none")
+        return _Storage(_STORAGES[name], key, count)
 
 
 def read_file(path: Path, key: str = "module") -> Tensors:
@@ -102,7 +120,7 @@ def read_file(path: Path, key: str = "module") -> Tensors:
         raise ValueError(f"'{path}' holds no state dict, neither as it is nor under {key!r}")
     tensors = {}
     for name, view in state.items():
-        if not isinstance(view, _View):
+        if not (isinstance(name, str) and isinstance(view, _View)):
             raise ValueError(f"'{path}': {name!r} is no tensor; the file is no student's")
         if view.storage.dtype not in DTYPES.values():
             raise ValueError(
@@ -120,9 +138,7 @@ def _open(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
             infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
             if "data.pkl" not in infos:
                 raise ValueError(f"'{path}' is a zip archive, but none of torch.save")
-            if "byteorder" in infos and archive.read(infos["byteorder"]) != b"little":
-                raise ValueError(f"'{path}' is big-endian, which cannot be read")
-            places = {}
+            places, size = {}, path.stat().st_size
             with path.open("rb") as file:
                 for name, info in infos.items():
                     if info.compress_type != zipfile.ZIP_STORED:
@@ -130,7 +146,11 @@ def _open(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
                     # The local header has a length of its own.
                     file.seek(info.header_offset + 26)
                     start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+                    if start + info.file_size > size or info.file_size != info.compress_size:
+                        raise zipfile.BadZipFile(f"'{name}' is longer than the file")
                     places[name.removeprefix("data/")] = (start, info.file_size)
+            if "byteorder" in infos and archive.read(infos["byteorder"]) != b"little":
+                raise ValueError(f"'{path}' is big-endian, which cannot be read")
             with archive.open(infos["data.pkl"]) as file:
                 return _Unpickler(file).load(), places
     except FileNotFoundError:
@@ -141,7 +161,7 @@ def _open(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
         ) from None
     except _Refused as error:
         raise ValueError(
-            f"'{path}' asks to run {error}, which a file of weights does not; it was not run, and"
+            f"'{path}' asks for {error}, which a file of weights does not; it was not run, and"
             " the file cannot be trusted"
         ) from None
     except ValueError:
@@ -157,7 +177,6 @@ def _tensor(path: Path, name: str, view: _View, places: dict[str, tuple[int, int
     last = view.offset + sum((n - 1) * step for n, step in zip(view.shape, view.strides))
     if not empty and not (
         len(view.shape) == len(view.strides)
-        and min((view.offset, *view.strides)) >= 0
         and last < count
         and count * dtype.itemsize <= available
     ):
@@ -166,9 +185,10 @@ def _tensor(path: Path, name: str, view: _View, places: dict[str, tuple[int, int
     def read(first: int | None = None, stop: int | None = None) -> np.ndarray:
         if empty:
             return np.zeros(view.shape, dtype)
-        flat = np.fromfile(
-            path, dtype, last + 1 - view.offset, offset=start + view.offset * dtype.itemsize
-        )
+        wanted = last + 1 - view.offset
+        flat = np.fromfile(path, dtype, wanted, offset=start + view.offset * dtype.itemsize)
+        if flat.size != wanted:
+            raise ValueError(f"'{path}' was cut short while tensor '{name}' was read")
         steps = [step * dtype.itemsize for step in view.strides]
         array = np.lib.stride_tricks.as_strided(flat, view.shape, steps)
         return array if first is None else array[first:stop]
