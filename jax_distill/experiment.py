@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from jax_distill import build, flow, parallel, pipeline, scoring, train, worlds
@@ -123,12 +124,15 @@ def distill(config: ConfigDict, workdir: Path) -> None:
 
 
 def with_teacher(config: ConfigDict) -> tuple[ConfigDict, pipeline.Pipeline]:
-    """The student's whole configuration, and the teacher, drawing in the student's world."""
+    """The student's whole configuration, and the teacher, in the student's world and precision."""
     mesh = parallel.make_mesh(config.mesh)
     teacher = pipeline.load(config.teacher.checkpoint or pipeline.EMBEDDED, mesh=mesh)
     config = student_config(config, teacher.config)
+    settings = teacher.config.copy_and_resolve_references()
+    with settings.unlocked():
+        settings.dtype = config.dtype
     params = held(teacher.params, config.dtype)
-    return config, pipeline.Pipeline(teacher.config, params, worlds.of(config))
+    return config, pipeline.Pipeline(settings, params, worlds.of(config))
 
 
 def conclude(
@@ -171,17 +175,22 @@ def compare_stages(
     source: Source,
 ) -> None:
     """Writes how near each stage of the rescale is to the teacher, and how smooth in time."""
-    count = min(64, config.batch_size, len(source))
+    # About 64 pictures, no more on a device than a step of training has there.
+    mesh = parallel.make_mesh(config.mesh)
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    most = config.batch_size // config.accumulate
+    count = min(most, len(source) // devices * devices, max(devices, 64 // devices * devices))
     batch = jax.tree.map(lambda *rows: np.stack(rows), *[source[index] for index in range(count)])
     t = jnp.linspace(0.01, 0.99, count)
     noise = jax.random.normal(jax.random.key(config.seed), batch.x.shape)
     guidance = jnp.full(count, config.evaluation.guidance)
+    points = jax.device_put((batch, noise, t, guidance), NamedSharding(mesh, parallel.BATCH))
     frozen = {"teacher": teacher.params["network"], "null": source.null}
     old = build.teacher_velocity(teacher.config, worlds.of(config).resolution)
     network = build.network(config)
 
     @jax.jit
-    def measure(params, frozen, batch):
+    def measure(params, frozen, batch, noise, t, guidance):
         return time_rescale.compare(
             lambda x, t: network.velocity(params, x, t, batch.text, guidance),
             lambda x, t: old(frozen, x, t, batch.text, guidance),
@@ -191,7 +200,7 @@ def compare_stages(
 
     stage_values = {}
     for name, params in stages.items():
-        measured = measure(params, frozen, batch)
+        measured = measure(params, frozen, *points)
         values = {key: float(value) for key, value in measured._asdict().items()}
         stage_values[name] = values
         logging.info(
