@@ -30,7 +30,7 @@ setup(
         "absl-py",
         "numpy>=2.0",
         "scipy",  # evaluation/shapes_eval.py: connected components
-        "pillow",  # evaluation/grids.py
+        "pillow",  # evaluation/grids.py, data/folder.py
         "matplotlib",  # evaluation/report.py
         "safetensors>=0.8",  # embedded.py, interop
         "tensorstore",  # interop/orbax_tree.py

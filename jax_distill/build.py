@@ -90,8 +90,7 @@ def objective(
         settings["guided"] = guided(config)
     else:
         settings["teacher"] = teacher_velocity(teacher, resolution) if teacher is not None else None
-    fields = [field.name for field in dataclasses.fields(OBJECTIVES[name])]
-    if "time_shift" in fields and settings.get("time_shift") is None:
+    if {**settings_of(OBJECTIVES[name]), **settings}.get("time_shift", 0.0) is None:
         settings["time_shift"] = world.time_shift(token_shape(config, resolution)[0])
     return OBJECTIVES[name](network(config, resolution), **settings)
 

@@ -1,12 +1,15 @@
 """Small random text encoders of transformers' classes and their weights as ours."""
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tokenizers
 import torch
 from flax import nnx
@@ -23,6 +26,14 @@ jit = functools.partial(
     jax.jit,
     compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
 )
+
+
+@contextlib.contextmanager
+def compiled_quickly() -> Iterator[None]:
+    """All that is jitted here is jitted so, our functions' own included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", jit)
+        yield
 
 
 @functools.cache

@@ -4,12 +4,11 @@ import dataclasses
 import functools
 import math
 
-import jax
 import numpy as np
 import pytest
 import torch
 from random_pipeline import DYNAMIC, T5, TRANSFORMER, Sizes, save_random
-from random_text import relative_error
+from random_text import compiled_quickly, relative_error
 
 from jax_distill import pipeline
 from jax_distill.porting import port
@@ -35,10 +34,7 @@ LENGTH = 24
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Compiling is most of what these tests do: with these options it takes a fifth of the time."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
+    with compiled_quickly(), torch.no_grad():
         yield
 
 

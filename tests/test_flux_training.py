@@ -1,6 +1,5 @@
 """From a diffusers folder and pictures to a student that draws: every stage, very small."""
 
-import functools
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 from random_pipeline import save_random
+from random_text import compiled_quickly
 
 from jax_distill import build, commands, experiment, main, pipeline, preflight, worlds
 from jax_distill.config import ConfigError
@@ -30,10 +30,7 @@ WORDS = ("red circle", "blue square", "green cross")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Compiling is most of what these tests do."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
+    with compiled_quickly():
         yield
 
 

@@ -1,12 +1,11 @@
 """Pictures through the autoencoder in tiles, in slices, by mean and by sample."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from random_text import compiled_quickly
 from test_autoencoder import _ported, _reference
 
 from jax_distill.models.autoencoder import Autoencoder, AutoencoderConfig, pack, posterior
@@ -21,10 +20,7 @@ SIZE = (14, 9)  # of latents: last tiles are cut, and no larger than what they s
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Compiling is most of what these tests do."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
+    with compiled_quickly(), torch.no_grad():
         yield
 
 

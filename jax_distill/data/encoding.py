@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -134,4 +134,4 @@ def encode_folder(
 
 
 def _half(text: Text) -> Text:
-    return jax.tree.map(lambda leaf: np.asarray(leaf, ml_dtypes.bfloat16), text)
+    return jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), text)
