@@ -51,8 +51,9 @@ def main(argv: list[str]) -> None:
         raise ValueError("--checkpoint and --source go together: FLUX's parts, and your pictures")
     if _TEACHER.value and _SOURCE.value:
         raise ValueError("--teacher draws for captions and --source has pictures; give one of them")
-    if _CAPTIONS.value and not _TEACHER.value:
-        raise ValueError("--captions needs --teacher, which draws for them")
+    for flag in ("captions", "steps", "guidance"):
+        if flags.FLAGS[flag].present and not _TEACHER.value:
+            raise ValueError(f"--{flag} needs --teacher, which draws")
     if _TEACHER.value:
         count = draw(output)
     elif _SOURCE.value:
@@ -71,6 +72,8 @@ def main(argv: list[str]) -> None:
 def draw(output: Path) -> int:
     """Writes what the teacher draws; returns how many."""
     pipe = pipeline.load(_TEACHER.value)
+    if (method := pipe.config.objective.name) not in build.TEACHERS:
+        raise ValueError(f"--teacher: '{_TEACHER.value}' is a run of {method!r}, no teacher")
     flux = isinstance(pipe.world, Flux)
     resolution = (_HEIGHT.value, _WIDTH.value) if flux else pipe.world.resolution
     shape, steps, seed = build.token_shape(pipe.config, resolution), _STEPS.value, _SEED.value
@@ -95,8 +98,10 @@ def draw(output: Path) -> int:
         "seed": seed,
         "resolution": list(resolution),
     }
-    null = pipe.world.encode([NULL_CAPTION]) if flux else None
-    encode_drawn(output, captions, pipe.world.encode, drawn, description, null=null)
+    # FLUX's text encoders are read once, not for each batch.
+    embed = pipe.world.text_encoders().encode if flux else pipe.world.encode
+    null = embed([NULL_CAPTION]) if flux else None
+    encode_drawn(output, captions, embed, drawn, description, null=null)
     return len(captions)
 
 

@@ -46,6 +46,7 @@ def test_a_teacher_draws_for_captions_without_a_picture(run, monkeypatch, tmp_pa
     ("flags", "expected"),
     [
         (["--captions=c.txt"], "--captions needs --teacher"),
+        (["--steps=4"], "--steps needs --teacher"),
         (["--teacher=embedded", "--source=x", "--checkpoint=y"], "give one of them"),
         (["--teacher=embedded", "--captions=no.txt"], "there is no file 'no.txt'"),
         (["--teacher=no/where"], "'no/where' is no workdir of a run"),

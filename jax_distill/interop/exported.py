@@ -35,13 +35,22 @@ _LIBRARIES = {
 def write_transformer(
     folder: Path, layout: str, config: MMDiTConfig, tensors: Tensors, shard_bytes: int
 ) -> None:
-    """Writes the transformer as `layout` has it, its config in `transformer/` in any case."""
+    """Writes the transformer as `layout` has it, its config in `transformer/` in any case.
+
+    Raises:
+      ValueError: the layout has no place for the network's time scale.
+    """
     inner = folder / diffusers_folder.SUBFOLDERS["network"]
     write_json(inner / "config.json", flux_config.to_diffusers(config))
     if layout == "diffusers":
         stem = diffusers_folder.DIFFUSERS_STEM
         safetensors_files.write_folder(inner, stem, tensors, shard_bytes)
     elif layout == "t2i_distill":
+        if config.time_scale != 1:
+            raise ValueError(
+                f"--format=t2i_distill: its networks embed t and this one {config.time_scale:g} t;"
+                " use --format=diffusers"
+            )
         torch_files.write_file(folder / "model.pt", tensors)
     else:
         scale = {"time_scale": str(config.time_scale)}

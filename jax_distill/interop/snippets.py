@@ -39,6 +39,7 @@ FROM_STATE = """
 config = FluxTransformer2DModel.load_config(FOLDER / "transformer")
 transformer = FluxTransformer2DModel.from_config(config)
 transformer.load_state_dict(state, assign=True)
+transformer.float()  # as what follows is
 """
 
 # The second time embedder, which diffusers' class does not have.
@@ -56,6 +57,7 @@ class TwoTimes(torch.nn.Module):
         self.first, self.interval = first, 0.0
         self.second = TimestepEmbedding(256, len(weights["linear_1.bias"]))
         self.second.load_state_dict(weights, assign=True)
+        self.second.float()
 
     def forward(self, *inputs):
         times = torch.full((len(inputs[0]),), self.interval * TIME_SCALE)
