@@ -63,8 +63,8 @@ def export(
       shard_bytes: of the files of a diffusers folder.
 
     Raises:
-      ValueError: the source has no network, it is damaged, or the output exists.
-      OSError: the disk is full.
+      ValueError: the source has no network, it is damaged, the output exists, or the disk
+        is full.
     """
     with made_whole(output) as partial:
         weights = _open(source)

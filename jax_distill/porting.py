@@ -43,8 +43,8 @@ def port(
         T2I-Distill's other students.
 
     Raises:
-      ValueError: the source cannot be read or does not fit together, or the output exists.
-      OSError: the disk is full.
+      ValueError: the source cannot be read or does not fit together, the output exists, or the disk
+        is full.
     """
     described = ported.describe(Path(base)) if base else None
     with made_whole(output) as partial:

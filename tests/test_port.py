@@ -1,7 +1,6 @@
 """Ported weights are the source's, bit for bit, and a source that is not whole makes nothing."""
 
 import dataclasses
-import errno
 import json
 import os
 import pickle
@@ -374,14 +373,26 @@ def test_a_full_disk_makes_nothing(source, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="needs .* GB and its disk has 0.0 GB free"):
             port(source, tmp_path / "out")
 
-    def full(*_):
-        raise ValueError("RESOURCE_EXHAUSTED: .. [OS error 28: ENOSPC No space left on device]")
+    class Full:
+        """TensorStore on a full disk: what it opens, and what it writes."""
 
-    monkeypatch.setattr(orbax_tree.TreeWriter, "write", full)  # what TensorStore raises
-    with pytest.raises(OSError, match="no space left on the disk") as error:
+        def write(self, _):
+            return self
+
+        def result(self):
+            if opened:
+                raise ValueError(
+                    "RESOURCE_EXHAUSTED: Error writing local file: Failed to write 4096 bytes:"
+                    " No space left on device [os_error_code='28']"
+                )
+            opened.append(True)
+            return self
+
+    opened = []
+    monkeypatch.setattr(orbax_tree.ts, "open", lambda *_, **__: Full())
+    with pytest.raises(ValueError, match="no space left for '.*out'; make room"):
         port(source, tmp_path / "out")
-    assert error.value.errno == errno.ENOSPC
-    assert not list(tmp_path.iterdir())
+    assert opened and not list(tmp_path.iterdir())
 
 
 def test_an_output_that_exists_is_left_as_it_is(source, tmp_path):

@@ -46,7 +46,7 @@ def test_any_embedder_of_t_is_one_of_1000_t():
 
 
 def test_what_the_rescale_refits_comes_back():
-    """Its ramps are steep, so that they show the rounding of the time; they are not made steeper."""
+    """Its ramps are steep: they show the rounding of the time, and are made no steeper."""
     old = random_embedder()
     rescaled = refit_time_embedder(lambda t: time_embedding(config(1000.0), old, t), 32)
     new = time_scale.refit(config(1.0), rescaled, 1000.0)
