@@ -4,7 +4,8 @@ from pathlib import Path
 
 from absl import flags
 
-from jax_distill import commands, exporting
+from jax_distill import commands
+from jax_distill.exporting import export
 from jax_distill.interop.exported import LAYOUTS
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -31,7 +32,7 @@ _TIME_SCALE = flags.DEFINE_float(
 def main(argv: list[str]) -> None:
     del argv
     output = Path(_OUTPUT.value)
-    exporting.export(_CHECKPOINT.value, output, layout=_FORMAT.value, scale=_TIME_SCALE.value)
+    export(_CHECKPOINT.value, output, layout=_FORMAT.value, scale=_TIME_SCALE.value)
     print(f"wrote {output}; its README.md says how to draw with it")
 
 

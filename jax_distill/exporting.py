@@ -22,14 +22,11 @@ from jax_distill.interop.safetensors_files import SHARD_BYTES
 from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.mmdit import MMDiTConfig
-from jax_distill.worlds.flux import schedule_shift
+from jax_distill.worlds.flux import parts_folder, ported_config
 from jax_distill.worlds.shapes import preview_captions
 
 EXAMPLES = 8  # captions whose embeddings stand beside the weights
 _STEPS = {"scm": 2, "meanflow": 4, "imm": 4}  # that the card's program takes
-_TEACHER_STEPS = 50
-_FLUX_STEPS = 28
-_FLUX_PATCH = 16
 
 
 class Weights(NamedTuple):
@@ -66,8 +63,8 @@ def export(
       shard_bytes: of the files of a diffusers folder.
 
     Raises:
-      ValueError: the source has no network, it is damaged, or the output exists.
-      OSError: the disk is full.
+      ValueError: the source has no network, it is damaged, the output exists, or the disk
+        is full.
     """
     with made_whole(output) as partial:
         weights = _open(source)
@@ -99,7 +96,7 @@ def _open(source: str) -> Weights:
         config = ConfigDict(description["config"])
         return Weights(config, jax.tree.map(StoredLeaf, params), lambda: None, None)
     folder = Path(source)
-    config = configuration.load(folder)
+    config = ported_config(folder) if ported.is_ported(folder) else configuration.load(folder)
     if config.objective.name == "autoencoder":
         raise ValueError(f"--checkpoint: '{folder}' is the run of an autoencoder, not of a network")
     if ported.is_ported(folder):
@@ -129,29 +126,37 @@ def _rescaled(
             refitted = time_scale.refit(config, old, scale)
             residuals.append(refitted.residual)
             logging.info("%s: refitted for %g t, residual %.1e", name, scale, refitted.residual)
-            kept = jax.tree.map(
-                lambda new, leaf: StoredLeaf(np.asarray(new).astype(leaf.dtype)),
-                refitted.embedder,
-                tree[name],
-            )
-            tree = {**tree, name: kept}
+            tree = {**tree, name: jax.tree.map(StoredLeaf, refitted.embedder)}
     return dataclasses.replace(config, time_scale=scale), tree, max(residuals)
 
 
 def _card(
     weights: Weights, layout: str, config: MMDiTConfig, residual: float | None, **world: Any
 ) -> model_card.Card:
-    objective = dict(weights.config.objective)
+    objective = build.objective(weights.config)
+    resolution = worlds.of(weights.config).resolution
+    shift = objective.time_shift if hasattr(objective, "time_shift") else 0.0
+    if shift is None:  # of MeanFlow, for FLUX's own schedule
+        shift = flow.flux_shift(build.token_shape(weights.config)[0])
     return model_card.Card(
         name=weights.config.name or "network",
-        objective=objective,
+        method=weights.config.objective.name,
         layout=layout,
         time_scale=config.time_scale,
         residual=residual,
         guidance=weights.config.evaluation.guidance,
         guidance_embeds=config.guidance_embeds,
         interval_embeds=config.interval_embeds,
+        steps=_STEPS.get(weights.config.objective.name, weights.config.samples.teacher_steps),
+        resolution=tuple(resolution),
+        patch=build.PATCH,
         channels=config.in_channels,
+        time_shift=shift,
+        sampler={
+            name: getattr(objective, name)
+            for name in ("data_scale", "middle_angle", "time_max", "sampler")
+            if hasattr(objective, name)
+        },
         scores=_scores(weights),
         **world,
     )
@@ -171,72 +176,52 @@ def _shapes(
 ) -> model_card.Card:
     """Writes what belongs to a network of the shapes world; returns its card."""
     params, description = embedded.load("autoencoder")
-    autoencoder = AutoencoderConfig.from_dict(description)
-    exported.write_autoencoder(folder, autoencoder.to_dict(), jax.tree.map(StoredLeaf, params))
-    world = worlds.of(weights.config)
-    captions = preview_captions(EXAMPLES)
-    sequence, pooled = world.encode(captions)
-    null_sequence, null_pooled = world.null
+    autoencoder = AutoencoderConfig.from_dict(description).to_dict()
+    exported.write_autoencoder(folder, autoencoder, jax.tree.map(StoredLeaf, params))
+    world, captions = worlds.of(weights.config), preview_captions(EXAMPLES)
+    text, null = world.encode(captions), world.null
     examples = {
-        "sequence": sequence,
-        "pooled": pooled,
-        "null_sequence": null_sequence,
-        "null_pooled": null_pooled,
+        "sequence": text.sequence,
+        "pooled": text.pooled,
+        "null_sequence": null.sequence,
+        "null_pooled": null.pooled,
     }
     examples = {name: np.ascontiguousarray(x, np.float32) for name, x in examples.items()}
     write_atomically(folder / "examples.safetensors", safetensors.numpy.save(examples))
-    method = weights.config.objective.name
-    shift = weights.config.objective.get("time_shift")
-    if shift is None:
-        tokens, _ = build.token_shape(weights.config)
-        shift = flow.flux_shift(tokens) if method == "meanflow" else 0.0
-    return _card(
-        weights,
-        layout,
-        config,
-        residual,
-        steps=_STEPS.get(method, _TEACHER_STEPS),
-        resolution=world.resolution,
-        patch=2 * autoencoder.downsampling,
-        time_shift=shift,
-        captions=captions,
-    )
+    return _card(weights, layout, config, residual, captions=captions)
 
 
 def _flux(
     weights: Weights, folder: Path, layout: str, config: MMDiTConfig, residual: float | None
 ) -> model_card.Card:
     """Writes what belongs to a network of FLUX's world; returns its card."""
-    home = ported.whole(weights.folder)
-    parts, scheduler, patch = {}, None, _FLUX_PATCH
+    scheduler = None
+    try:
+        home = parts_folder(str(weights.folder))
+    except configuration.ConfigError:  # a transformer alone, whose schedule is taken for FLUX's
+        home = None
+        method = weights.config.objective.name
+        if "time_shift" in build.settings_of(build.OBJECTIVES[method]):
+            tokens = build.token_shape(weights.config)[0]
+            with weights.config.unlocked():
+                weights.config.objective.time_shift = flow.flux_shift(tokens)
     if home is not None:
         described = ported.describe(home)
-        parts, scheduler = described["parts"], described["scheduler"]
-        patch = 2 * AutoencoderConfig.from_dict(parts["autoencoder"]).downsampling
+        parts, names, scheduler = (described[key] for key in ("parts", "names", "scheduler"))
         tree = open_tree(home / "autoencoder")
         exported.write_autoencoder(folder, parts["autoencoder"], tree)
     if home is not None and layout == "diffusers":
         for name in ("clip", "t5"):
-            tree, names = open_tree(home / name), described["names"][name]
-            exported.write_text_encoder(folder, name, parts[name], tree, names)
+            tree = open_tree(home / name)
+            exported.write_text_encoder(folder, name, parts[name], tree, names[name])
         for name in diffusers_folder.TOKENIZERS:
             diffusers_folder.copy(home / name, folder / name)
-    settings = weights.config
-    method = settings.objective.name
-    height, width = settings.data.resolution
-    shift = settings.objective.get("time_shift", 0.0 if method == "imm" else None)
-    if shift is None:
-        shift = schedule_shift(scheduler, (height // patch) * (width // patch))
     return _card(
         weights,
         layout,
         config,
         residual,
-        steps=_STEPS.get(method, _FLUX_STEPS),
-        resolution=(height, width),
-        patch=patch,
-        time_shift=shift,
-        text_length=settings.data.text_length,
+        text_length=weights.config.data.text_length,
         scheduler=scheduler,
         has_autoencoder=home is not None,
         has_text=home is not None and layout == "diffusers",

@@ -1,6 +1,7 @@
 """Files that are there whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -41,7 +42,7 @@ def made_whole(folder: Path) -> Iterator[Path]:
       An empty folder beside it, to be filled; removed if the block fails.
 
     Raises:
-      ValueError: the folder exists.
+      ValueError: the folder exists, or the disk is full.
     """
     if folder.exists() or folder.is_symlink():
         raise ValueError(f"--output: '{folder}' exists; remove it or choose another")
@@ -51,5 +52,10 @@ def made_whole(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.rename(folder)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        message = f"--output: no space left for '{folder}'; make room or choose another disk"
+        raise ValueError(message) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from absl import flags
 
-from jax_distill import build, commands, porting
+from jax_distill import build, commands
+from jax_distill.porting import DTYPES, port
 
 _SOURCE = flags.DEFINE_string(
     "source",
@@ -13,7 +14,7 @@ _SOURCE = flags.DEFINE_string(
     " student of T2I-Distill (.pt), or a safetensors file with BFL's or diffusers' names.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to make.")
-_DTYPE = flags.DEFINE_enum("dtype", "keep", list(porting.DTYPES), "Of the parameters on disk.")
+_DTYPE = flags.DEFINE_enum("dtype", "keep", list(DTYPES), "Of the parameters on disk.")
 _TEXT_LENGTH = flags.DEFINE_integer(
     "text_length",
     256,
@@ -33,7 +34,7 @@ _OBJECTIVE = flags.DEFINE_enum(
 def main(argv: list[str]) -> None:
     del argv
     output = Path(_OUTPUT.value)
-    porting.port(
+    port(
         _SOURCE.value,
         output,
         dtype=_DTYPE.value,

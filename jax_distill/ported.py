@@ -18,7 +18,6 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from jax_distill import config as configuration
 from jax_distill.parallel import shard_state
 
 PARTS = ("network", "autoencoder", "clip", "t5")
@@ -131,25 +130,3 @@ def shapes(path: Path) -> dict[str, Any]:
     except Exception as error:  # Orbax raises all kinds
         reason = str(error).partition("\n")[0][:200]
         raise ValueError(f"'{path}' is no Orbax tree ({reason})") from error
-
-
-def whole(folder: Path) -> Path | None:
-    """The ported folder that has the text encoders and the autoencoder of a run.
-
-    Args:
-      folder: a workdir or a ported folder; its teachers are followed, however many there are.
-
-    Returns:
-      The first one that has all parts; None when the last teacher is no ported one.
-
-    Raises:
-      ValueError: one of the folders is no workdir.
-    """
-    folder = Path(folder)
-    while True:
-        if is_ported(folder) and set(PARTS) <= describe(folder)["parts"].keys():
-            return folder
-        teacher = configuration.load(folder).teacher.checkpoint
-        if not teacher:
-            return None
-        folder = Path(teacher)

@@ -18,10 +18,11 @@ DTYPES = {"keep": None, "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.
 _GUIDANCE = {"scm": 4.5}  # of T2I-Distill's students, at two steps
 _EMBEDDED_GUIDANCE = 3.5  # of FLUX.1-dev, and of T2I-Distill's MeanFlow students at four steps
 _RESOLUTION = (512, 512)
+_TEACHER_STEPS = 28
 
 
 def port(
-    source: str,
+    source: str | Path,
     output: Path,
     *,
     dtype: str = "keep",
@@ -42,13 +43,17 @@ def port(
         T2I-Distill's other students.
 
     Raises:
-      ValueError: the source cannot be read or does not fit together, or the output exists.
-      OSError: the disk is full.
+      ValueError: the source cannot be read or does not fit together, the output exists, or the disk
+        is full.
     """
     described = ported.describe(Path(base)) if base else None
     with made_whole(output) as partial:
         network = described["parts"]["network"] if described else None
         weights = sources.read(sources.locate(source), network)
+        if described and weights.folder is not None:
+            raise ValueError(
+                f"--base: '{source}' has text encoders and an autoencoder of its own; leave it out"
+            )
         for part in weights.parts.values():
             part.check()
         _check_space(output, weights, dtype)
@@ -61,7 +66,7 @@ def port(
             count = write_part(part, partial / name, DTYPES[dtype])
             logging.info("%s: %d tensors, %.2f GB", name, len(part.tensors), count / 1e9)
         text_length = described["text_length"] if described else text_length
-        config = _configuration(weights, text_length, base, objective)
+        config = _configuration(weights, DTYPES[dtype], text_length, base, objective)
         configuration.save(config, partial)
         description = {
             "source": {"layout": weights.layout},
@@ -91,7 +96,11 @@ def _check_space(output: Path, weights: sources.Source, dtype: str) -> None:
 
 
 def _configuration(
-    weights: sources.Source, text_length: int, base: str, objective: str
+    weights: sources.Source,
+    dtype: np.dtype | None,
+    text_length: int,
+    base: str,
+    objective: str,
 ) -> ConfigDict:
     """The configuration of a ported network."""
     part = weights.parts["network"]
@@ -100,9 +109,11 @@ def _configuration(
     if not objective:
         student = "scm" if weights.layout == "t2i_distill" else "flow_matching"
         objective = "meanflow" if interval else student
+    stored = {dtype or tensor.dtype for tensor in part.tensors.values()}
     config = configuration.base()
     with config.unlocked():
         config.name = "flux"
+        config.dtype = "bfloat16" if np.dtype(ml_dtypes.bfloat16) in stored else "float32"
         config.world = "flux"
         config.objective.name = objective
         config.teacher.checkpoint = str(Path(base).resolve()) if base else ""
@@ -111,5 +122,6 @@ def _configuration(
         config.data.text_length = text_length
         resolution = configuration.load(Path(base)).data.resolution if base else _RESOLUTION
         config.data.resolution = tuple(resolution)
+        config.samples.teacher_steps = _TEACHER_STEPS
         config.evaluation.guidance = _GUIDANCE.get(objective, _EMBEDDED_GUIDANCE)
     return config

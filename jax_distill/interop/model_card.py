@@ -35,7 +35,7 @@ class Card:
 
     Attributes:
       name: of the run.
-      objective: its settings, {"name": ...} and what differs from the defaults.
+      method: one of `METHODS`.
       layout: "diffusers", "t2i_distill" or "safetensors".
       time_scale: what the exported network multiplies t with before it embeds it.
       residual: of the refitted time embedders; None when they are as they were.
@@ -47,6 +47,8 @@ class Card:
       patch: pixels that a token spans along each axis.
       channels: of a token.
       time_shift: mu of the schedule at this resolution.
+      sampler: what the method's objective says of its sampler: sCM's data_scale and middle_angle,
+        IMM's time_max and sampler.
       captions: whose embeddings are in examples.safetensors; none where there are text encoders.
       text_length: of T5's sequences.
       has_autoencoder: whether it is exported too.
@@ -56,7 +58,7 @@ class Card:
     """
 
     name: str
-    objective: Mapping[str, Any]
+    method: str
     layout: str
     time_scale: float
     residual: float | None
@@ -68,20 +70,13 @@ class Card:
     patch: int
     channels: int
     time_shift: float
+    sampler: Mapping[str, Any]
     captions: Sequence[str] = ()
     text_length: int = 0
     has_autoencoder: bool = True
     has_text: bool = False
     scheduler: Mapping[str, Any] | None = None
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def method(self) -> str:
-        return self.objective["name"]
-
-    @property
-    def middle_angle(self) -> float:
-        return self.objective.get("middle_angle", 1.3)
 
 
 def scheduler_config(card: Card) -> dict[str, Any]:
@@ -91,8 +86,7 @@ def scheduler_config(card: Card) -> dict[str, Any]:
     kind = _SCHEDULERS.get(card.method, "FlowMatchEulerDiscreteScheduler")
     config: dict[str, Any] = {"_class_name": kind, "num_train_timesteps": 1000}
     if card.method == "scm":
-        data_scale = card.objective.get("data_scale", 0.5)
-        return config | {"prediction_type": "trigflow", "sigma_data": data_scale}
+        return config | {"prediction_type": "trigflow", "sigma_data": card.sampler["data_scale"]}
     # IMM's times do not begin at 1: the program makes them itself.
     return config | {"shift": 1.0 if card.method == "imm" else math.exp(card.time_shift)}
 
@@ -108,7 +102,7 @@ def program(card: Card) -> str:
         load = [snippets.FROM_PRETRAINED]
     else:
         load = [snippets.STATE[card.layout], snippets.FROM_STATE]
-    if card.method == "imm" and card.objective.get("sampler") == "restart":
+    if card.method == "imm" and card.sampler["sampler"] == "restart":
         draw = snippets.DRAW_IMM_RESTART
     else:
         draw = {
@@ -162,8 +156,8 @@ def _filled(text: str, card: Card, **more: str) -> str:
         mu=card.time_shift,
         shift=math.exp(card.time_shift),
         scheduler=scheduler_config(card)["_class_name"],
-        middle=card.middle_angle,
-        time_max=card.objective.get("time_max", 0.994),
+        middle=card.sampler.get("middle_angle"),
+        time_max=card.sampler.get("time_max"),
         text_length=card.text_length,
         folder="." if card.has_text else TEACHER,
         vae='FOLDER / "vae"' if card.has_autoencoder else f'"{TEACHER}", subfolder="vae"',
@@ -175,10 +169,10 @@ def _schedule(card: Card) -> str:
     """The times of the sampler, in words."""
     shifted = f"t' = e^mu / (e^mu + 1/t - 1) with mu = {card.time_shift:.4g}"
     if card.method == "scm":
-        middle = f"pi/2, {card.middle_angle} and 0 at two steps"
+        middle = f"pi/2, {card.sampler['middle_angle']} and 0 at two steps"
         return f"TrigFlow's angles: {middle}, otherwise even from pi/2 to 0; fresh noise each step"
     if card.method == "imm":
-        time_max = card.objective.get("time_max", 0.994)
+        time_max = card.sampler["time_max"]
         return f"{time_max} times even times from 1 to 0, shifted: {shifted}"
     return f"even times from 1 to 0, shifted: {shifted}"
 
@@ -232,7 +226,7 @@ def pipeline_program(card: Card) -> str:
 
     In linear coordinates sCM's step is that of the Euler scheduler with stochastic sampling.
     """
-    angles = [math.pi / 2, card.middle_angle] if card.steps == 2 else None
+    angles = [math.pi / 2, card.sampler["middle_angle"]] if card.steps == 2 else None
     angles = angles or [math.pi / 2 * (1 - step / card.steps) for step in range(card.steps)]
     times = [min(1.0, math.sin(a) / (math.sin(a) + math.cos(a))) for a in angles]
     prompt = snippets.PIPELINE_EXAMPLES if card.captions else snippets.PIPELINE_PROMPT

@@ -6,7 +6,9 @@ bytes of a chunk are those that PyTorch has: nothing is moved in memory. Orbax r
 like any other.
 """
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,12 +83,12 @@ class TreeWriter:
             "create": True,
             "store_data_equal_to_fill_value": True,
         }
-        self._stores[path] = ts.open(spec, context=self._context).result()
+        self._stores[path] = _waited(ts.open(spec, context=self._context))
 
     def write(self, path: tuple[str, ...], index: int | None, value: np.ndarray) -> None:
         """Writes a layer of a stacked array, or with an index of None the whole."""
         store = self._stores[path]
-        (store if index is None else store[index]).write(value).result()
+        _waited((store if index is None else store[index]).write(value))
 
     def finish(self) -> None:
         """Writes what Orbax needs to read the tree."""
@@ -105,6 +107,16 @@ class TreeWriter:
             "custom_metadata": None,
         }
         (self.folder / METADATA).write_text(json.dumps(metadata))
+
+
+def _waited(future: Any) -> Any:
+    """The result of a future; a full disk, for which TensorStore has ValueErrors, is an OSError."""
+    try:
+        return future.result()
+    except ValueError as error:
+        if os.strerror(errno.ENOSPC) in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
 
 
 class StoredLeaf:

@@ -1,7 +1,6 @@
 """The parts of a pipeline: their tensors on disk, and the table that makes them ours."""
 
 import concurrent.futures
-import errno
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,10 +82,8 @@ def write_part(part: Part, folder: Path, dtype: np.dtype | None) -> int:
         futures = [pool.submit(move, place) for place in ordered]
         try:
             written = sum(future.result() for future in futures)
-        except BaseException as error:
+        except BaseException:
             pool.shutdown(cancel_futures=True)
-            if "ENOSPC" in str(error):  # TensorStore's own class of error
-                raise OSError(errno.ENOSPC, "no space left on the disk", str(folder)) from error
             raise
     for place, twin in twins:
         if not np.array_equal(read(place), read(twin)):

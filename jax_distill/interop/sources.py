@@ -45,7 +45,7 @@ class Source(NamedTuple):
     folder: Path | None = None
 
 
-def locate(source: str) -> Path:
+def locate(source: str | Path) -> Path:
     """The path that --source names: a file, a folder, or a repository of the hub, downloaded.
 
     Raises:
@@ -54,7 +54,7 @@ def locate(source: str) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if not _HUB_ID.fullmatch(source):
+    if not _HUB_ID.fullmatch(str(source)):
         raise ValueError(f"--source: there is no file or folder '{source}'")
     try:
         from huggingface_hub import snapshot_download
@@ -64,7 +64,7 @@ def locate(source: str) -> Path:
             " huggingface_hub; pip install 'jax-distill[flux]'"
         ) from None
     try:
-        return Path(snapshot_download(source, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(str(source), allow_patterns=_HUB_FILES))
     except Exception as error:  # of the hub, of the network, and of HTTP
         reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(

@@ -26,7 +26,7 @@ class Refitted(NamedTuple):
     """An embedder for another time scale.
 
     Attributes:
-      embedder: its parameters.
+      embedder: its parameters, in the type of the old ones.
       residual: the largest difference of the two embeddings over [0, 1], relative to the root mean
         square of the old one.
     """
@@ -55,9 +55,10 @@ def refit(config: MMDiTConfig, embedder: Mapping[str, Any], time_scale: float) -
             solution[:, offset + index] = 0
             solution[offset + same[0], offset + index] = 1
     kernel, bias = (np.asarray(embedder["linear_1"][key], np.float64) for key in ("kernel", "bias"))
+    dtype = embedder["linear_1"]["kernel"].dtype
     first = {
-        "kernel": (solution[:-1] @ kernel).astype(np.float32),
-        "bias": (solution[-1] @ kernel + bias).astype(np.float32),
+        "kernel": (solution[:-1] @ kernel).astype(dtype),
+        "bias": (solution[-1] @ kernel + bias).astype(dtype),
     }
     refitted = {"linear_1": first, "linear_2": dict(embedder["linear_2"])}
     rescaled = dataclasses.replace(config, time_scale=time_scale)

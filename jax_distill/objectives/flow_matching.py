@@ -44,6 +44,10 @@ class FlowMatching:
     solver: str = "euler"
     time_shift: float | None = None
 
+    def __post_init__(self):
+        if self.time_shift is None:
+            object.__setattr__(self, "time_shift", 0.0)
+
     def init(self, key: jax.Array, params: dict) -> dict:
         del key
         return {"network": params}
@@ -72,7 +76,7 @@ class FlowMatching:
         del key
         frozen = {"teacher": params["network"], "null": null}
         velocity = functools.partial(self.guided(self.network), frozen)
-        times = shift_time(sampling.uniform_times(steps), self.time_shift or 0.0)
+        times = shift_time(sampling.uniform_times(steps), self.time_shift)
         return sampling.solve(
             velocity, noise, times, text, guidance, solver=sampling.SOLVERS[self.solver]
         )

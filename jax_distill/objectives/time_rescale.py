@@ -100,6 +100,10 @@ class TimeRescale:
     solver: str = "euler"
     time_shift: float | None = None
 
+    def __post_init__(self):
+        if self.time_shift is None:
+            object.__setattr__(self, "time_shift", 0.0)
+
     def init(self, key: jax.Array, params: dict) -> dict:
         del key
         return {"network": params}
@@ -133,7 +137,7 @@ class TimeRescale:
         def velocity(x, t, text, guidance):
             return self.network.velocity(params["network"], x, t, text, guidance)
 
-        times = shift_time(sampling.uniform_times(steps), self.time_shift or 0.0)
+        times = shift_time(sampling.uniform_times(steps), self.time_shift)
         return sampling.solve(
             velocity, noise, times, text, guidance, solver=sampling.SOLVERS[self.solver]
         )
