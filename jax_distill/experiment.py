@@ -260,6 +260,7 @@ def student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
     with resolved.unlocked():
         resolved.model = {**teacher.model, **config.model}
         resolved.data.text_length = teacher.data.text_length
+        resolved.teacher.checkpoint = pipeline.absolute(config.teacher.checkpoint)
     return resolved
 
 

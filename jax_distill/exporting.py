@@ -26,6 +26,7 @@ from jax_distill.worlds.flux import parts_folder, ported_config
 from jax_distill.worlds.shapes import preview_captions
 
 EXAMPLES = 8  # captions whose embeddings stand beside the weights
+_LARGEST_RESIDUAL = 0.02  # bfloat16 leaves a few thousandths
 _STEPS = {"scm": 2, "meanflow": 4, "imm": 4}  # that the card's program takes
 
 
@@ -118,12 +119,22 @@ def _open(source: str) -> Weights:
 def _rescaled(
     config: MMDiTConfig, tree: dict[str, Any], scale: float
 ) -> tuple[MMDiTConfig, dict[str, Any], float]:
-    """The network with its time embedders refitted for another scale, and the largest residual."""
+    """The network with its time embedders refitted for another scale, and the largest residual.
+
+    Raises:
+      ValueError: that scale is too small for the embedders' functions.
+    """
     residuals = []
     for name in time_scale.EMBEDDERS:
         if name in tree:
             old = jax.tree.map(lambda leaf: leaf.read(), tree[name])
             refitted = time_scale.refit(config, old, scale)
+            if refitted.residual > _LARGEST_RESIDUAL:
+                raise ValueError(
+                    f"--time_scale: an embedder of {scale:g} t cannot be that of"
+                    f" {config.time_scale:g} t (it would differ by {refitted.residual:.1e}); only a"
+                    " larger scale can be had"
+                )
             residuals.append(refitted.residual)
             logging.info("%s: refitted for %g t, residual %.1e", name, scale, refitted.residual)
             tree = {**tree, name: jax.tree.map(StoredLeaf, refitted.embedder)}

@@ -191,6 +191,11 @@ def _everywhere(params: dict) -> NamedSharding | None:
     return NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else None
 
 
+def absolute(source: str) -> str:
+    """What `load` takes, from whatever folder it is called."""
+    return source if source in ("", EMBEDDED) else str(Path(source).resolve())
+
+
 def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None) -> Pipeline:
     """The pipeline of a training run, of a ported folder, or of the teacher that ships.
 

@@ -372,4 +372,5 @@ def _identifying(config: ConfigDict) -> dict[str, Any]:
     kind = KINDS.get(whole["objective"]["name"])
     defaults = build.settings_of(kind) if kind else {}
     whole["objective"] = {**defaults, **whole["objective"]}
+    whole["teacher"]["checkpoint"] = pipeline.absolute(whole["teacher"]["checkpoint"])
     return json.loads(json.dumps(flatten(whole)))

@@ -209,7 +209,8 @@ def text(card: Card) -> str:
     if f'"{TEACHER}"' in code:
         lines += [f'Where it says "{TEACHER}", put the diffusers folder of the teacher.', ""]
     lines.append(python.format(code))
-    if card.method == "scm" and card.time_scale == 1000 and card.layout == "diffusers":
+    whole = card.layout == "diffusers" and (card.captions or card.has_text)
+    if card.method == "scm" and card.time_scale == 1000 and whole:
         lines += ["## Drawing, with diffusers' pipeline as it is", ""]
         lines.append(python.format(pipeline_program(card)))
     return "\n".join(lines)

@@ -84,6 +84,7 @@ class Flux:
 
     def text_encoders(self) -> TextEncoders:
         """The text encoders, on all devices; they take memory for as long as they are held."""
+        tokenizer = FluxTokenizer.load(self.folder, self._config.data.text_length)
         mesh = parallel.make_mesh(parallel.ALL_FSDP)
         parts = []
         for name, module, kind in (("clip", clip, clip.ClipConfig), ("t5", t5, t5.T5Config)):
@@ -92,7 +93,6 @@ class Flux:
                 lambda module=module, config=config: module.initial_parameters(config, nnx.Rngs(0))
             )
             parts.append(Part(config, load_stored(self.folder, name, like, mesh)))
-        tokenizer = FluxTokenizer.load(self.folder, self._config.data.text_length)
         return TextEncoders(tokenizer.encode, *parts, dtype=self._config.dtype, mesh=mesh)
 
     def encode(self, captions: Sequence[str]) -> Text:
