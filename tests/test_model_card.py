@@ -21,6 +21,7 @@ from jax_distill import build, embedded, pipeline
 from jax_distill.exporting import export
 from jax_distill.flow import Text
 from jax_distill.interop.model_card import METHODS
+from jax_distill.worlds.shapes import embedded_codec
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def as_torch(x):
     return torch.from_numpy(np.array(x))
 
 
-codec = functools.cache(build.embedded_codec)
+codec = functools.cache(embedded_codec)
 
 
 class Drawing:
@@ -44,7 +45,7 @@ class Drawing:
     def __init__(self, workdir, count=2):
         self.pipe, self.workdir = pipeline.load(workdir), workdir
         captions = ["a red circle", "two squares"][:count]
-        self.text = Text(*map(jnp.asarray, self.pipe.encoder.encode(captions)))
+        self.text = Text(*map(jnp.asarray, self.pipe.world.encode(captions)))
         key = jax.random.key(1)
         self.keys = jax.random.split(key, count)
         shape = (count, *build.token_shape(self.pipe.config))
@@ -59,7 +60,7 @@ class Drawing:
         if (self.workdir, steps) not in self.known:
             guidance = jnp.full(len(self.noise), GUIDANCE)
             sample = jit(self.pipe.objective.sample, static_argnums=6)
-            params, null = self.pipe.params, self.pipe.null
+            params, null = self.pipe.params, self.pipe.world.null
             tokens = sample(params, self.noise, self.text, null, guidance, self.keys, steps)
             self.known[self.workdir, steps] = codec().decode(tokens, 64, 64)
         return self.known[self.workdir, steps]
