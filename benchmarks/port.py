@@ -40,14 +40,13 @@ SMALL = dataclasses.replace(
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
-def make(folder: Path, config: mmdit.MMDiTConfig) -> int:
+def make(folder: Path, config: mmdit.MMDiTConfig, like: dict) -> int:
     """Writes random weights, sharded as on the hub; returns their bytes."""
     noise = np.random.default_rng(0).standard_normal(1 << 22).astype(BFLOAT16)
 
     def tensor(shape: tuple[int, ...]) -> Tensor:
         return Tensor(shape, BFLOAT16, lambda: np.resize(noise, shape))
 
-    like = jax.eval_shape(lambda: mmdit.initial_parameters(config, nnx.Rngs(0)))
     tensors = {name: tensor(shape) for name, shape in TRANSFORMER_KEYS.shapes(like).items()}
     write_json(folder / "config.json", flux_config.to_diffusers(config))
     safetensors_files.write_folder(folder, DIFFUSERS_STEM, tensors)
@@ -93,18 +92,24 @@ print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
 
 def main(argv: list[str]) -> None:
     del argv
+    config = LITE if _FULL.value else SMALL
     with tempfile.TemporaryDirectory(dir=_FOLDER.value) as root:
+        like = jax.eval_shape(lambda: mmdit.initial_parameters(config, nnx.Rngs(0)))
+        needed = 3 * sum(leaf.size for leaf in jax.tree.leaves(like)) * BFLOAT16.itemsize
+        if shutil.disk_usage(root).free < 1.1 * needed:
+            raise app.UsageError(f"--folder: {1.1 * needed / 1e9:.0f} GB are needed there")
         source, copy, ported, exported = (Path(root) / name for name in "abcd")
-        size = make(source, LITE if _FULL.value else SMALL)
+        size = make(source, config, like)
         before = copying(source, copy)
         port = measure("jax_distill.porting.port", source, ported)
         export = measure("jax_distill.exporting.export", ported, exported)
-        after = copying(source, copy)
         names = [path.name for path in source.glob("*.safetensors")]
         same = all(
             subprocess.run(["cmp", source / name, exported / "transformer" / name]).returncode == 0
             for name in names
         )
+        shutil.rmtree(ported)  # room for the copy
+        after = copying(source, copy)
     reference = (before + after) / 2
     ratios = {"port_ratio": reference / port[0], "export_ratio": reference / export[0]}
     line = {
