@@ -187,21 +187,25 @@ def parts_folder(checkpoint: str) -> Path:
     Raises:
       ConfigError: there is none.
     """
-    if not checkpoint:
+    passed: list[str] = []
+    while checkpoint and checkpoint not in passed:
+        if ported.is_ported(Path(checkpoint)):
+            if "autoencoder" in ported.describe(Path(checkpoint))["parts"]:
+                return Path(checkpoint)
+        passed.append(checkpoint)
+        try:
+            checkpoint = load(Path(checkpoint)).teacher.checkpoint
+        except ConfigError as error:
+            raise ConfigError(f"teacher.checkpoint: {error}") from None
+    if not passed:
         raise ConfigError(
             "teacher.checkpoint: missing; give a folder that python -m jax_distill.port made, or a"
             " run that began with one"
         )
-    try:
-        folder = ported.whole(Path(checkpoint))
-    except ValueError as error:
-        raise ConfigError(f"teacher.checkpoint: {error}") from None
-    if folder is None:
-        raise ConfigError(
-            f"teacher.checkpoint: '{checkpoint}' leads to no ported folder with text encoders and"
-            " autoencoder; make one of a whole diffusers folder with python -m jax_distill.port"
-        )
-    return folder
+    raise ConfigError(
+        f"teacher.checkpoint: '{passed[0]}' leads to no ported folder with text encoders and"
+        " autoencoder; make one of a whole diffusers folder with python -m jax_distill.port"
+    )
 
 
 def schedule_shift(scheduler: Mapping[str, Any] | None, tokens: int) -> float:
