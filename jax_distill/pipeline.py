@@ -94,6 +94,8 @@ class Pipeline:
             raise ValueError("prompts: none given; pass one caption or more")
         resolution = (height or self.world.resolution[0], width or self.world.resolution[1])
         self._check(steps, resolution, noise, len(prompts))
+        if tile is not None:
+            self.world.codec.check_tile(tile)
         return self.draw(
             self._embed(prompts),
             steps=steps,

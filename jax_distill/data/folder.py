@@ -77,6 +77,6 @@ def read(path: Path, height: int, width: int) -> np.ndarray:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
             fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"'{path}' cannot be read as a picture: {error}") from None
     return np.asarray(fitted)

@@ -72,12 +72,16 @@ class LatentCodec:
         pictures = self._in_tiles(self._pictures, latents, tile, encode=False)
         return np.round(np.clip((pictures + 1) * 127.5, 0, 255)).astype(np.uint8)
 
+    def check_tile(self, tile: int | None) -> None:
+        """Raises ValueError for a size of tiles that `encode` and `decode` do not take."""
+        unit = 4 * self.config.downsampling
+        if tile is not None and (tile < 1 or tile % unit):
+            raise ValueError(f"tile: {tile} is no positive multiple of {unit} pixels")
+
     def _in_tiles(self, apply, x, tile, *, encode):
         apply = functools.partial(apply, self._params)
         if tile is None:
             return np.asarray(apply(x))
-        factor = self.config.downsampling
-        if tile < 1 or tile % (4 * factor):
-            raise ValueError(f"tile: {tile} is no positive multiple of {4 * factor} pixels")
-        small = tile // factor
+        self.check_tile(tile)
+        small = tile // self.config.downsampling
         return tiled(apply, x, tile, small) if encode else tiled(apply, x, small, tile)
