@@ -51,6 +51,7 @@ def made_whole(folder: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
+        _flush(partial)
         partial.rename(folder)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -59,3 +60,11 @@ def made_whole(folder: Path) -> Iterator[Path]:
         raise ValueError(message) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Waits until the files of a folder are on the disk, where a rename alone would not."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -34,6 +34,8 @@ _OBJECTIVE = flags.DEFINE_enum(
 def main(argv: list[str]) -> None:
     del argv
     output = Path(_OUTPUT.value)
+    if _BASE.value and _TEXT_LENGTH.present:
+        raise ValueError("--text_length: it is that of --base; leave it out")
     port(
         _SOURCE.value,
         output,

@@ -78,5 +78,8 @@ def test_pictures_are_fitted_around_their_middle(tmp_path, height, width):
 
 def test_a_file_that_is_no_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
+    (tmp_path / "a.txt").write_text("a picture")
+    with pytest.raises(ValueError, match="a.png' cannot be read as a picture"):
+        folder.find(tmp_path)
     with pytest.raises(ValueError, match="a.png' cannot be read as a picture"):
         folder.read(tmp_path / "a.png", 16, 16)

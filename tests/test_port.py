@@ -290,6 +290,33 @@ def _shard(source):
     return index.parent / json.loads(index.read_text())["weight_map"]["proj_out.bias"]
 
 
+def _change(part, change):
+    """Changes the first tensor of another part."""
+
+    def damage(source):
+        path = sorted((source / part).glob("*.safetensors"))[0]
+        name = sorted(load_file(path))[0]
+        _edit(path, lambda tensors: change(tensors, name))
+
+    return damage
+
+
+def _pop(tensors, name):
+    del tensors[name]
+
+
+def _widen(tensors, name):
+    tensors[name] = np.zeros((2, *tensors[name].shape), tensors[name].dtype)
+
+
+def _infinite(tensors, name):
+    tensors[name] = np.full_like(tensors[name], np.inf)
+
+
+def _extra(tensors, name):
+    tensors["lora"] = tensors[name]
+
+
 def _no_config(source):
     (source / "vae/config.json").unlink()
 
@@ -314,6 +341,10 @@ def _no_tokenizer(source):
         (_no_config, "vae/config.json' is missing"),
         (_no_part, "has no text_encoder/"),
         (_no_tokenizer, "tokenizer_2' is missing"),
+        (_change("vae", _pop), "vae: tensor '.*' is missing"),
+        (_change("vae", _infinite), "vae: tensor '.*' holds NaN or infinity"),
+        (_change("text_encoder", _widen), r"text_encoder: tensor '.*' has shape \(2, .* expected"),
+        (_change("text_encoder_2", _extra), "text_encoder_2: tensor 'lora' is not expected"),
     ],
 )
 def test_a_damaged_source_makes_nothing(source, tmp_path, damage, message):
@@ -341,6 +372,29 @@ def test_code_in_a_pickle_is_refused_and_not_run(folder, tmp_path):
     with pytest.raises(ValueError, match="no file of torch.save"):
         port(str(tmp_path / "bare.pt"), tmp_path / "out", base=str(folder))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.pt", "x.pt"]
+
+
+@pytest.mark.parametrize("layout", ["pt", "safetensors"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_pop, "tensor '.*' is missing"),
+        (_widen, "has shape .* where .* is expected"),
+        (_infinite, "holds NaN or infinity"),
+        (_extra, "tensor 'lora' is not expected"),
+    ],
+)
+def test_a_damaged_transformer_alone_makes_nothing(folder, tmp_path, layout, change, message):
+    tensors = {k: v.numpy() for k, v in random_flux.reference(NETWORK).state_dict().items()}
+    change(tensors, "proj_out.bias")
+    path = tmp_path / f"x.{layout}"
+    if layout == "pt":
+        torch.save({"module": {k: torch.from_numpy(v) for k, v in tensors.items()}}, path)
+    else:
+        save_file(tensors, path)
+    with pytest.raises(ValueError, match=message):
+        port(str(path), tmp_path / "out", base=str(folder))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_student_cut_short_is_refused(folder, tmp_path):
@@ -439,3 +493,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     ran = subprocess.run([*command, f"--output={tmp_path}"], capture_output=True, text=True)
     assert ran.returncode == 1
     assert ran.stderr == f"error: --output: '{tmp_path}' exists; remove it or choose another\n"
+    command += [f"--output={tmp_path / 'new'}", "--base=x", "--text_length=77"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr == "error: --text_length: it is that of --base; leave it out\n"

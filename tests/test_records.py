@@ -20,7 +20,7 @@ def some(count):
 @pytest.mark.parametrize(("count", "shards"), [(1, 1), (7, 3), (9, 3)])
 def test_round_trip_at_random(tmp_path, count, shards):
     written = some(count)
-    records.write(tmp_path / "deep" / "data", iter(written), {"seed": 5}, shard_size=3)
+    records.write(tmp_path / "deep" / "data", iter(written), {"seed": 5}, shard_bytes=250)
     read = LatentRecords(tmp_path / "deep" / "data")
     assert len(read) == count and read.description["seed"] == 5
     assert len(read.description["shards"]) == shards
@@ -52,7 +52,7 @@ def test_a_folder_that_is_no_data_is_named(tmp_path):
     records.write(tmp_path, [], {})
     with pytest.raises(ValueError, match="has no examples"):
         LatentRecords(tmp_path)
-    records.write(tmp_path, some(5), {}, shard_size=2)
+    records.write(tmp_path, some(5), {}, shard_bytes=200)
     (tmp_path / "latents-00001.array_record").unlink()
     with pytest.raises(ValueError, match="latents-00001.array_record' is missing"):
         LatentRecords(tmp_path)

@@ -1,6 +1,8 @@
 """A folder of pictures with captions, as people have them."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,8 @@ def find(folder: Path) -> list[Captioned]:
     is missing, in a text file beside each picture, `cat.txt` for `cat.png`.
 
     Raises:
-      ValueError: no such folder, no pictures in it, or one that is missing or has no caption.
+      ValueError: no such folder, no pictures in it, or one that is missing, has no caption, or is
+        no picture by its first bytes.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -41,6 +44,9 @@ def find(folder: Path) -> list[Captioned]:
         found = [Captioned(picture, _beside(picture)) for picture in pictures]
     if not found:
         raise ValueError(f"'{folder}' has no pictures ({', '.join(ENDINGS)}) and no {METADATA}")
+    for picture in found:
+        with _reading(picture.path), Image.open(picture.path):
+            pass
     return found
 
 
@@ -73,10 +79,16 @@ def read(path: Path, height: int, width: int) -> np.ndarray:
     Raises:
       ValueError: the file is no picture.
     """
+    with _reading(path), Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(fitted)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Names the picture in whatever Pillow raises."""
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
+        yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"'{path}' cannot be read as a picture: {error}") from None
-    return np.asarray(fitted)

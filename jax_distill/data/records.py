@@ -14,6 +14,7 @@ from jax_distill.files import write_atomically, write_json
 from jax_distill.flow import Text
 
 DESCRIPTION, NULL = "dataset.json", "null.msgpack"
+SHARD_BYTES = 2**30
 
 
 class LatentRecord(NamedTuple):
@@ -77,7 +78,7 @@ def write(
     description: dict,
     *,
     null: Text | None = None,
-    shard_size: int = 20_000,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes records in shards; the description comes last, so half a folder is never read.
 
@@ -86,21 +87,24 @@ def write(
       records: in order.
       description: JSON-able facts about the data set, kept in `dataset.json`.
       null: the empty caption, where captions are embedded.
-      shard_size: records a shard.
+      shard_bytes: a shard ends with the record that makes it as long as this.
     """
     path.mkdir(parents=True, exist_ok=True)
     (path / DESCRIPTION).unlink(missing_ok=True)
     shards: list[str] = []
-    writer = None
-    for index, record in enumerate(records):
-        if index % shard_size == 0:
-            if writer:
-                writer.close()
+    writer, written = None, 0
+    for record in records:
+        if writer is None:
             shards.append(f"latents-{len(shards):05d}.array_record")
             # Groups of one record: reads are random.
-            writer = ArrayRecordWriter(str(path / shards[-1]), "group_size:1")
+            writer, written = ArrayRecordWriter(str(path / shards[-1]), "group_size:1"), 0
         fields = {name: value for name, value in record._asdict().items() if value is not None}
-        writer.write(serialization.msgpack_serialize(fields))
+        content = serialization.msgpack_serialize(fields)
+        writer.write(content)
+        written += len(content)
+        if written >= shard_bytes:
+            writer.close()
+            writer = None
     if writer:
         writer.close()
     if null is not None:
