@@ -18,8 +18,10 @@
 # status   Says whether the slice is there and how the run stands.
 # stop     Tells the run to save and end.
 # delete   Deletes the slice; with --queued, its queued resource too. gcloud asks first.
-# watch    create, copy, mount and run; looks every --every=SECONDS (60), and does it all again when
-#          the slice was taken away: the run goes on from its last checkpoint. Ends with the run.
+# up       All that is needed of create, and then copy, mount and run.
+# watch    up; looks every --every=SECONDS (60), and does it again when the slice was taken away: the
+#          run goes on from its last checkpoint. Ends with the run, or after three failures in a row.
+#          With --queued it waits for its turn; without, it fails where there is no room.
 #
 # All take --project=PROJECT, and --dry_run, which prints the commands and runs none.
 #
@@ -32,6 +34,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/launch/common.sh"
 
 mount_point=/mnt/jax_distill
+alive="kill -0 \"\$(cat jax_distill_run/pid 2>/dev/null)\" 2>/dev/null" # in the remote shell
 
 tpus() { # GROUP VERB [ARGUMENTS]: one command of gcloud, on the slice
   run gcloud compute tpus "$1" "$2" "$name" "${place[@]}" "${@:3}"
@@ -120,14 +123,20 @@ mount_shared() {
 start() {
   local train
   train=$(quoted launch/train.sh "${training[@]}")
-  on_all "cd jax_distill && mkdir -p ../jax_distill_run && rm -f ../jax_distill_run/code &&\
- { setsid nohup bash -c $(quoted "$train; echo \$? >../jax_distill_run/code")\
+  on_all "mkdir -p jax_distill_run && if $alive; then\
+ echo 'error: a run is under way; tell it to stop first' >&2; exit 1; fi; rm -f jax_distill_run/code;\
+ cd jax_distill && { setsid nohup bash -c $(quoted "$train; echo \$? >../jax_distill_run/code")\
  >>../jax_distill_run/log 2>&1 </dev/null & echo \$! >../jax_distill_run/pid; }"
 }
 
-code() { # the exit code of the first host's run, "running", or nothing where it does not answer
-  tpus tpu-vm ssh --worker=0 --command="cat jax_distill_run/code 2>/dev/null || echo running" \
-    2>/dev/null | tail -n 1 || true
+start_again() { # hosts that have lost the others may still wait for them
+  on_all "pid=\$(cat jax_distill_run/pid) && ! kill -KILL -- -\$pid 2>/dev/null || sleep 5"
+  start
+}
+
+code() { # of the first host's run: "running", its exit code, "none"; nothing if it does not answer
+  tpus tpu-vm ssh --worker=0 --command="if $alive; then echo running; else\
+ cat jax_distill_run/code 2>/dev/null || echo none; fi" 2>/dev/null | tail -n 1 || true
 }
 
 remove() { # [--quiet]
@@ -142,62 +151,63 @@ is_there() { # STATE
   [[ $1 == READY || $1 == ACTIVE ]]
 }
 
-watch() {
-  local now ended
-  if [[ -n $dry_run ]]; then
-    echo "# unless it is there:"
+up() {
+  if [[ -n $dry_run ]] || ! is_there "$(state)"; then
     create
-    copy
-    [[ -z $bucket$nfs ]] || mount_shared
-    start
-    echo "# every $every seconds; when it has been taken away, the next and all of the above:"
+  fi
+  copy
+  [[ -z $bucket$nfs ]] || mount_shared
+  start
+}
+
+watch() {
+  local ended failures=0
+  if [[ -n $dry_run ]]; then
+    up
+    echo "# every $every seconds; when it was taken away, what follows and all of the above:"
     state
     code
     remove --quiet
     return
   fi
-  while true; do
-    now=$(state)
-    ended=""
-    if ! is_there "$now"; then
-      [[ -z $now ]] || remove --quiet || true # taken away, or left from an earlier try
-      echo "$name: creating" >&2
-      create
-      copy
-      [[ -z $bucket$nfs ]] || mount_shared
-      start
+  while ((failures < 3)); do
+    if ! is_there "$(state)"; then
+      [[ -z $(state) ]] || remove --quiet || true # taken away, or left from an earlier try
+      ended=none
     else
       ended=$(code)
-      case $ended in
-        running | "") ;; # or it does not answer: its state will tell
-        143) start ;; # told to stop while the slice stays, as for maintenance
-        0)
-          echo "$name: the run is finished; delete the slice with: launch/tpu_vm.sh delete" \
-            "$(quoted --name="$name" "${place[@]}" ${queued:+--queued})" >&2
-          return
-          ;;
-        *)
-          # A host that is taken away fails the others first.
-          sleep "$every"
-          now=$(state)
-          if is_there "$now"; then
-            ((failures += 1))
-            ((failures < 3)) || die "the run has failed three times, last with code $ended; see" \
-              "launch/tpu_vm.sh logs $(quoted --name="$name" "${place[@]}")"
-            start
-          fi
-          ;;
-      esac
     fi
+    case $ended in
+      0)
+        echo "$name: the run is finished; delete the slice with: launch/tpu_vm.sh delete" \
+          "$(quoted --name="$name" "${place[@]}" ${queued:+--queued})" >&2
+        return
+        ;;
+      running) failures=0 ;;
+      none) "$BASH" "${BASH_SOURCE[0]}" up "${given[@]}" || ((failures += 1)) ;; # stops at an error
+      143) start_again || ((failures += 1)) ;; # told to stop while the slice stays, as to be mended
+      "") ;; # it does not answer: its state will tell
+      *)
+        # A host that is taken away fails the others first.
+        sleep "$every"
+        if is_there "$(state)"; then
+          ((failures += 1))
+          echo "$name: the run failed with code $ended" >&2
+          ((failures == 3)) || start_again || true
+        fi
+        ;;
+    esac
     sleep "$every"
   done
+  die "three failures in a row; see launch/tpu_vm.sh logs $(quoted --name="$name" "${place[@]}")"
 }
 
 [[ $# -gt 0 ]] || die "which command? see launch/tpu_vm.sh --help"
 command=$1
 shift
+given=("$@")
 name="" zone="" project="" type="" runtime="" bucket="" nfs="" queued="" spot=""
-worker=0 every=60 failures=0
+worker=0 every=60
 training=()
 [[ $command != --help ]] || { help_of "${BASH_SOURCE[0]}" && exit; }
 while [[ $# -gt 0 ]]; do
@@ -231,14 +241,14 @@ done
 [[ $bucket != gs://* ]] || die "--bucket=$bucket: give its name alone, without gs://"
 place=(--zone="$zone" ${project:+--project="$project"})
 case $command in
-  create | watch)
+  create | up | watch)
     [[ -n $type ]] || die "--type is missing; such as --type=v6e-64"
     [[ -n $runtime ]] || runtime=$(runtime_of "$type")
     ;;
   mount) [[ -n $bucket$nfs ]] || die "--bucket or --nfs is missing; say what to mount" ;;
 esac
 case $command in
-  run | watch)
+  run | up | watch)
     [[ ${#training[@]} -gt 0 ]] || die "nothing to run; put -- and the arguments of jax_distill.main last"
     check_training "${training[@]}"
     ;;
@@ -255,6 +265,7 @@ case $command in
     ;;
   stop) on_all "pkill -TERM --parent \"\$(cat jax_distill_run/pid)\"" ;; # the run, not who notes its code
   delete) remove ;;
+  up) up ;;
   watch) watch ;;
   *) die "$command is no command of launch/tpu_vm.sh; see its --help" ;;
 esac

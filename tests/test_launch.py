@@ -306,13 +306,13 @@ def count(*what):
 with open(path, "a") as file:
     file.write(json.dumps(["gcloud", *words]) + "\\n")
 if "describe" in words:
-    created, asked = count("create"), count("cat jax_distill_run/code")
+    created, asked = count("create"), count("echo running")
     if created == 0:
         sys.exit("NOT_FOUND")
     print("SUSPENDED" if created == 1 and asked >= 1 else "ACTIVE")
-elif any("cat jax_distill_run/code" in word for word in words):
-    answers = ["running", "1", "143", "0"]
-    print("# a banner of ssh\\n" + answers[count("cat jax_distill_run/code")])
+elif any("echo running" in word for word in words):
+    answers = ["running", "1", "143", "none", "0"]
+    print("# a banner of ssh\\n" + answers[count("echo running")])
 """
 
 
@@ -333,16 +333,37 @@ def test_a_spot_slice_that_is_taken_away_is_made_again_and_the_run_goes_on(host)
                     "setup": "tpu_setup.sh",
                     "mount": "gcsfuse",
                     "run": "launch/train.sh",
-                    "code": "cat jax_distill_run/code",
+                    "clear": "kill -KILL",
+                    "code": "echo running",
                 }.items()
                 if part in command
             )
         if verb != "describe":
             verbs.append(verb)
     made = ["create", "scp", "setup", "mount", "run"]
-    # running, gone; then failed with 1, told to stop, finished
-    assert verbs == [*made, "code", "delete", *made, "code", "run", "code", "run", "code"]
+    # Running, taken away; failed with 1, told to stop, lost, finished.
+    again = ["code", "clear", "run"]
+    assert verbs == [*made, "code", "delete", *made, *again, *again, "code", *made[1:], "code"]
     assert "the run is finished" in done.stderr and "--queued" in done.stderr
+
+
+def test_a_watch_ends_when_the_slice_cannot_be_had(host):
+    program(host.bin / "sleep", "#!/bin/sh\n")
+    program(host.bin / "gcloud", "#!/bin/sh\necho 'no such quota' >&2\nexit 1\n")
+    done = host.run(TPU[0], "watch", *TPU[1:], "--type=v6e-64", "--", *TRAINING)
+    assert done.returncode == 1 and done.stderr.count("no such quota") == 3
+    assert done.stderr.splitlines()[-1].startswith("error: three failures in a row")
+
+
+def test_a_second_run_is_refused_while_one_is_under_way(host):
+    checkout = host.checkout(host.home / "jax_distill", "#!/bin/bash\ntouch started\nsleep 60\n")
+    host.run(TPU[0], "run", *TPU[1:], "--", *TRAINING)
+    start = remote(host.calls[0])
+    assert host.run("bash", "-c", start, cwd=host.home).returncode == 0
+    wait_for(checkout / "started")
+    second = host.run("bash", "-c", start, cwd=host.home)
+    assert second.returncode == 1 and second.stderr.startswith("error: a run is under way")
+    os.killpg(int((host.home / "jax_distill_run/pid").read_text()), signal.SIGKILL)
 
 
 def test_a_workload_of_gke_gets_its_arguments_as_they_were_given(host):
