@@ -110,10 +110,10 @@ mount_shared() {
     return
   fi
   # Where a bucket has no folders of its own, those of up to --rename-dir-limit files are renamed,
-  # file by file. Hosts see each other's files at once with --metadata-cache-ttl-secs=0.
+  # file by file. Without metadata caches hosts see each other's files at once.
   local fuse
   fuse="sudo chown \$(id -u) $mount_point && gcsfuse --implicit-dirs --rename-dir-limit=100000\
- --metadata-cache-ttl-secs=0 $(quoted "$bucket") $mount_point"
+ --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 $(quoted "$bucket") $mount_point"
   on_all "$made || { command -v gcsfuse >/dev/null || jax_distill/launch/install_gcsfuse.sh; } &&\
  { mountpoint -q $mount_point || { $fuse; }; }"
 }
