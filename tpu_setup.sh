@@ -61,4 +61,4 @@ if [[ $extra == tpu ]]; then
   run env TPU_PROCESS_BOUNDS=1,1,1 TPU_VISIBLE_CHIPS=0 timeout 120 "$venv/bin/python" -c "$look" ||
     echo "warning: no TPU answers on this host: is it a TPU VM, and does no other process hold it?" >&2
 fi
-echo "ready: $venv/bin/python -m jax_distill.main --config=configs/scm.py"
+[[ -n $dry_run ]] || echo "ready: $venv/bin/python -m jax_distill.main --config=configs/scm.py"

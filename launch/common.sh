@@ -7,11 +7,17 @@ die() {
   exit 1
 }
 
-# The words of a command as one line that a shell reads back as the same words.
+# The words of a command as one line that a shell, Bash or another, reads back as the same words.
 quoted() {
-  local line
-  printf -v line '%q ' "$@"
-  printf '%s\n' "${line% }"
+  local word line="" quote="'" inside="'\\''"
+  for word in "$@"; do
+    if [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]]; then
+      line+=" $word"
+    else
+      line+=" '${word//$quote/$inside}'"
+    fi
+  done
+  printf '%s\n' "${line# }"
 }
 
 # Runs a command, or prints it under --dry_run.
