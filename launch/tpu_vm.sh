@@ -16,7 +16,7 @@
 #          under /mnt/jax_distill.
 # logs     Follows the log of a host, --worker=N, the first by default.
 # status   Says whether the slice is there and how the run stands.
-# stop     Tells the run to save and end.
+# stop     Tells the run to save and end; end a watch first, or it starts the run again.
 # delete   Deletes the slice; with --queued, its queued resource too. gcloud asks first.
 # up       All that is needed of create, and then copy, mount and run.
 # watch    up; looks every --every=SECONDS (60), and does it again when the slice was taken away: the
