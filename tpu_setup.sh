@@ -1,43 +1,64 @@
 #!/usr/bin/env bash
-# Sets up a Cloud TPU VM: Python, a virtual environment, jax_distill for TPU, and a look at the chips.
+# Makes a bare Cloud TPU VM ready: Python, a virtual environment, jax_distill, a look at the chips.
 # Run it on every host of the slice, from anywhere; it can be run again.
 #
-#   ./tpu_setup.sh [VENV]        VENV defaults to .venv beside this script
+#   ./tpu_setup.sh [--venv=FOLDER] [--extra=EXTRA] [--dry_run]
 #
-# All hosts of a slice at once:
-#   gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command='jax_distill/tpu_setup.sh'
+#   --venv    the virtual environment, .venv beside this script by default
+#   --extra   what jax_distill is installed for: tpu (default), cuda, cuda12, or none
+#
+# Where the system has no Python from 3.11 on that can make virtual environments, uv (from PyPI)
+# brings one. All hosts of a slice at once: launch/tpu_vm.sh copy.
 set -euo pipefail
-
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-venv=${1:-$root/.venv}
+# shellcheck source=launch/common.sh
+source "$root/launch/common.sh"
 
-python=""
-for candidate in python3.13 python3.12 python3.11 python3; do
-  if command -v "$candidate" >/dev/null &&
-    "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    python=$candidate
-    break
-  fi
+venv=$root/.venv
+extra=tpu
+for argument in "$@"; do
+  case $argument in
+    --help) help_of "${BASH_SOURCE[0]}" && exit ;;
+    --dry_run) dry_run=yes ;;
+    --venv=* | --venv) venv=$(value_of "$argument") ;;
+    --extra=* | --extra) extra=$(value_of "$argument") ;;
+    *) die "$argument is no option of tpu_setup.sh; see its --help" ;;
+  esac
 done
-if [[ -z $python ]]; then
-  echo "error: Python 3.11 or newer is missing; install it, such as with: sudo apt-get install -y python3.11 python3.11-venv" >&2
-  exit 1
-fi
-if ! "$python" -c 'import ensurepip' 2>/dev/null; then
-  echo "error: $python cannot make virtual environments; install its venv module, such as with: sudo apt-get install -y $python-venv" >&2
-  exit 1
-fi
+[[ $extra =~ ^(tpu|cuda|cuda12|none)$ ]] || die "--extra=$extra is none of tpu, cuda, cuda12, none"
 
-[[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
-"$venv/bin/pip" install --quiet --upgrade pip
-"$venv/bin/pip" install --quiet --editable "$root[tpu]"
+fits() { # PYTHON: new enough, and able to make virtual environments
+  "$1" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
 
-# Every host of a slice sees its own chips here; a training run joins them into one mesh.
-if ! TPU_PROCESS_BOUNDS=1,1,1 TPU_VISIBLE_CHIPS=0 timeout 120 "$venv/bin/python" -c '
+if ! [[ -x $venv/bin/python ]]; then
+  python=""
+  for candidate in python3.13 python3.12 python3.11 python3; do
+    if fits "$candidate"; then
+      python=$candidate
+      break
+    fi
+  done
+  if [[ -n $python ]]; then
+    run "$python" -m venv "$venv"
+  else
+    command -v python3 >/dev/null || die "there is no python3 at all; install Python 3.11 or newer"
+    run python3 -m pip install --quiet --upgrade --target "$venv.uv" uv
+    run "$venv.uv/bin/uv" venv --quiet --seed --python 3.12 "$venv"
+  fi
+fi
+run "$venv/bin/python" -m pip install --quiet --upgrade pip
+wanted=$root
+[[ $extra == none ]] || wanted="${root}[$extra]"
+run "$venv/bin/python" -m pip install --quiet --editable "$wanted"
+
+# Each host sees its own chips here; a training run joins them into one mesh.
+look='
 import jax
-print("jax", jax.__version__, "sees a", jax.devices()[0].device_kind)
 assert jax.default_backend() == "tpu"
-'; then
-  echo "warning: no TPU answers on this host: is it a TPU VM, and is no other process using the chip?" >&2
+print("jax", jax.__version__, "sees a", jax.devices()[0].device_kind)'
+if [[ $extra == tpu ]]; then
+  run env TPU_PROCESS_BOUNDS=1,1,1 TPU_VISIBLE_CHIPS=0 timeout 120 "$venv/bin/python" -c "$look" ||
+    echo "warning: no TPU answers on this host: is it a TPU VM, and does no other process hold it?" >&2
 fi
-echo "ready: $venv/bin/python -m jax_distill.main --config=configs/scm.py"
+[[ -n $dry_run ]] || echo "ready: $venv/bin/python -m jax_distill.main --config=configs/scm.py"
