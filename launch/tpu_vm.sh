@@ -114,7 +114,8 @@ mount_shared() {
   local fuse
   fuse="sudo chown \$(id -u) $mount_point && gcsfuse --implicit-dirs --rename-dir-limit=100000\
  --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 $(quoted "$bucket") $mount_point"
-  on_all "$made || { command -v gcsfuse >/dev/null || jax_distill/launch/install_gcsfuse.sh; } &&\
+  on_all "$made || { command -v gcsfuse >/dev/null || { echo 'gcsfuse is missing; install it on all\
+ hosts, see https://cloud.google.com/storage/docs/cloud-storage-fuse/install' >&2; exit 1; }; } &&\
  { mountpoint -q $mount_point || { $fuse; }; }"
 }
 

@@ -145,7 +145,6 @@ def test_help_says_how_it_is_called_and_runs_nothing(script, host):
         (["launch/slurm.sh", "setup", "--cuda=11"], "neither 12 nor 13"),
         (["launch/slurm_job.sh", "--config=x"], "no job of Slurm"),
         (["launch/train.sh", "--config=x", "--workdir=gs://b/x"], "mount the bucket"),
-        (["launch/install_gcsfuse.sh", "now"], "now is no option"),
         (["tpu_setup.sh", "here"], "here is no option"),
         (["tpu_setup.sh", "--extra=rocm"], "--extra=rocm is none of"),
     ],
@@ -178,7 +177,7 @@ def test_dry_runs_run_nothing(host):
         runs.append(["launch/xpk.sh", command, *words])
     for command in ("setup", "run", "logs", "stop"):
         runs.append(["launch/slurm.sh", command, "--name=a", "--", *TRAINING])
-    runs += [["tpu_setup.sh"], ["launch/install_gcsfuse.sh"]]
+    runs.append(["tpu_setup.sh"])
     for words in runs:
         where = words.index("--") if "--" in words else len(words)
         assert host.run("bash", *words[:where], "--dry_run", *words[where:]).stdout, words
@@ -287,6 +286,8 @@ def test_what_hosts_share_is_mounted(host):
     assert host.run(TPU[0], "mount", *TPU[1:], "--bucket=my-bucket").returncode == 0
     nfs, bucket = map(remote, host.calls)
     program(host.bin / "mountpoint", "#!/bin/sh\nexit 1\n")
+    missing = host.run("bash", "-c", bucket, cwd=host.home)
+    assert missing.returncode == 1 and "gcsfuse is missing; install it on all" in missing.stderr
     program(host.bin / "gcsfuse", RECORD.format(python=sys.executable))
     for command in (nfs, bucket):
         assert host.run("bash", "-c", command, cwd=host.home).returncode == 0
