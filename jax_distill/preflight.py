@@ -42,6 +42,10 @@ def check(config: ConfigDict, workdir: Path) -> None:
     Raises:
       ConfigError or ValueError: one sentence that names the key and the fix.
     """
+    if workdir.parts and workdir.parts[0].endswith(":"):  # "gs://bucket/run", as a path
+        raise ConfigError(
+            f"--workdir: '{workdir}' is an address; mount the bucket and give a folder of it"
+        )
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir: '{workdir}' is a file; give a folder")
     validate(config)

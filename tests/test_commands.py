@@ -203,6 +203,12 @@ def test_a_teacher_without_checkpoint(run, tmp_path, data):
     assert one_sentence(error) and "teacher.checkpoint" in error and "not valid JSON" in error
 
 
+def test_a_workdir_must_be_a_folder(run, tmp_path):
+    (tmp_path / "file").touch()
+    assert "file' is a file; give a folder" in run(TEACHER, into=tmp_path / "file")
+    assert "is an address; mount the bucket" in run(TEACHER, into="gs://b/run")
+
+
 def test_a_workdir_of_another_run_is_left_alone(run, tmp_path, data):
     other = tmp_path / "other"
     config = run(TEACHER, *TINY, data)
