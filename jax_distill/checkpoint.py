@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jax_distill import processes
 from jax_distill.parallel import shard_state
 
 
@@ -117,13 +117,12 @@ class Checkpoints:
             return None
         step, saved = _first_whole(self.directory, steps, lambda step: self.restore(step, like))
         if step != steps[0]:
-            if jax.process_index() == 0:
+            if processes.is_leader():
                 for damaged in steps[: steps.index(step)]:
                     aside = self.directory / f"damaged-{damaged}"
                     shutil.rmtree(aside, ignore_errors=True)
                     os.replace(self.directory / str(damaged), aside)
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints renamed")
+            processes.wait("damaged checkpoints renamed")
             self._manager.reload()
         return step, saved
 
@@ -138,8 +137,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, kind, error, trace) -> None:
+        # Of several processes, one that fails waits for none: they may be waiting for it.
+        if not (processes.joined() and isinstance(error, Exception)):
+            self.close()
 
 
 def complete_steps(workdir: Path) -> list[int]:
