@@ -101,7 +101,7 @@ class Checkpoints:
         progress = restored.get("progress") or {"metrics": {}, "checksums": {}}
         found = checksums(state, position)
         if not progress["checksums"].items() <= found.items():
-            raise ValueError("its checksums do not fit what it holds")
+            raise _Changed("its checksums do not fit what it holds")
         return Saved(state, position, progress["metrics"])
 
     def restore_latest(self, like: Any) -> tuple[int, Saved] | None:
@@ -193,10 +193,14 @@ def load_averaged(workdir: Path, mesh: Mesh | None = None) -> dict:
         if progress.exists():
             expected = json.loads(progress.read_text())["checksums"]["ema"]
             if int(_checksums(restored)["ema"]) != expected:
-                raise ValueError("its checksums do not fit what it holds")
+                raise _Changed("its checksums do not fit what it holds")
         return restored["ema"]
 
     return _first_whole(directory, steps, restore)[1]
+
+
+class _Changed(ValueError):
+    """A checkpoint does not hold what was saved; all processes find so."""
 
 
 def checksums(state: Any, position: dict[str, Any]) -> dict[str, int]:
@@ -229,7 +233,8 @@ def _first_whole(
     """The first step that `restore` makes something of, and what; warns of those that it could not.
 
     Raises:
-      ValueError: none could be restored.
+      ValueError: none could be restored; or one of several processes could not read its part, which
+        the others, who wait for it, do not know.
     """
     failures = []
     for step in steps:
@@ -238,7 +243,12 @@ def _first_whole(
                 restored = restore(step)
             except Exception as error:  # Orbax and TensorStore raise all kinds
                 failures.append((step, str(error).partition("\n")[0][:200]))
-                continue
+                if not processes.joined() or isinstance(error, _Changed):
+                    continue
+                raise ValueError(
+                    f"'{directory / str(step)}' is damaged ({failures[-1][1]}); remove it and start"
+                    " again, from the checkpoint before it"
+                ) from error
         for damaged, reason in failures:
             where = directory / str(damaged)
             logging.warning("%s is damaged (%s); going back to step %d", where, reason, step)
