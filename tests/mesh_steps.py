@@ -82,6 +82,7 @@ def take(sizes, config, objective, optimizer, params, frozen, batch):
 def gathered_stacks(program: str, params: dict) -> tuple[int, list[str]]:
     """How many all-gathers a compiled program has, and which of them make a whole stack."""
     stacks = {tuple(sorted(p.shape)) for p in jax.tree.leaves(params) if p.ndim == 3}
+    stacks = {shape for shape in stacks if shape[0] > 1}  # one layer is gathered to be used
     found = GATHER.findall(program)
     shapes = [shape for result in found for shape in re.findall(r"\[([\d,]+)\]", result)]
     whole = [s for s in shapes if tuple(sorted(map(int, s.split(",")))) in stacks]
