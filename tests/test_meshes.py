@@ -17,7 +17,7 @@ from mesh_steps import gathered_stacks
 ROOT = Path(__file__).parents[1]
 MESHES = ("2x2x2", "8x1x1", "1x8x1", "1x4x2")
 METHODS = (("scm", "adamw"), ("meanflow", "adamw"), ("imm", "adamw"), ("scm", "muon"))
-# Muon's orthogonalisation, which makes rounding errors a hundred times larger, takes matrices whole.
+# Orthogonalisation makes rounding errors a hundred times larger, and takes matrices whole.
 MUON = 2e-4
 ALL = "JAX_DISTILL_ALL_MESHES" in os.environ
 
