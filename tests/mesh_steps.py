@@ -46,7 +46,7 @@ def prepare(method: str, optimizer: str):
     teacher = settings({"name": "time_rescale"}, **SIZES, **STUDENT)
     with config.unlocked():
         config.batch_size, config.optimizer.name = ROWS, optimizer
-        config.optimizer.learning_rate = 0.01
+        config.optimizer.learning_rate = 1e-3
     rng = np.random.default_rng(0)
     text = jax.tree.map(
         lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32),
