@@ -6,7 +6,7 @@ what they end with to the run of a single process.
 The run is small: a network of two blocks, trained by flow matching, drawn from and scored. One of
 the processes dies by SIGKILL in the midst of training; how long the others take to end is measured.
 One JSON line: `ratio` is the last loss over that of the single process, `parameters` the largest
-relative difference of a parameter.
+relative difference of an averaged parameter.
 """
 
 import json
@@ -17,9 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import app, flags, logging
+
+from jax_distill.checkpoint import load_averaged
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
@@ -87,14 +89,10 @@ def kill_one(running: list[subprocess.Popen], workdir: Path) -> float:
     return time.monotonic() - begun
 
 
-def outcome(workdir: Path) -> tuple[float, dict[str, np.ndarray]]:
-    """The last loss, and the parameters and their averages."""
+def outcome(workdir: Path) -> tuple[float, list]:
+    """The last loss, and the averaged parameters."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    checkpoints = workdir / "checkpoints"
-    last = max(ocp.utils.checkpoint_steps(checkpoints))
-    state = ocp.PyTreeCheckpointHandler().restore(checkpoints / str(last) / "state")
-    kept = {name: state[name] for name in ("params", "ema")}
-    return json.loads(lines[-1])["loss"], ocp.tree.to_flat_dict(kept, sep="/")
+    return json.loads(lines[-1])["loss"], jax.tree.leaves(load_averaged(workdir))
 
 
 def main(argv):
@@ -114,8 +112,8 @@ def main(argv):
                 print(f"{processes}: done", flush=True)
         (loss, found), (reference, expected) = outcome(several), outcome(single)
     differences = [
-        float(np.linalg.norm(found[name] - leaf) / max(np.linalg.norm(leaf), 1e-12))
-        for name, leaf in expected.items()
+        float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-12))
+        for a, b in zip(found, expected)
     ]
     line = {
         "benchmark": "processes",

@@ -1,7 +1,7 @@
 """A training step on eight devices is the step on one, whatever the mesh; see `mesh_steps.py`.
 
 Nearly all of the time is compiling, half a minute of a core for a pair: by default there is one.
-All methods run on four meshes with JAX_DISTILL_ALL_MESHES=1.
+All methods run on four meshes with JAX_DISTILL_SLOW_TESTS=1.
 """
 
 import json
@@ -19,7 +19,7 @@ MESHES = ("2x2x2", "8x1x1", "1x8x1", "1x4x2")
 METHODS = (("scm", "adamw"), ("meanflow", "adamw"), ("imm", "adamw"), ("scm", "muon"))
 # Orthogonalisation makes rounding errors a hundred times larger, and takes matrices whole.
 MUON = 2e-4
-ALL = "JAX_DISTILL_ALL_MESHES" in os.environ
+ALL = "JAX_DISTILL_SLOW_TESTS" in os.environ
 
 
 @pytest.mark.parametrize(("method", "optimizer"), METHODS if ALL else METHODS[:1])

@@ -1,6 +1,10 @@
-"""Several processes: how they find each other; that the run is the one of a single process."""
+"""Several processes: how they find each other; that the run is the one of a single process.
+
+Two of them train; four as well with JAX_DISTILL_SLOW_TESTS=1.
+"""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -105,7 +109,7 @@ DRIVER = """
 
     def run(config, workdir):
         def hook(step, params):
-            print(f"step {step}", flush=True)
+            print("step", step, flush=True)
             if jax.process_index() == 1 and step == first:
                 os.kill(os.getpid(), number)
             if first and step >= first:
@@ -162,26 +166,27 @@ def logged(workdir):
     return {line["step"]: (line["loss"], line["gradient_norm"]) for line in lines}
 
 
-def test_two_processes_are_killed_stopped_and_go_on_as_one(tmp_path):
+@pytest.mark.parametrize("count", [2, 4] if "JAX_DISTILL_SLOW_TESTS" in os.environ else [2])
+def test_processes_are_killed_stopped_and_go_on_as_one(tmp_path, count):
     """And at the end all is as if it had been one process from the beginning."""
     config = small_config(total_steps=TOTAL)
     start = Regression(), parameters(), frozen(), Source()
     train.fit(config, tmp_path / "single", *start)
     workdir = tmp_path / "several"
 
-    codes, _, errors = run_processes(workdir, 2, step=6, number=signal.SIGKILL)
-    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), errors[0]
-    assert (workdir / "checkpoints" / "4").is_dir()
+    codes, _, errors = run_processes(workdir, count, step=9, number=signal.SIGKILL)
+    assert codes[1] == -signal.SIGKILL and all(codes), errors
+    assert (workdir / "checkpoints" / "4").is_dir()  # that of step 8 may not have been complete
 
-    codes, printed, errors = run_processes(workdir, 2, step=10)
-    assert codes == [0, 0], errors
+    codes, printed, errors = run_processes(workdir, count, step=14)
+    assert not any(codes), errors
     steps = [
         [int(line[5:]) for line in out.splitlines() if line.startswith("step ")] for out in printed
     ]
     stopped = [taken[-1] for taken in steps]
-    assert 5 in steps[0] and 4 not in steps[0] and 10 <= stopped[0] == stopped[1] < TOTAL
+    assert steps[0][0] in (5, 9) and len(set(stopped)) == 1 and 14 <= stopped[0] < TOTAL
     assert f"saved at step {stopped[0]}; run the same command to go on" in errors[0]
-    assert "regression" in errors[0] and "regression" not in errors[1]  # one process logs
+    assert "regression" in errors[0] and "regression" not in "".join(errors[1:])  # one process logs
     assert (workdir / "checkpoints" / str(stopped[0])).is_dir()
     written = [path.name for path in workdir.glob("events.out.tfevents.*")]
     assert len(written) == 2  # one for each start
