@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from jax_distill import processes
 from jax_distill.parallel import shard_state
 
 
@@ -101,7 +101,7 @@ class Checkpoints:
         progress = restored.get("progress") or {"metrics": {}, "checksums": {}}
         found = checksums(state, position)
         if not progress["checksums"].items() <= found.items():
-            raise ValueError("its checksums do not fit what it holds")
+            raise _Changed("its checksums do not fit what it holds")
         return Saved(state, position, progress["metrics"])
 
     def restore_latest(self, like: Any) -> tuple[int, Saved] | None:
@@ -117,13 +117,12 @@ class Checkpoints:
             return None
         step, saved = _first_whole(self.directory, steps, lambda step: self.restore(step, like))
         if step != steps[0]:
-            if jax.process_index() == 0:
+            if processes.is_leader():
                 for damaged in steps[: steps.index(step)]:
                     aside = self.directory / f"damaged-{damaged}"
                     shutil.rmtree(aside, ignore_errors=True)
                     os.replace(self.directory / str(damaged), aside)
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints renamed")
+            processes.wait("damaged checkpoints renamed")
             self._manager.reload()
         return step, saved
 
@@ -138,8 +137,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, kind, error, trace) -> None:
+        # Of several processes, one that fails waits for none: they may be waiting for it.
+        if not (processes.joined() and isinstance(error, Exception)):
+            self.close()
 
 
 def complete_steps(workdir: Path) -> list[int]:
@@ -192,10 +193,14 @@ def load_averaged(workdir: Path, mesh: Mesh | None = None) -> dict:
         if progress.exists():
             expected = json.loads(progress.read_text())["checksums"]["ema"]
             if int(_checksums(restored)["ema"]) != expected:
-                raise ValueError("its checksums do not fit what it holds")
+                raise _Changed("its checksums do not fit what it holds")
         return restored["ema"]
 
     return _first_whole(directory, steps, restore)[1]
+
+
+class _Changed(ValueError):
+    """A checkpoint does not hold what was saved; all processes find so."""
 
 
 def checksums(state: Any, position: dict[str, Any]) -> dict[str, int]:
@@ -228,7 +233,8 @@ def _first_whole(
     """The first step that `restore` makes something of, and what; warns of those that it could not.
 
     Raises:
-      ValueError: none could be restored.
+      ValueError: none could be restored; or one of several processes could not read its part, which
+        the others, who wait for it, do not know.
     """
     failures = []
     for step in steps:
@@ -237,7 +243,12 @@ def _first_whole(
                 restored = restore(step)
             except Exception as error:  # Orbax and TensorStore raise all kinds
                 failures.append((step, str(error).partition("\n")[0][:200]))
-                continue
+                if not processes.joined() or isinstance(error, _Changed):
+                    continue
+                raise ValueError(
+                    f"'{directory / str(step)}' is damaged ({failures[-1][1]}); remove it and start"
+                    " again, from the checkpoint before it"
+                ) from error
         for damaged, reason in failures:
             where = directory / str(damaged)
             logging.warning("%s is damaged (%s); going back to step %d", where, reason, step)

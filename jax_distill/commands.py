@@ -1,12 +1,15 @@
 """What all commands share: quiet libraries, and one clear sentence for what is wrong."""
 
 import itertools
+import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
@@ -20,9 +23,30 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         app.run(_prepared(main), flags_parser=_parse)
     except Exception as error:
+        if jax.distributed.is_initialized():
+            _give_up(error)
         if not _mendable(error):
             raise
         sys.exit(f"error: {error}")
+
+
+def _give_up(error: Exception) -> NoReturn:
+    """Ends one of several processes at once: an orderly end would wait for the others.
+
+    They notice, and end too, instead of waiting for ever.
+    """
+    if _mendable(error):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+        print(
+            "error: this process failed, or one that it works with; when all have ended, run the"
+            " same command to go on",
+            file=sys.stderr,
+        )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _mendable(error: Exception) -> bool:

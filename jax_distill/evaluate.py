@@ -4,7 +4,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jax_distill import build, commands, pipeline, scoring
+from jax_distill import build, commands, pipeline, processes, scoring
 from jax_distill.files import write_json
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -15,6 +15,7 @@ _OUTPUT = flags.DEFINE_string("output", None, "File to write; default: print onl
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
 _PROMPTS = flags.DEFINE_integer("prompts", 600, "How many of the 600 held-out prompts.")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the configuration's.")
+processes.define_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -24,6 +25,7 @@ def main(argv: list[str]) -> None:
     except ValueError:
         raise ValueError(f"--steps: {','.join(_STEPS.value)} are not whole numbers") from None
     prompts = scoring.held_out(_PROMPTS.value)
+    processes.join()
     pipe = pipeline.load(_CHECKPOINT.value)
     if not pipe.world.scored:
         raise ValueError(
@@ -31,6 +33,8 @@ def main(argv: list[str]) -> None:
             " not scored; draw them with python -m jax_distill.sample"
         )
     scores = scoring.score(pipe, steps, prompts, seed=_SEED.value, guidance=_GUIDANCE.value)
+    if not processes.is_leader():
+        return
     if _OUTPUT.value:
         kind = "teacher" if pipe.config.objective.name in build.TEACHERS else "student"
         layout = scoring.results(**{kind: scores}, config=pipe.config, seed=_SEED.value)

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from jax_distill import build, flow, parallel, pipeline, scoring, train, worlds
+from jax_distill import build, flow, parallel, pipeline, processes, scoring, train, worlds
 from jax_distill import config as configuration
 from jax_distill.data import shapes
 from jax_distill.data.pipeline import Pictures
@@ -25,7 +25,7 @@ from jax_distill.models.latents import LatentCodec
 from jax_distill.objectives import time_rescale
 from jax_distill.objectives.autoencoder import AutoencoderObjective
 from jax_distill.train import Interrupted
-from jax_distill.worlds import Source
+from jax_distill.worlds import Source, World
 
 __all__ = ["Interrupted", "run"]
 
@@ -42,9 +42,30 @@ def run(config: ConfigDict, workdir: Path) -> None:
         distill(config, workdir)
 
 
+def begin(config: ConfigDict, workdir: Path) -> None:
+    """Writes the configuration into the workdir.
+
+    Raises:
+      ValueError: not all processes of the run see it there.
+    """
+    if processes.is_leader():
+        configuration.save(config, workdir)
+    processes.wait("configuration written")
+    if not (workdir / "config.json").exists():
+        raise ValueError(
+            f"--workdir: process {jax.process_index()} does not see what process 0 writes into"
+            f" '{workdir}'; give a folder that all hosts share"
+        )
+
+
+def data(world: World, workdir: Path) -> Source:
+    """The data of a run, which one process makes where it must be made."""
+    return processes.leader_first(lambda: world.source(workdir), "data made")
+
+
 def train_autoencoder(config: ConfigDict, workdir: Path) -> None:
     """Trains the autoencoder and measures the scale and shift of its latents."""
-    configuration.save(config, workdir)
+    begin(config, workdir)
     settings = autoencoder.AutoencoderConfig(**config.autoencoder)
     size = shapes.IMAGE_SIZE // settings.downsampling
     bind = binder(lambda: autoencoder.Autoencoder(settings, rngs=nnx.Rngs(0)))
@@ -57,8 +78,9 @@ def train_autoencoder(config: ConfigDict, workdir: Path) -> None:
     )
     params = parameters(autoencoder.Autoencoder(settings, rngs=nnx.Rngs(config.seed)))
     source = Pictures(config.data.examples, config.data.seed)
-    params = train.fit(config, workdir, objective, params, {}, source)
-
+    params = parallel.gather(train.fit(config, workdir, objective, params, {}, source))
+    if not processes.is_leader():
+        return
     raw = dataclasses.replace(settings, scaling_factor=1.0, shift_factor=0.0)
     codec = LatentCodec(raw, params)
     pictures = np.stack([shapes.sample(config.data.seed, i).image for i in range(1024)])
@@ -73,11 +95,11 @@ def train_autoencoder(config: ConfigDict, workdir: Path) -> None:
 
 def train_teacher(config: ConfigDict, workdir: Path) -> None:
     """Trains a network from scratch by flow matching, and evaluates it."""
-    configuration.save(config, workdir)
+    begin(config, workdir)
     world = worlds.of(config)
     objective = build.objective(config)
     initial = build.initial_parameters(config)
-    source = world.source(workdir)
+    source = data(world, workdir)
     frozen = {"null": source.null}
     trained = pipeline.Pipeline(config, {}, world)
     preview = previewer(workdir, trained, source, {"teacher": config.evaluation.teacher_steps})
@@ -90,7 +112,7 @@ def train_teacher(config: ConfigDict, workdir: Path) -> None:
 def rescale_teacher(config: ConfigDict, workdir: Path) -> None:
     """Time rescale as a run of its own: a teacher for many students."""
     config, teacher = with_teacher(config)
-    source = teacher.world.source(workdir)
+    source = data(teacher.world, workdir)
     rescaled = rescale(config, workdir, teacher, source)
     counts = {"rescaled": config.evaluation.teacher_steps}
     previewer(workdir, rescaled, source, counts, teacher)(config.total_steps, rescaled.params)
@@ -100,9 +122,9 @@ def rescale_teacher(config: ConfigDict, workdir: Path) -> None:
 def distill(config: ConfigDict, workdir: Path) -> None:
     """Makes a few-step student of a teacher: time rescale, the objective, and the evaluation."""
     config, teacher = with_teacher(config)
-    configuration.save(config, workdir)
+    begin(config, workdir)
     world = teacher.world
-    source = world.source(workdir)
+    source = data(world, workdir)
     origin = start = teacher
     if needs_rescale(config, teacher.config):
         start = rescale(rescale_config(config), workdir / "time_rescale", teacher, source)
@@ -141,7 +163,7 @@ def conclude(
     """Scores what was trained, in a world that is scored, and writes the report."""
     if teacher.world.scored:
         scoring.conclude(workdir, teacher=teacher, student=student)
-    else:
+    elif processes.is_leader():
         print(f"report: {report.write_report(workdir)}")
 
 
@@ -149,13 +171,13 @@ def rescale(
     config: ConfigDict, workdir: Path, teacher: pipeline.Pipeline, source: Source
 ) -> pipeline.Pipeline:
     """The teacher with the student's inputs: t for 1000 t, and the guidance scale embedded."""
-    configuration.save(config, workdir)
+    begin(config, workdir)
     original = teacher.params["network"]
     initial = rescaled_parameters(config, teacher.config, original)
     objective = build.objective(config, teacher.config)
     frozen = {"teacher": original, "null": source.null}
     params = train.fit(config, workdir, objective, initial, frozen, source)
-    if not (workdir / "rescale.json").exists():
+    if processes.agreed(not (workdir / "rescale.json").exists()):
         old = jax.tree.map(  # of the types of the new one: all stages but the last compile as one
             lambda leaf, like: jnp.asarray(leaf, like.dtype),
             original["time_embedder"],
@@ -184,7 +206,8 @@ def compare_stages(
     t = jnp.linspace(0.01, 0.99, count)
     noise = jax.random.normal(jax.random.key(config.seed), batch.x.shape)
     guidance = jnp.full(count, config.evaluation.guidance)
-    points = jax.device_put((batch, noise, t, guidance), NamedSharding(mesh, parallel.BATCH))
+    split = NamedSharding(mesh, parallel.BATCH)
+    points = parallel.put((batch, noise, t, guidance), split)
     frozen = {"teacher": teacher.params["network"], "null": source.null}
     old = build.teacher_velocity(teacher.config, worlds.of(config).resolution)
     network = build.network(config)
@@ -210,7 +233,8 @@ def compare_stages(
             values["time_derivative"],
             values["old_time_derivative"],
         )
-    write_json(path, stage_values)
+    if processes.is_leader():
+        write_json(path, stage_values)
 
 
 def previewer(
@@ -243,6 +267,8 @@ def previewer(
         labels = list(rows)
         if teacher is not None:
             pictures, labels = [reference(), *pictures], [f"teacher, {full} steps", *labels]
+        if not processes.is_leader():
+            return
         grids.save_grid(
             workdir / "samples" / f"step-{step:06d}.png",
             pictures,

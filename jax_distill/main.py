@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jax_distill import commands, experiment, preflight
+from jax_distill import commands, experiment, preflight, processes
 from jax_distill.train import Interrupted, Signals
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -14,6 +14,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; a run that is there goes on. Default: runs/<name>."
 )
+processes.define_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> None:
     config.unlock()
     config.lock()  # all of it: sections that were set as a whole are still open
     workdir = Path(_WORKDIR.value or Path("runs") / config.name)
+    processes.join()
     try:
         with Signals(interrupt=True):
             preflight.check(config, workdir)

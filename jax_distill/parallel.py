@@ -1,11 +1,13 @@
 """The mesh, and one table that says where every parameter lives on it."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -24,28 +26,85 @@ MESH_AXES: Mapping[str, str] = {"embed": "fsdp", "heads": "tensor"}
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices, neighbours on the mesh being near each other.
+
+    Where devices are of several slices, which a slower network joins, whole slices lie along
+    `data`, and along `fsdp` as far as `data` does not divide among them; never along `tensor`.
 
     Args:
       sizes: devices along each of `AXES`; one of them may be -1: what is left.
+      devices: those of another machine; by default this program's.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or slices would be cut.
     """
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
+    shape = mesh_shape(sizes, count)
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    every = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in every})
+    if slices == 1:
+        options = {} if devices is None else {"devices": devices}
+        return jax.make_mesh(shape, AXES, axis_types=types, **options)
+    outer = slice_shape(shape, slices)
+    inner = [size // across for size, across in zip(shape, outer)]
+    # As jax.make_mesh has it: the axes of these chips' grids are often shorter than a mesh's.
+    split = every[0].device_kind in ("TPU v5 lite", "TPU v5e")
+    placed = mesh_utils.create_hybrid_device_mesh(
+        inner, outer, every, allow_split_physical_axes=split
+    )
+    return Mesh(placed, AXES, axis_types=types)
+
+
+def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
+    """Sizes along `AXES` for `count` devices, the one that is -1 filled in.
+
+    Raises:
+      ValueError: they do not multiply to `count`.
+    """
     shape = [int(sizes[axis]) for axis in AXES]
     free = [i for i, size in enumerate(shape) if size == -1]
-    known = int(np.prod([size for size in shape if size != -1]))
     if len(free) > 1:
         raise ValueError(f"mesh: only one of {', '.join(AXES)} may be -1, got {dict(sizes)}")
-    if min(size for size in [*shape, 1] if size != -1) < 1 or count % known:
-        raise ValueError(f"mesh: {dict(sizes)} does not divide {count} devices")
+    left = count  # devices that the axes before do not divide among them
+    for axis, size in zip(AXES, shape):
+        if size == -1:
+            continue
+        if size < 1 or left % size:
+            among = f"{count} devices" if left == count else f"the {left} of {count} devices left"
+            raise ValueError(
+                f"mesh.{axis}: {size} does not divide {among}; make it one of {_divisors(left)}"
+            )
+        left //= size
     if free:
-        shape[free[0]] = count // known
-    if int(np.prod(shape)) != count:
-        raise ValueError(f"mesh: {dict(sizes)} needs {known} devices, there are {count}")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+        shape[free[0]] = left
+    elif left != 1:
+        raise ValueError(
+            f"mesh: {dict(sizes)} needs {count // left} devices, there are {count}; make one of"
+            f" {', '.join(AXES)} -1, to take what is left"
+        )
+    return tuple(shape)
+
+
+def slice_shape(shape: Sequence[int], slices: int) -> tuple[int, ...]:
+    """How many slices lie along each of `AXES` in a mesh of this shape.
+
+    Raises:
+      ValueError: a slice would be cut.
+    """
+    data = math.gcd(slices, shape[0])
+    fsdp, rest = math.gcd(slices // data, shape[1]), slices // data
+    if fsdp != rest:
+        raise ValueError(
+            f"mesh: {dict(zip(AXES, shape))} cuts the {slices} slices of devices; make mesh.data a"
+            f" multiple of {slices}"
+        )
+    return data, fsdp, 1
+
+
+def _divisors(count: int) -> str:
+    return ", ".join(str(size) for size in range(1, count + 1) if count % size == 0)
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
@@ -81,7 +140,41 @@ def gather(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
+def put(tree: Any, places: Any) -> Any:
+    """Arrays on their places, a tree of shardings.
+
+    Args:
+      tree: of arrays on the mesh already, or arrays that each process has, the same on all.
+      places: a sharding for each leaf, or for each branch of the tree.
+    """
+
+    def place(leaf, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable or not getattr(leaf, "is_fully_addressable", True):
+            return jax.device_put(leaf, sharding)
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(place, tree, jax.tree.broadcast(places, tree))
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a batch this process's devices hold, in order.
+
+    Raises:
+      ValueError: the batch does not divide among the devices.
+    """
+    shares = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % shares:
+        raise ValueError(
+            f"batch_size: {batch_size} does not divide among {shares} devices (mesh.data x"
+            f" mesh.fsdp); make it a multiple of {shares}"
+        )
+    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    rows = np.arange(batch_size)
+    return np.unique(np.concatenate([rows[index] for index in places.values()]))
+
+
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
-    """Puts this process's share of a batch on the devices, split along its first axis."""
+    """The batch of all processes, split along its first axis, of which each gives `local_rows`."""
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jax_distill import build, checkpoint, embedded, parallel, ported, worlds
+from jax_distill import build, checkpoint, embedded, parallel, ported, processes, worlds
 from jax_distill import config as configuration
 from jax_distill.flow import Text
 from jax_distill.objectives.objective import Objective
@@ -203,7 +203,8 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
 
     Args:
       source: a workdir of `jax_distill.main`, a folder of `jax_distill.port`, or "embedded".
-      mesh: where parameters of FLUX's world are placed; over all devices by default.
+      mesh: where parameters of FLUX's world are placed, and of any in a run of several processes;
+        over all devices by default.
 
     Raises:
       ValueError: there is no such run, or it has no checkpoint yet.
@@ -223,6 +224,6 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
         return Pipeline(config, read)
     config = configuration.load(workdir)
     checkpoint.complete_steps(workdir)
-    if config.get("world", "shapes") == "flux":
+    if config.get("world", "shapes") == "flux" or processes.joined():
         mesh = mesh or parallel.make_mesh(parallel.ALL_FSDP)
     return Pipeline(config, functools.partial(checkpoint.load_averaged, workdir, mesh))

@@ -5,9 +5,9 @@ import math
 import time
 from pathlib import Path
 
-import jax
 from absl import logging
 
+from jax_distill import processes
 from jax_distill.files import write_atomically
 
 METRICS = "metrics.jsonl"
@@ -41,7 +41,7 @@ class Report:
         self._start = self._last_step = start
         self._begun = time.monotonic()
         self.start_clock()
-        if jax.process_index() == 0:
+        if processes.is_leader():
             from clu import metric_writers  # brings TensorFlow: seconds that only training pays
 
             _forget_after(self._workdir / METRICS, start)

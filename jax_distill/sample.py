@@ -4,7 +4,7 @@ from pathlib import Path
 
 from absl import flags
 
-from jax_distill import commands, pipeline
+from jax_distill import commands, pipeline, processes
 from jax_distill.evaluation import grids
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -23,12 +23,14 @@ _TILE = flags.DEFINE_integer(
     "tile", None, "Decode in overlapping tiles of so many pixels, to save memory; 1024 for FLUX.", 1
 )
 _OUTPUT = flags.DEFINE_string("output", "out.png", "PNG: the picture, or a grid of several.")
+processes.define_flags()
 
 
 def main(argv: list[str]) -> None:
     del argv
     if not _PROMPT.value:
         raise ValueError('--prompt is missing; say what to draw, such as --prompt="a red circle"')
+    processes.join()
     pipe = pipeline.load(_CHECKPOINT.value)
     pictures = pipe(
         _PROMPT.value,
@@ -40,9 +42,10 @@ def main(argv: list[str]) -> None:
         width=_WIDTH.value,
         tile=_TILE.value,
     )
-    output = Path(_OUTPUT.value)
-    grids.save_pictures(output, pictures, _PROMPT.value)
-    print(f"wrote {output}")
+    if processes.is_leader():
+        output = Path(_OUTPUT.value)
+        grids.save_pictures(output, pictures, _PROMPT.value)
+        print(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from absl import logging
 
+from jax_distill import processes
 from jax_distill.data import shapes
 from jax_distill.evaluation import report, shapes_eval
 from jax_distill.files import write_json
@@ -73,11 +74,12 @@ def recorder(path: Path, student: Pipeline) -> Callable[[int, dict], None]:
     settings = student.config.evaluation
 
     def record(step: int, params: dict) -> None:
-        known = json.loads(path.read_text()) if path.exists() else {}
         student.params = params
         prompts = held_out(settings.prompts)
-        known[str(step)] = score(student, settings.student_steps, prompts, seed=student.config.seed)
-        write_json(path, known)
+        scores = score(student, settings.student_steps, prompts, seed=student.config.seed)
+        if processes.is_leader():
+            known = json.loads(path.read_text()) if path.exists() else {}
+            write_json(path, {**known, str(step): scores})
 
     return record
 
@@ -97,14 +99,17 @@ def conclude(workdir: Path, *, teacher: Pipeline, student: Pipeline | None = Non
     """
     path = workdir / "results.json"
     config = (student or teacher).config
-    if not concluded(workdir):
+    if processes.agreed(not concluded(workdir)):
         prompts = held_out(config.evaluation.prompts)
         logging.info("scoring %d held-out prompts", len(prompts))
         settings, seed = config.evaluation, config.seed
         scores = {"teacher": score(teacher, settings.teacher_steps, prompts, seed=seed)}
         if student:
             scores["student"] = score(student, settings.student_steps, prompts, seed=seed)
-        write_json(path, results(**scores, config=config, seed=seed))
+        if processes.is_leader():
+            write_json(path, results(**scores, config=config, seed=seed))
+    if not processes.is_leader():
+        return
     page = report.write_report(workdir)
     print(report.format_table(json.loads(path.read_text())))
     print(f"report: {page}")

@@ -1,6 +1,7 @@
 """The training loop: one jitted, sharded step, and everything a long run needs around it."""
 
 import math
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import optax
 from absl import logging
 from ml_collections import ConfigDict
 
-from jax_distill import parallel
+from jax_distill import parallel, processes
 from jax_distill.checkpoint import Checkpoints
 from jax_distill.data.pipeline import batches
 from jax_distill.objectives.objective import Batch, Objective
@@ -74,7 +75,10 @@ def make_step(
         if config.accumulate == 1:
             metrics, gradient = loss_and_gradient(batch, key)
         else:
-            micro = jax.tree.map(lambda x: x.reshape(config.accumulate, -1, *x.shape[1:]), batch)
+            # Rows in turns: each device splits its own, and none moves.
+            micro = jax.tree.map(
+                lambda x: x.reshape(-1, config.accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+            )
             keys = jax.random.split(key, config.accumulate)
             shapes = jax.eval_shape(loss_and_gradient, jax.tree.map(lambda x: x[0], micro), key)
 
@@ -117,7 +121,9 @@ def fit(
     """Trains until `config.total_steps`, from the latest checkpoint in `workdir` if there is one.
 
     A run that was stopped, at whatever moment, ends with the parameters of one that was not, bit
-    for bit, and with its metrics. SIGTERM and SIGINT let the step end, save, raise `Interrupted`.
+    for bit, and with its metrics; on another mesh or another number of processes, to rounding.
+    SIGTERM and SIGINT let the step end, save, raise `Interrupted`; where there are several
+    processes, in all of them, whichever got the signal.
 
     Args:
       config: the run's configuration.
@@ -150,10 +156,12 @@ def fit(
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
         Report(workdir, total, config.batch_size) as report,
     ):
-        iterator = batches(source, config.batch_size, config.seed)
+        rows = parallel.local_rows(config.batch_size, mesh)
+        iterator = batches(source, config.batch_size, config.seed, rows)
         found = checkpoints.restore_latest(_with_shardings(abstract, shardings))
         if found is None:
             start, window = 0, {}
+            params = parallel.put(params, parallel.shard_state(params, mesh))
             state = jax.jit(create, out_shardings=shardings)(params)
         else:
             start, (state, position, window) = found
@@ -164,7 +172,7 @@ def fit(
         what = f"{config.name}: {_count(state.params)} on {_devices()}, in {workdir}"
         logging.info("%s, %s step %d of %d", what, "after" if start else "from", start, total)
 
-        frozen = jax.device_put(frozen, parallel.shard_state(frozen, mesh))
+        frozen = parallel.put(frozen, parallel.shard_state(frozen, mesh))
         train_step = jax.jit(
             make_step(objective, optimizer, config),
             donate_argnums=0,
@@ -196,7 +204,7 @@ def fit(
             for every, hook in hooks:
                 if every and step % every == 0:
                     hook(step, state.ema)
-            stop = signals.received
+            stop = processes.preempted() if processes.joined() else signals.received
             if step % config.checkpoint.every == 0 or last or stop:
                 settle(leave=0)
                 # The input's position belongs to the state: both after `step` batches.
@@ -255,6 +263,8 @@ def _count(params: dict) -> str:
 class Signals:
     """Notes SIGTERM and SIGINT instead of dying of them, so that a step can end and be saved.
 
+    Of several processes, JAX notes SIGTERM, for all: see `processes.preempted`. SIGINT is made one.
+
     Args:
       interrupt: raise `Interrupted` at once instead: outside of steps there is nothing to save.
     """
@@ -264,8 +274,11 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         self.received = False
+        handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
+        if processes.joined():
+            handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
         self._previous = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+            number: signal.signal(number, handler) for number, handler in handlers.items()
         }
         return self
 

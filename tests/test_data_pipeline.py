@@ -1,6 +1,5 @@
 """The input pipeline: every example once an epoch, the same stream from any point."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -55,18 +54,28 @@ def test_a_stream_goes_on_from_its_saved_position(point):
     np.testing.assert_array_equal(take(restored, 20 - point), whole[point:])
 
 
-def test_processes_share_a_batch_without_overlap(monkeypatch):
-    whole = take(batches(Numbers(24), 6, seed=0), 4)
-    parts = []
-    for index in range(2):
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        parts.append(take(batches(Numbers(24), 6, seed=0), 4))
-    assert parts[0].shape == parts[1].shape == (4, 3)
-    for step in range(4):
-        assert set(whole[step]) == set(parts[0][step]) | set(parts[1][step])
-    with pytest.raises(ValueError, match="batch_size: 5 does not divide among 2 processes"):
-        batches(Numbers(24), 5, seed=0)
+@pytest.mark.parametrize("shares", [([0, 1, 2], [3, 4, 5]), ([0, 3], [1, 4], [2, 5])])
+def test_processes_read_the_rows_of_one_stream(shares):
+    """Together the batches of one process, from the same position."""
+    single = batches(Numbers(24), 6, seed=0)
+    whole = take(single, 9)
+    for rows in shares:
+        part = batches(Numbers(24), 6, seed=0, rows=rows)
+        np.testing.assert_array_equal(take(part, 9), whole[:, rows])
+        assert part.get_state() == single.get_state()
+
+
+def test_no_row_of_another_process_is_read():
+    read = []
+
+    class Watched(Numbers):
+        def __getitem__(self, index):
+            read.append(int(index))
+            return super().__getitem__(index)
+
+    whole = take(batches(Numbers(24), 6, seed=0), 4)  # an epoch
+    take(batches(Watched(24), 6, seed=0, rows=[4, 5]), 4)
+    assert set(read[:8]) == set(whole[:, 4:].ravel())
 
 
 def test_a_batch_larger_than_the_data_is_refused():

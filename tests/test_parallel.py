@@ -1,5 +1,6 @@
 """The mesh and the table of shardings; and that neither changes what is computed."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,7 +14,16 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from regression import Regression, Source, frozen, parameters, small_config
 
 from jax_distill import checkpoint, train
-from jax_distill.parallel import AXES, make_mesh, parameter_spec, shard_batch, shard_state
+from jax_distill.parallel import (
+    AXES,
+    local_rows,
+    make_mesh,
+    mesh_shape,
+    parameter_spec,
+    shard_batch,
+    shard_state,
+    slice_shape,
+)
 
 MESH = AbstractMesh((2, 4, 2), AXES)
 
@@ -66,23 +76,67 @@ def test_the_state_is_sharded_by_the_paths_of_its_leaves():
         ((2, -1, 2), 8, (2, 2, 2)),
         ((-1, 2, 1), 8, (4, 2, 1)),
         ((2, 2, 2), 8, (2, 2, 2)),
-        ((-1, -1, 1), 8, "only one of data, fsdp, tensor may be -1"),
-        ((3, -1, 1), 8, "does not divide 8 devices"),
-        ((0, -1, 1), 8, "does not divide 8 devices"),
-        ((-2, 1, 1), 8, "does not divide 8 devices"),
-        ((2, 2, 1), 8, "needs 4 devices, there are 8"),
-        ((2, 2, 4), 8, "does not divide 8 devices"),
+        ((-1, -1, 1), 8, "mesh: only one of data, fsdp, tensor may be -1"),
+        ((3, -1, 1), 8, "mesh.data: 3 does not divide 8 devices; .* one of 1, 2, 4, 8$"),
+        ((0, -1, 1), 8, "mesh.data: 0 does not divide 8 devices"),
+        ((-2, 1, 1), 8, "mesh.data: -2 does not divide 8 devices"),
+        ((1, 4, 1), 8, "mesh: .* needs 4 devices, there are 8; make one of data, fsdp, tensor -1"),
+        ((2, 2, 4), 8, "mesh.tensor: 4 does not divide the 2 of 8 devices left; .* one of 1, 2$"),
+        ((-1, 8, 3), 24, (1, 8, 3)),
+        ((-1, 8, 9), 24, "mesh.tensor: 9 does not divide the 3 of 24 devices left; .* 1, 3$"),
     ],
 )
-def test_a_mesh_uses_all_devices_or_says_why_not(monkeypatch, sizes, devices, expected):
-    monkeypatch.setattr(jax, "device_count", lambda: devices)
-    monkeypatch.setattr(jax, "make_mesh", lambda shape, axes, axis_types: (shape, axes))
+def test_a_mesh_uses_all_devices_or_says_why_not(sizes, devices, expected):
     sizes = dict(zip(AXES, sizes))
     if isinstance(expected, str):
-        with pytest.raises(ValueError, match=f"mesh: .*{expected}"):
-            make_mesh(sizes)
+        with pytest.raises(ValueError, match=expected):
+            mesh_shape(sizes, devices)
     else:
-        assert make_mesh(sizes) == (expected, AXES)
+        assert mesh_shape(sizes, devices) == expected
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a mesh wants to know of a device."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+@pytest.mark.parametrize(
+    ("shape", "outer"),
+    [
+        ((2, 4, 1), (2, 1, 1)),
+        ((4, 1, 2), (2, 1, 1)),
+        ((1, 8, 1), (1, 2, 1)),
+        ((1, 4, 2), (1, 2, 1)),
+    ],
+)
+def test_slices_lie_along_data_or_fsdp(shape, outer):
+    """The devices of a slice are one block of the mesh; no tensor-parallel group leaves one."""
+    chips = [Chip(index, index // 4) for index in range(8)]
+    mesh = make_mesh(dict(zip(AXES, shape)), chips)
+    assert mesh.devices.shape == shape and slice_shape(shape, 2) == outer
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    inner = [size // across for size, across in zip(shape, outer)]
+    np.testing.assert_array_equal(slices, np.kron(np.arange(2).reshape(outer), np.ones(inner)))
+
+
+def test_a_mesh_that_cuts_slices_is_refused():
+    chips = [Chip(index, index // 2) for index in range(8)]
+    with pytest.raises(ValueError, match="cuts the 4 slices .* make mesh.data a multiple of 4"):
+        make_mesh({"data": 1, "fsdp": 2, "tensor": 4}, chips)
+
+
+def test_each_process_holds_its_rows():
+    mesh = make_mesh({"data": 1, "fsdp": -1, "tensor": 1})
+    np.testing.assert_array_equal(local_rows(4, mesh), np.arange(4))
+    wide = AbstractMesh((2, 4, 2), AXES)
+    with pytest.raises(ValueError, match="batch_size: 12 does not divide among 8 devices"):
+        local_rows(12, wide)
 
 
 def test_a_batch_is_split_along_its_first_axis():
@@ -94,35 +148,44 @@ def test_a_batch_is_split_along_its_first_axis():
 
 SHARDED = """
     import json, os, sys
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
     sys.path.insert(0, {tests!r})
     from pathlib import Path
     import jax
     from regression import Regression, Source, frozen, parameters, small_config
-    from jax_distill import train
+    from jax_distill import parallel, train
 
-    config = small_config(mesh__data=2, mesh__fsdp=2)
-    average = train.fit(
-        config, Path({workdir!r}), Regression(), parameters(), frozen(), Source()
-    )
-    print(json.dumps([jax.device_count(), str(average["network"]["kernel"].sharding.spec)]))
+    every = parallel.make_mesh
+    for devices, sizes, steps in ((8, (2, 4), 4), (4, (2, 2), 8)):
+        mesh = dict(mesh__data=sizes[0], mesh__fsdp=sizes[1], batch_size=8)
+        parallel.make_mesh = lambda sizes: every(sizes, jax.devices()[:devices])
+        config = small_config(total_steps=steps, optimizer__schedule="constant", **mesh)
+        average = train.fit(
+            config, Path({workdir!r}), Regression(), parameters(), frozen(), Source()
+        )
+        place = average["network"]["kernel"].sharding
+        print(json.dumps([len(place.device_set), str(place.spec)]))
 """
 
 
-def test_a_run_on_four_devices_is_the_run_on_one(tmp_path):
-    """To rounding; and its checkpoint is read on one device."""
+def test_a_run_goes_from_eight_devices_to_four_to_one(tmp_path):
+    """And is the run on one, to rounding."""
     root = Path(__file__).parents[1]
     sharded, single = tmp_path / "sharded", tmp_path / "single"
     code = textwrap.dedent(SHARDED).format(tests=str(root / "tests"), workdir=str(sharded))
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    devices, spec = json.loads(done.stdout.splitlines()[-1])
-    assert devices == 4 and "fsdp" in spec
-    config = small_config()
-    expected = train.fit(config, single, Regression(), parameters(), frozen(), Source())
-    found = checkpoint.load_averaged(sharded)
+    for line, expected in zip(done.stdout.splitlines()[-2:], (8, 4), strict=True):
+        devices, spec = json.loads(line)
+        assert devices == expected and "fsdp" in spec
+    config = small_config(optimizer__schedule="constant", batch_size=8)
+    start = Regression(), parameters(), frozen(), Source()
+    found = train.fit(config, sharded, *start)
+    expected = train.fit(config, single, *start)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
         assert len(a.sharding.device_set) == 1
+    for a, b in zip(*(jax.tree.leaves(checkpoint.load_averaged(d)) for d in (sharded, single))):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -67,33 +67,38 @@ class EmbeddedLatents:
         return [record.caption for record in records], text
 
 
-def batches(source, batch_size: int, seed: int) -> grain.DatasetIterator:
+def batches(
+    source, batch_size: int, seed: int, rows: Sequence[int] | None = None
+) -> grain.DatasetIterator:
     """An endless stream of shuffled batches whose position can be saved and restored.
 
-    Each process reads its own share. Position and order depend on (source, batch size, seed) alone.
+    Position and order depend on (source, batch size, seed) alone; how many processes read, and
+    which rows, makes no difference to either.
 
     Args:
       source: random-access, of `Batch` without the leading axis.
       batch_size: of all processes together.
       seed: of the shuffle, which differs from epoch to epoch.
+      rows: those of each batch that are read here, see `parallel.local_rows`; all by default.
 
     Raises:
       ValueError: see `check_batch_size`.
     """
     check_batch_size(batch_size, len(source))
-    processes = jax.process_count()
-    dataset = grain.MapDataset.source(source).shuffle(seed=seed)
-    dataset = dataset.repeat()[jax.process_index() :: processes]
-    dataset = dataset.batch(batch_size // processes, drop_remainder=True)
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    indices = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
+
+    def read(batch: np.ndarray) -> Batch:
+        examples = [source[index] for index in batch[rows]]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
+
+    dataset = indices.batch(batch_size, drop_remainder=True).map(read)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(dataset.to_iter_dataset(options))
 
 
 def check_batch_size(batch_size: int, examples: int, key: str = "batch_size") -> None:
-    """Raises ValueError if a batch is larger than the data or does not divide among processes."""
-    processes = jax.process_count()
-    if batch_size % processes:
-        raise ValueError(f"{key}: {batch_size} does not divide among {processes} processes")
+    """Raises ValueError if a batch is larger than the data."""
     if batch_size > examples:
         raise ValueError(
             f"{key}: {batch_size} is more than the {examples} examples there are; lower it or raise"

@@ -1,0 +1,113 @@
+"""One training step on meshes of eight virtual devices beside the step on one.
+
+`python tests/mesh_steps.py scm adamw 8x1x1,2x2x2` prints a JSON object of each mesh: how far the
+loss, the gradient's norm and the parameters are from those of one device, relatively, and which of
+the collectives gather a stack of layers.
+"""
+
+import json
+import math
+import os
+import re
+import sys
+
+if __name__ == "__main__":
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+from tiny_runs import PAIR, STUDENT, random_parameters, settings
+
+from jax_distill import build, parallel, train
+from jax_distill.objectives.objective import Batch
+from jax_distill.optimizer import make_optimizer
+
+LAYERS = 3  # a size that nothing else has
+SIZES = {
+    "num_single_layers": LAYERS,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "axes_dims_rope": (2, 2, 4),
+}
+METHODS = {
+    "scm": ({"name": "scm"}, STUDENT),
+    "meanflow": ({"name": "meanflow"}, PAIR),
+    "imm": ({"name": "imm", "particles": 2}, PAIR),
+}
+ROWS = 8
+GATHER = re.compile(r"= (\(?[^=]*?) all-gather(?:-start)?\(")
+
+
+def prepare(method: str, optimizer: str):
+    """(configuration, objective, optimizer, student's parameters, frozen, batch)."""
+    objective, model = METHODS[method]
+    config = settings(objective, **SIZES, **model)
+    teacher = settings({"name": "time_rescale"}, **SIZES, **STUDENT)
+    with config.unlocked():
+        config.batch_size, config.optimizer.name = ROWS, optimizer
+        # Adam's first step is the gradient's sign, where that is no more than rounding too.
+        config.optimizer.epsilon = 1e-4
+    rng = np.random.default_rng(0)
+    text = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32),
+        build.text_like(config, ROWS),
+    )
+    x = rng.standard_normal((ROWS, *build.token_shape(config))).astype(np.float32)
+    frozen = {"teacher": random_parameters(teacher, 1), "null": jax.tree.map(lambda t: t[:1], text)}
+    return (
+        config,
+        build.objective(config, teacher),
+        make_optimizer(config.optimizer, 10),
+        random_parameters(config),
+        frozen,
+        Batch(x, text),
+    )
+
+
+def take(sizes, config, objective, optimizer, params, frozen, batch):
+    """The state and the metrics after a step on a mesh, in host memory, and the program."""
+    devices = jax.devices()[: math.prod(sizes)]
+    mesh = parallel.make_mesh(dict(zip(parallel.AXES, sizes)), devices)
+    state = train.init_state(objective, optimizer, params, 0)
+    places = parallel.shard_state(state, mesh)
+    state = jax.device_put(state, places)
+    frozen = parallel.put(frozen, parallel.shard_state(frozen, mesh))
+    batch = parallel.shard_batch(batch, mesh)
+    step = jax.jit(train.make_step(objective, optimizer, config), out_shardings=(places, None))
+    program = step.lower(state, frozen, batch).compile({"xla_backend_optimization_level": 0})
+    state, metrics = jax.device_get(program(state, frozen, batch))
+    return state.params, metrics, program.as_text()
+
+
+def gathered_stacks(program: str, params: dict) -> tuple[int, list[str]]:
+    """How many all-gathers a compiled program has, and which of them make a whole stack."""
+    stacks = {tuple(sorted(p.shape)) for p in jax.tree.leaves(params) if p.ndim == 3}
+    stacks = {shape for shape in stacks if shape[0] > 1}  # one layer is gathered to be used
+    found = GATHER.findall(program)
+    shapes = [shape for result in found for shape in re.findall(r"\[([\d,]+)\]", result)]
+    whole = [s for s in shapes if tuple(sorted(map(int, s.split(",")))) in stacks]
+    return len(found), whole
+
+
+def main(method: str, optimizer: str, meshes: str) -> None:
+    prepared = prepare(method, optimizer)
+    expected, reference, _ = take((1, 1, 1), *prepared)
+    report = {}
+    for name in meshes.split(","):
+        found, metrics, program = take(tuple(map(int, name.split("x"))), *prepared)
+        gathers, whole = gathered_stacks(program, expected)
+        leaves = zip(jax.tree.leaves(expected), jax.tree.leaves(found))
+        report[name] = {
+            "loss": abs(float(metrics["loss"] / reference["loss"]) - 1),
+            "parameters": max(float(np.linalg.norm(a - b) / np.linalg.norm(a)) for a, b in leaves),
+            "gradient_norm": abs(float(metrics["gradient_norm"] / reference["gradient_norm"]) - 1),
+            "gathers": gathers,
+            "whole": whole,
+        }
+        print(name, report[name], file=sys.stderr, flush=True)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

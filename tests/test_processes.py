@@ -1,0 +1,202 @@
+"""Several processes: how they find each other; that the run is the one of a single process.
+
+Two of them train; four as well with JAX_DISTILL_SLOW_TESTS=1.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from regression import Regression, Source, frozen, parameters, small_config
+
+from jax_distill import processes, train
+from jax_distill.checkpoint import Checkpoints
+from jax_distill.optimizer import make_optimizer
+
+ROOT = Path(__file__).parents[1]
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "node[1-2]",
+    "SLURM_NTASKS": "2",
+    "SLURM_PROCID": "1",
+    "SLURM_LOCALID": "0",
+}
+
+
+@pytest.fixture
+def join(monkeypatch):
+    """Joins with flags and an environment; returns what `jax.distributed` is asked, if it is."""
+    asked = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: asked.append((*a, k)))
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    for name in (*VARIABLES, *SLURM):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(given, environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        values = flags.FlagValues()
+        with monkeypatch.context() as patch:
+            patch.setattr(flags, "FLAGS", values)
+            patch.setattr(flags, "DEFINE_string", _into(flags.DEFINE_string, values))
+            patch.setattr(flags, "DEFINE_integer", _into(flags.DEFINE_integer, values))
+            processes.define_flags()
+            values(["main", *given])
+            processes.join()
+        return asked
+
+    return run
+
+
+def _into(define, values):
+    return lambda *arguments: define(*arguments, flag_values=values)
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "expected"),
+    [
+        ([], {}, []),
+        (["--num_processes=1"], SLURM, []),
+        ([], {**SLURM, "SLURM_NTASKS": "1"}, []),
+        ([], SLURM, [(None, None, None)]),  # `jax.distributed` finds out itself
+        (
+            ["--coordinator_address=host:1", "--num_processes=4", "--process_id=3"],
+            {},
+            [("host:1", 4, 3)],
+        ),
+        ([], dict(zip(VARIABLES, ("host:2", "2", "1"))), [("host:2", 2, 1)]),
+        (["--process_id=0"], dict(zip(VARIABLES, ("host:2", "2", "1"))), [("host:2", 2, 0)]),
+    ],
+)
+def test_processes_are_named_by_flags_by_variables_or_by_the_cluster(
+    join, given, environment, expected
+):
+    asked = join([*given, "--heartbeat_timeout_seconds=9"], environment)
+    assert asked == [(*call, {"heartbeat_timeout_seconds": 9}) for call in expected]
+
+
+def test_what_is_missing_is_said(join, monkeypatch):
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES: 'two' is not a whole number"):
+        join([], {"JAX_NUM_PROCESSES": "two"})
+
+    def initialize(*arguments, **options):
+        raise ValueError("Number of processes must be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match=r"each other \(Number of .*\); give .*--num_processes"):
+        join(["--coordinator_address=host:1"], {"JAX_NUM_PROCESSES": ""})
+
+
+DRIVER = """
+    import os, signal, sys, time
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path.insert(0, {tests!r})
+    import jax
+    from regression import Regression, Source, frozen, parameters, small_config
+    from jax_distill import commands, experiment, main, preflight, train
+
+    first, number, last = {signalled!r}
+
+    def run(config, workdir):
+        def hook(step, params):
+            print("step", step, flush=True)
+            if jax.process_index() == 1 and step == first:
+                os.kill(os.getpid(), number)
+            if first and step >= first:
+                time.sleep(0.2)  # as long as a step is; the signal is noticed within a second
+
+        start = small_config(total_steps=last), workdir, Regression(), parameters(), frozen()
+        train.fit(*start, Source(), hooks=[(1, hook)])
+
+    preflight.check = lambda config, workdir: None
+    experiment.run = run
+    commands.run(main.main)
+"""
+TOTAL = 40
+
+
+def run_processes(workdir, count, *, step=0, number=signal.SIGTERM):
+    """Trains in `count` processes, of which the second is sent a signal in a step; exit codes,
+    what they printed, and what they logged."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    tests = str(ROOT / "tests")
+    code = textwrap.dedent(DRIVER).format(tests=tests, signalled=(step, int(number), TOTAL))
+    flags_ = ["--config=configs/teacher.py", f"--workdir={workdir}", f"--num_processes={count}"]
+    flags_ += [f"--coordinator_address=localhost:{port}", "--heartbeat_timeout_seconds=10"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *flags_, f"--process_id={index}"],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [process.returncode for process in running], *zip(*outputs)
+
+
+def final_state(workdir, config):
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    like = train.init_state(Regression(), optimizer, parameters(), config.seed)
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        assert checkpoints.latest == config.total_steps
+        return checkpoints.restore(config.total_steps, like)
+
+
+def logged(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: (line["loss"], line["gradient_norm"]) for line in lines}
+
+
+@pytest.mark.parametrize("count", [2, 4] if "JAX_DISTILL_SLOW_TESTS" in os.environ else [2])
+def test_processes_are_killed_stopped_and_go_on_as_one(tmp_path, count):
+    """And at the end all is as if it had been one process from the beginning."""
+    config = small_config(total_steps=TOTAL)
+    start = Regression(), parameters(), frozen(), Source()
+    train.fit(config, tmp_path / "single", *start)
+    workdir = tmp_path / "several"
+
+    codes, _, errors = run_processes(workdir, count, step=9, number=signal.SIGKILL)
+    assert codes[1] == -signal.SIGKILL and all(codes), errors
+    assert (workdir / "checkpoints" / "4").is_dir()  # that of step 8 may not have been complete
+
+    codes, printed, errors = run_processes(workdir, count, step=14)
+    assert not any(codes), errors
+    steps = [
+        [int(line[5:]) for line in out.splitlines() if line.startswith("step ")] for out in printed
+    ]
+    stopped = [taken[-1] for taken in steps]
+    assert steps[0][0] in (5, 9) and len(set(stopped)) == 1 and 14 <= stopped[0] < TOTAL
+    assert f"saved at step {stopped[0]}; run the same command to go on" in errors[0]
+    assert "regression" in errors[0] and "regression" not in "".join(errors[1:])  # one process logs
+    assert (workdir / "checkpoints" / str(stopped[0])).is_dir()
+    written = [path.name for path in workdir.glob("events.out.tfevents.*")]
+    assert len(written) == 2  # one for each start
+
+    train.fit(config, workdir, *start)
+    expected, found = (final_state(tmp_path / name, config) for name in ("single", "several"))
+    assert expected.position == found.position
+    for a, b in zip(jax.tree.leaves(expected.state), jax.tree.leaves(found.state)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    expected, found = logged(tmp_path / "single"), logged(workdir)
+    assert expected.keys() == found.keys()
+    for step, values in expected.items():
+        np.testing.assert_allclose(values, found[step], rtol=1e-5)
