@@ -53,6 +53,12 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
                 "batch_size": 64,
                 "learning_rate": 1e-3,
             },
+            "lora": {  # adapters beside the frozen teacher, see adapters.py
+                "rank": 0,  # 0: all of the student is trained
+                "alpha": 16.0,  # adapters count alpha / rank times
+                "targets": "blocks/",  # a pattern of the paths of kernels that have one
+                "base": "",  # or "int8": how the frozen kernels of the blocks are kept
+            },
             "model": {
                 "in_channels": 64,
                 "num_layers": 2,
@@ -119,7 +125,7 @@ def student(preset: str = "") -> ConfigDict:
     nothing. A config file calls `shorten` for it, when all else is set. The preset "flux_lite" is
     `flux`.
     """
-    config = base(preset, presets=("", "smoke", "flux_lite"))
+    config = base(preset, presets=("", "smoke", "flux_lite", "lora"))
     if preset == "flux_lite":
         return flux(config)
     config.batch_size = 64

@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jax_distill import build, checkpoint, embedded, parallel, ported, worlds
+from jax_distill import adapters, build, checkpoint, embedded, parallel, ported, worlds
 from jax_distill import config as configuration
 from jax_distill.flow import Text
+from jax_distill.models import lora
 from jax_distill.objectives.objective import Objective
 from jax_distill.worlds import World
 from jax_distill.worlds.flux import load_stored, ported_config
@@ -225,4 +226,12 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
     checkpoint.complete_steps(workdir)
     if config.get("world", "shapes") == "flux":
         mesh = mesh or parallel.make_mesh(parallel.ALL_FSDP)
-    return Pipeline(config, functools.partial(checkpoint.load_averaged, workdir, mesh))
+
+    def read() -> dict:
+        params = checkpoint.load_averaged(workdir, mesh)
+        if adapters.settings(config) is None:
+            return params
+        teacher = load(config.teacher.checkpoint or EMBEDDED, mesh=mesh).params["network"]
+        return adapters.whole(config, adapters.held(config, lora.merged(teacher)), params)
+
+    return Pipeline(config, read)
