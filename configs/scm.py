@@ -20,9 +20,9 @@ from jax_distill.config import shorten, student
 
 def get_config(preset: str = ""):
     config = student(preset)
-    config.name = "scm"
-    if preset == "flux_lite":
-        config.name = "scm_flux_lite"
+    config.name = "scm_lora" if preset == "lora" else "scm"
+    if preset.startswith("flux_lite"):
+        config.name = f"scm_{preset}"
         config.objective = objective_settings("scm")
         return config.lock()
     config.total_steps = 600
@@ -35,13 +35,6 @@ def get_config(preset: str = ""):
         tangent_constant=10.0,
         weighting="sum",
     )
-    if preset == "lora":
-        config.name = "scm_lora"
-        # Of the guidance embedder, whose first layer makes features, the second is trained.
-        config.optimizer.frozen = "time_embedder|guidance_embedder/linear_1"
-        config.rescale.learning_rate = 3e-3
-        config.lora.rank = 2
-        config.lora.targets = "blocks/(?!text/mlp)"
     if preset == "smoke":
         shorten(config)
     return config.lock()

@@ -7,16 +7,22 @@ and what the objective trains besides, such as sCM's logvar. All else is the tea
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from jax_distill import parallel
+from jax_distill.checkpoint import bit_sums
 from jax_distill.config import ConfigError
+from jax_distill.files import write_json
 from jax_distill.models import lora
 from jax_distill.objectives.objective import Batch, Objective
+
+TEACHER = "teacher.json"  # in a workdir: what its frozen parameters were when it began
 
 BASES = ("", "int8")
 """What `lora.base` may be: how the frozen kernels are kept."""
@@ -98,3 +104,33 @@ def held(config: ConfigDict, teacher: dict) -> dict:
         teacher = lora.quantized(teacher)
     mesh = parallel.make_mesh(config.mesh)
     return jax.device_put(teacher, parallel.shard_state(teacher, mesh))
+
+
+def check_teacher(
+    config: ConfigDict, workdir: Path, teacher: Mapping[str, Any], *, note: bool = False
+) -> None:
+    """Checks that adapters are laid beside the parameters that they were trained beside.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      teacher: parameters of the frozen network, as `held` keeps them.
+      note: writes down what they are, where that is not known.
+
+    Raises:
+      ValueError: the teacher has changed.
+    """
+    if settings(config) is None:
+        return
+    path = workdir / TEACHER
+    if not path.exists() and not note:
+        return
+    found = {"checksum": int(bit_sums({"teacher": teacher})["teacher"])}
+    if path.exists() and json.loads(path.read_text()) != found:
+        raise ValueError(
+            f"teacher.checkpoint: '{config.teacher.checkpoint or 'embedded'}' is no longer what the"
+            f" adapters in '{workdir}' were trained beside; put the old one back, or train anew in"
+            " another --workdir"
+        )
+    if not path.exists() and jax.process_index() == 0:
+        write_json(path, found)

@@ -24,6 +24,7 @@ from jax_distill.models.binding import binder, parameters
 from jax_distill.models.latents import LatentCodec
 from jax_distill.objectives import time_rescale
 from jax_distill.objectives.autoencoder import AutoencoderObjective
+from jax_distill.pipeline import held
 from jax_distill.train import Interrupted
 from jax_distill.worlds import Source
 
@@ -101,6 +102,7 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     """Makes a few-step student of a teacher: time rescale, the objective, and the evaluation."""
     config, teacher = with_teacher(config)
     configuration.save(config, workdir)
+    adapters.check_teacher(config, workdir, teacher.params["network"], note=True)
     world = teacher.world
     source = world.source(workdir)
     origin = start = teacher
@@ -156,6 +158,7 @@ def rescale(
     """The teacher with the student's inputs: t for 1000 t, and the guidance scale embedded."""
     configuration.save(config, workdir)
     original = teacher.params["network"]
+    adapters.check_teacher(config, workdir, original, note=True)
     initial = rescaled_parameters(config, teacher.config, original)
     objective = build.objective(config, teacher.config)
     frozen = {"teacher": original, "null": source.null}
@@ -322,14 +325,3 @@ def rescaled_parameters(config: ConfigDict, teacher: ConfigDict, params: dict) -
 def of_whole(hook: Callable[[int, dict], None], whole: Callable[[dict], dict]):
     """A hook of training, given whole parameters."""
     return lambda step, params: hook(step, whole(params))
-
-
-def held(params: dict, dtype: str) -> dict:
-    """Parameters that are not trained, no wider than the computation, which would narrow them."""
-
-    def narrow(leaf):
-        if isinstance(leaf, lora.Quantized):
-            return leaf
-        return leaf.astype(dtype) if leaf.dtype.itemsize > jnp.dtype(dtype).itemsize else leaf
-
-    return jax.tree.map(narrow, params, is_leaf=lambda leaf: isinstance(leaf, lora.Quantized))

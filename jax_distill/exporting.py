@@ -194,7 +194,26 @@ def _card(
             if hasattr(objective, name)
         },
         scores=_scores(weights),
+        base=_base(weights) if layout == "lora" else None,
         **world,
+    )
+
+
+def _base(weights: Weights) -> model_card.Base:
+    """What adapters are beside."""
+    teacher = weights.teacher
+    folder = "embedded" if teacher.folder is None else str(teacher.folder)
+    if teacher.folder is not None and ported.is_ported(teacher.folder):
+        where = f"the diffusers folder that '{folder}' was ported from"
+    else:
+        command = f"python -m jax_distill.export --checkpoint={folder} --output=FLUX"
+        where = f"what `{command}` makes"
+    inputs = ("guidance_embeds", "interval_embeds")
+    return model_card.Base(
+        where=where,
+        rank=weights.config.lora.rank,
+        int8=weights.config.lora.base == "int8",
+        same_inputs=all(weights.config.model[key] == teacher.config.model[key] for key in inputs),
     )
 
 
@@ -211,9 +230,10 @@ def _shapes(
     weights: Weights, folder: Path, layout: str, config: MMDiTConfig, residual: float | None
 ) -> model_card.Card:
     """Writes what belongs to a network of the shapes world; returns its card."""
-    params, description = embedded.load("autoencoder")
-    autoencoder = AutoencoderConfig.from_dict(description).to_dict()
-    exported.write_autoencoder(folder, autoencoder, jax.tree.map(StoredLeaf, params))
+    if layout != "lora":
+        params, description = embedded.load("autoencoder")
+        autoencoder = AutoencoderConfig.from_dict(description).to_dict()
+        exported.write_autoencoder(folder, autoencoder, jax.tree.map(StoredLeaf, params))
     world, captions = worlds.of(weights.config), preview_captions(EXAMPLES)
     text, null = world.encode(captions), world.null
     examples = {
@@ -224,7 +244,10 @@ def _shapes(
     }
     examples = {name: np.ascontiguousarray(x, np.float32) for name, x in examples.items()}
     write_atomically(folder / "examples.safetensors", safetensors.numpy.save(examples))
-    return _card(weights, layout, config, residual, captions=captions)
+    has_autoencoder = layout != "lora"  # which stands beside the base's weights
+    return _card(
+        weights, layout, config, residual, captions=captions, has_autoencoder=has_autoencoder
+    )
 
 
 def _flux(
@@ -244,6 +267,7 @@ def _flux(
     if home is not None:
         described = ported.describe(home)
         parts, names, scheduler = (described[key] for key in ("parts", "names", "scheduler"))
+    if home is not None and layout != "lora":
         tree = open_tree(home / "autoencoder")
         exported.write_autoencoder(folder, parts["autoencoder"], tree)
     if home is not None and layout == "diffusers":
@@ -259,6 +283,6 @@ def _flux(
         residual,
         text_length=weights.config.data.text_length,
         scheduler=scheduler,
-        has_autoencoder=home is not None,
+        has_autoencoder=home is not None and layout != "lora",
         has_text=home is not None and layout == "diffusers",
     )

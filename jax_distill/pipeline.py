@@ -188,6 +188,17 @@ class Pipeline:
         return self._samplers[resolution, steps]
 
 
+def held(params: dict, dtype: str) -> dict:
+    """Parameters that are not trained, no wider than the computation, which would narrow them."""
+
+    def narrow(leaf):
+        if isinstance(leaf, lora.Quantized):
+            return leaf
+        return leaf.astype(dtype) if leaf.dtype.itemsize > jnp.dtype(dtype).itemsize else leaf
+
+    return jax.tree.map(narrow, params, is_leaf=lambda leaf: isinstance(leaf, lora.Quantized))
+
+
 def _everywhere(params: dict) -> NamedSharding | None:
     """A copy on each device of the mesh that the parameters lie on, if they lie on one."""
     place = getattr(jax.tree.leaves(params)[0], "sharding", None)
@@ -232,6 +243,8 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
         if adapters.settings(config) is None:
             return params
         teacher = load(config.teacher.checkpoint or EMBEDDED, mesh=mesh).params["network"]
-        return adapters.whole(config, adapters.held(config, lora.merged(teacher)), params)
+        teacher = adapters.held(config, held(lora.merged(teacher), config.dtype))
+        adapters.check_teacher(config, workdir, teacher)
+        return adapters.whole(config, teacher, params)
 
     return Pipeline(config, read)
