@@ -22,7 +22,16 @@ from random_text import compiled_quickly, jit
 from safetensors.torch import load_file
 from tiny_runs import GUIDANCE, RUNS, State, random_parameters, run_program, save_run
 
-from jax_distill import adapters, build, checkpoint, commands, config, main, pipeline
+from jax_distill import (
+    adapters,
+    build,
+    checkpoint,
+    commands,
+    config,
+    main,
+    parallel,
+    pipeline,
+)
 from jax_distill.data import records
 from jax_distill.evaluation.metrics import read_metrics
 from jax_distill.exporting import export
@@ -33,7 +42,7 @@ from jax_distill.objectives.objective import Batch
 from jax_distill.porting import port
 
 ROOT = Path(__file__).parents[1]
-METHODS = ("scm", "meanflow", "imm", "time_rescale")
+METHODS = ("meanflow", "imm", "time_rescale")
 TEACHER = RUNS["flow_matching"]
 
 
@@ -182,21 +191,18 @@ def test_int8_kernels_are_nearest_and_never_wide_outside_their_product():
     small = lora.quantized(frozen)
     kinds = {path: type(leaf) is lora.Quantized for path, leaf in flat(small).items()}
     assert kinds == {p: "blocks/" in p and p.endswith("/kernel") for p in flat(frozen)}
-    settings = student("scm")
-    shape = (2, *build.token_shape(settings))
-    x, t, guidance = jnp.ones(shape), jnp.full(2, 0.3), jnp.full(2, GUIDANCE)
-    velocity = jit(build.network(settings).velocity)
-    one, other = (
-        velocity(
-            adapters.settings(settings).attach(base, state_of(settings)),
-            x,
-            t,
-            build.text_like(settings, 2),
-            guidance,
-        )
-        for base in (small, lora.merged(small))
-    )
-    assert_close(one, other, 1e-5)
+
+
+def test_frozen_kernels_are_sharded_as_plain_ones_whatever_their_kind():
+    mesh = jax.sharding.AbstractMesh((1, 2, 2), parallel.AXES)
+    frozen, state = networks()
+    plain = flat(parallel.shard_state(frozen, mesh))
+    whole = adapters.settings(student("scm")).attach(lora.quantized(frozen), state)
+    for path, place in flat(parallel.shard_state(whole, mesh)).items():
+        if isinstance(place, lora.Adapted):
+            assert place.base.values.spec == plain[path].spec
+            assert place.base.scale.spec[-1] == plain[path].spec[-1]
+            assert place.lora_a.is_fully_replicated
 
 
 @pytest.mark.parametrize(
@@ -308,7 +314,7 @@ def train(root: Path, workdir: Path, *changes: str) -> object:
         "lora.rank": 3,
         "lora.base": "",
         # So much that a few steps show.
-        "optimizer.learning_rate": 0.05,
+        "optimizer.learning_rate": 0.01,
         "optimizer.frozen": "time_embedder",
     }
     settings |= dict(change.split("=") for change in changes)
@@ -335,7 +341,7 @@ def test_only_adapters_and_embedders_are_saved_and_training_goes_on(flux, run, t
         "lora_a",
         "lora_b",
     }
-    assert max(np.abs(leaf).max() for path, leaf in saved.items() if "lora_b" in path) > 0.01
+    assert max(np.abs(leaf).max() for path, leaf in saved.items() if "lora_b" in path) > 1e-3
     assert "holds another run, of lora.rank=3 and not 2" in train(flux[1], run, "lora.rank=2")
     longer = tmp_path / "run"
     shutil.copytree(run, longer)
@@ -375,7 +381,7 @@ def test_exported_adapters_draw_the_same_in_stock_diffusers(flux, run, tmp_path)
         guidance=GUIDANCE,
         noise=noise,
     )
-    assert np.abs(draw() - expected).max() > 1e-2 * np.abs(expected).max()  # the teacher
+    assert np.abs(draw() - expected).max() > 1e-3 * np.abs(expected).max()  # the teacher
     pipe.load_lora_weights(str(tmp_path / "out"), weight_name="pytorch_lora_weights.safetensors")
     assert_close(draw(), expected, 1e-4)
 
