@@ -46,6 +46,7 @@ setup(
         "test": [
             "chex>=0.1.90",
             "diffusers>=0.42",
+            "peft>=0.17",
             "transformers>=4.56",
             "tensorflow-datasets>=4.9",
             "torch==2.13.0",

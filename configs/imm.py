@@ -5,7 +5,8 @@ python -m jax_distill.main --config=configs/imm.py
 python -m jax_distill.main --config=configs/imm.py:flux_lite
     --config.teacher.checkpoint=PORTED --config.data.path=PREPARED
 
-FLUX.1-lite-8B at 512 px on a pod; not run at that size yet.
+FLUX.1-lite-8B at 512 px on a pod; not run at that size yet. The presets `:lora` and
+`:flux_lite_lora` train adapters, as those of configs/scm.py do.
 """
 
 from jax_distill.build import objective_settings
@@ -14,10 +15,10 @@ from jax_distill.config import shorten, student
 
 def get_config(preset: str = ""):
     config = student(preset)
-    config.name = "imm"
+    config.name = "imm_lora" if preset == "lora" else "imm"
     config.model.interval_embeds = True
-    if preset == "flux_lite":
-        config.name = "imm_flux_lite"
+    if preset.startswith("flux_lite"):
+        config.name = f"imm_{preset}"
         config.evaluation.guidance = 3.5
         config.objective = objective_settings("imm")
         return config.lock()

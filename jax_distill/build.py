@@ -10,10 +10,10 @@ from flax import nnx
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jax_distill import worlds
+from jax_distill import adapters, worlds
 from jax_distill.config import ConfigError
 from jax_distill.flow import Network, Text
-from jax_distill.models import mmdit
+from jax_distill.models import lora, mmdit
 from jax_distill.objectives.flow_matching import FlowMatching
 from jax_distill.objectives.imm import IMM
 from jax_distill.objectives.meanflow import MeanFlow
@@ -74,7 +74,8 @@ def objective(
 
     Args:
       config: of the run.
-      teacher: configuration of the teacher; without one the objective can only be sampled.
+      teacher: configuration of the teacher; without one the objective can only be sampled. With
+        one, and `config.lora.rank`, it trains adapters.
       resolution: height and width of the pictures in pixels; the world's by default.
 
     Raises:
@@ -92,7 +93,11 @@ def objective(
         settings["teacher"] = teacher_velocity(teacher, resolution) if teacher is not None else None
     if {**settings_of(OBJECTIVES[name]), **settings}.get("time_shift", 0.0) is None:
         settings["time_shift"] = world.time_shift(token_shape(config, resolution)[0])
-    return OBJECTIVES[name](network(config, resolution), **settings)
+    method = OBJECTIVES[name](network(config, resolution), **settings)
+    beside = adapters.settings(config)
+    if teacher is None or beside is None:
+        return method
+    return adapters.AdapterObjective(method, beside)
 
 
 def objective_settings(name: str, **settings: Any) -> dict[str, Any]:
@@ -145,6 +150,8 @@ def abstract_loss(config: ConfigDict, teacher: ConfigDict | None = None) -> tupl
         frozen = {"null": null, "average": params}
         if teacher is not None:
             frozen["teacher"] = initial_parameters(teacher)
+            if adapters.settings(config) and config.lora.base == "int8":
+                frozen["teacher"] = lora.quantized(frozen["teacher"])
         return params, frozen, Batch(jnp.zeros((size, *token_shape(config))), text), key
 
     def loss(params, frozen, batch, key):

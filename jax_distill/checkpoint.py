@@ -192,7 +192,7 @@ def load_averaged(workdir: Path, mesh: Mesh | None = None) -> dict:
         progress = directory / str(step) / "progress" / "metadata"
         if progress.exists():
             expected = json.loads(progress.read_text())["checksums"]["ema"]
-            if int(_checksums(restored)["ema"]) != expected:
+            if int(bit_sums(restored)["ema"]) != expected:
                 raise _Changed("its checksums do not fit what it holds")
         return restored["ema"]
 
@@ -208,7 +208,7 @@ def checksums(state: Any, position: dict[str, Any]) -> dict[str, int]:
 
     Orbax notices missing and cut files, but takes a flipped bit for data.
     """
-    numbers = jax.device_get(_checksums(state._asdict()))
+    numbers = jax.device_get(bit_sums(state._asdict()))
     text = json.dumps(position, sort_keys=True)
     return {name: int(value) for name, value in numbers.items()} | {
         "data": zlib.crc32(text.encode())
@@ -216,7 +216,7 @@ def checksums(state: Any, position: dict[str, Any]) -> dict[str, int]:
 
 
 @jax.jit
-def _checksums(fields: dict[str, Any]) -> dict[str, jax.Array]:
+def bit_sums(fields: dict[str, Any]) -> dict[str, jax.Array]:
     """The sum modulo 2^32 of all bits as whole numbers, whatever the sharding."""
 
     def add(leaf: jax.Array) -> jax.Array:

@@ -53,6 +53,12 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
                 "batch_size": 64,
                 "learning_rate": 1e-3,
             },
+            "lora": {  # adapters beside the frozen teacher, see adapters.py
+                "rank": 0,  # 0: all of the student is trained
+                "alpha": 16.0,  # adapters count alpha / rank times
+                "targets": "blocks/",  # a pattern of the paths of kernels that have one
+                "base": "",  # or "int8": how the frozen kernels of the blocks are kept
+            },
             "model": {
                 "in_channels": 64,
                 "num_layers": 2,
@@ -117,11 +123,22 @@ def student(preset: str = "") -> ConfigDict:
 
     The preset "smoke" goes through every stage of a run in a minute or two; the student learns
     nothing. A config file calls `shorten` for it, when all else is set. The preset "flux_lite" is
-    `flux`.
+    `flux`. "lora" and "flux_lite_lora" train adapters beside the frozen teacher.
     """
-    config = base(preset, presets=("", "smoke", "flux_lite"))
+    config = base(preset, presets=("", "smoke", "flux_lite", "lora", "flux_lite_lora"))
     if preset == "flux_lite":
         return flux(config)
+    if preset == "flux_lite_lora":
+        flux(config)
+        config.batch_size = config.rescale.batch_size = 16
+        config.accumulate = 4
+        config.rescale.total_steps = 0  # the time embedder is refitted, and that is all
+        config.optimizer.learning_rate = 1e-4
+        config.optimizer.frozen = "time_embedder|guidance_embedder"
+        config.lora.rank = 64
+        config.lora.alpha = 64.0
+        config.lora.base = "int8"
+        return config
     config.batch_size = 64
     config.ema_decay = 0.99
     # What the student's network changes of the teacher's.
@@ -137,6 +154,12 @@ def student(preset: str = "") -> ConfigDict:
     config.optimizer.warmup_steps = 20
     config.optimizer.frozen = "time_embedder"  # refitted by hand; trained, students collapse
     config.data.examples = 12_800
+    if preset == "lora":
+        # Of the guidance embedder, whose first layer makes features, the second is trained.
+        config.optimizer.frozen = "time_embedder|guidance_embedder/linear_1"
+        config.rescale.learning_rate = 3e-3
+        config.lora.rank = 2
+        config.lora.targets = "blocks/(?!text/mlp)"
     return config
 
 

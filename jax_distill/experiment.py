@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -13,17 +13,28 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from jax_distill import build, flow, parallel, pipeline, processes, scoring, train, worlds
+from jax_distill import (
+    adapters,
+    build,
+    flow,
+    parallel,
+    pipeline,
+    processes,
+    scoring,
+    train,
+    worlds,
+)
 from jax_distill import config as configuration
 from jax_distill.data import shapes
 from jax_distill.data.pipeline import Pictures
 from jax_distill.evaluation import grids, report
 from jax_distill.files import write_json
-from jax_distill.models import autoencoder, mmdit
+from jax_distill.models import autoencoder, lora, mmdit
 from jax_distill.models.binding import binder, parameters
 from jax_distill.models.latents import LatentCodec
 from jax_distill.objectives import time_rescale
 from jax_distill.objectives.autoencoder import AutoencoderObjective
+from jax_distill.pipeline import held
 from jax_distill.train import Interrupted
 from jax_distill.worlds import Source, World
 
@@ -123,6 +134,7 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     """Makes a few-step student of a teacher: time rescale, the objective, and the evaluation."""
     config, teacher = with_teacher(config)
     begin(config, workdir)
+    adapters.check_teacher(config, workdir, teacher.params["network"], note=True)
     world = teacher.world
     source = data(world, workdir)
     origin = start = teacher
@@ -133,6 +145,7 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     initial = rescaled_parameters(config, start.config, start.params["network"])
     objective = build.objective(config, origin.config)
     frozen = {"teacher": origin.params["network"], "null": source.null}
+    whole = functools.partial(adapters.whole, config, frozen["teacher"])
     counts = {"student": config.evaluation.student_steps}
     student = pipeline.Pipeline(config, {}, world)
     preview = previewer(workdir, student, source, counts, teacher)
@@ -140,7 +153,9 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     if world.scored:
         record = scoring.recorder(workdir / scoring.SCORES, student)
         hooks.append((config.evaluation.every, record))
-    student.params = train.fit(config, workdir, objective, initial, frozen, source, hooks=hooks)
+    hooks = [(every, of_whole(hook, whole)) for every, hook in hooks]
+    trained = train.fit(config, workdir, objective, initial, frozen, source, hooks=hooks)
+    student.params = whole(trained)
     preview(config.total_steps, student.params)
     conclude(workdir, teacher=teacher, student=student)
 
@@ -153,7 +168,9 @@ def with_teacher(config: ConfigDict) -> tuple[ConfigDict, pipeline.Pipeline]:
     settings = teacher.config.copy_and_resolve_references()
     with settings.unlocked():
         settings.dtype = config.dtype
-    params = held(teacher.params, config.dtype)
+    params = {**teacher.params, "network": lora.merged(teacher.params["network"])}
+    params = held(params, config.dtype)
+    params["network"] = adapters.held(config, params["network"])
     return config, pipeline.Pipeline(settings, params, worlds.of(config))
 
 
@@ -173,10 +190,12 @@ def rescale(
     """The teacher with the student's inputs: t for 1000 t, and the guidance scale embedded."""
     begin(config, workdir)
     original = teacher.params["network"]
+    adapters.check_teacher(config, workdir, original, note=True)
     initial = rescaled_parameters(config, teacher.config, original)
     objective = build.objective(config, teacher.config)
     frozen = {"teacher": original, "null": source.null}
     params = train.fit(config, workdir, objective, initial, frozen, source)
+    params = adapters.whole(config, original, params)
     if processes.agreed(not (workdir / "rescale.json").exists()):
         old = jax.tree.map(  # of the types of the new one: all stages but the last compile as one
             lambda leaf, like: jnp.asarray(leaf, like.dtype),
@@ -306,7 +325,9 @@ def rescale_config(config: ConfigDict) -> ConfigDict:
         stage.optimizer.learning_rate = config.rescale.learning_rate
         stage.optimizer.schedule = "cosine"
         stage.optimizer.warmup_steps = config.rescale.total_steps // 10
-        stage.optimizer.frozen = "time_embedder"  # refitted; see `refit_time_embedder`
+        # Refitted, see `refit_time_embedder`; and what the student keeps as it is.
+        frozen = {"time_embedder", config.optimizer.frozen} - {""}
+        stage.optimizer.frozen = "|".join(sorted(frozen))
     return stage
 
 
@@ -337,10 +358,6 @@ def rescaled_parameters(config: ConfigDict, teacher: ConfigDict, params: dict) -
     return merged
 
 
-def held(params: dict, dtype: str) -> dict:
-    """Parameters that are not trained, no wider than the computation, which would narrow them."""
-
-    def narrow(leaf):
-        return leaf.astype(dtype) if leaf.dtype.itemsize > jnp.dtype(dtype).itemsize else leaf
-
-    return jax.tree.map(narrow, params)
+def of_whole(hook: Callable[[int, dict], None], whole: Callable[[dict], dict]):
+    """A hook of training, given whole parameters."""
+    return lambda step, params: hook(step, whole(params))

@@ -17,7 +17,8 @@ _FORMAT = flags.DEFINE_enum(
     "format",
     "diffusers",
     LAYOUTS,
-    "A diffusers folder; T2I-Distill's .pt file; or one safetensors file.",
+    "A diffusers folder; T2I-Distill's .pt file; one safetensors file; or the adapters of a LoRA"
+    " student in diffusers' layout.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to make.")
 _TIME_SCALE = flags.DEFINE_float(

@@ -12,10 +12,10 @@ import safetensors.numpy
 from absl import logging
 from ml_collections import ConfigDict
 
-from jax_distill import build, checkpoint, embedded, flow, pipeline, ported, worlds
+from jax_distill import adapters, build, checkpoint, embedded, flow, pipeline, ported, worlds
 from jax_distill import config as configuration
 from jax_distill.files import made_whole, write_atomically
-from jax_distill.interop import diffusers_folder, exported, model_card, time_scale
+from jax_distill.interop import diffusers_folder, exported, lora_weights, model_card, time_scale
 from jax_distill.interop.orbax_tree import StoredLeaf, open_tree
 from jax_distill.interop.parts import tensors_of
 from jax_distill.interop.safetensors_files import SHARD_BYTES
@@ -38,12 +38,14 @@ class Weights(NamedTuple):
       tree: its parameters, nested `StoredLeaf`s.
       check: raises ValueError when what was read of them is not what was saved.
       folder: its workdir or ported folder; None for the embedded teacher.
+      teacher: whose frozen parameters the tree's adapters are beside; None where it has none.
     """
 
     config: ConfigDict
     tree: dict[str, Any]
     check: Callable[[], None]
     folder: Path | None
+    teacher: "Weights | None" = None
 
 
 def export(
@@ -72,8 +74,18 @@ def export(
         config, tree, residual = build.network_config(weights.config), weights.tree, None
         if scale is not None and scale != config.time_scale:
             config, tree, residual = _rescaled(config, tree, scale)
-        tensors = tensors_of(tree, TRANSFORMER_KEYS)
-        exported.write_transformer(partial, layout, config, tensors, shard_bytes)
+        if layout == "lora":
+            if weights.teacher is None:
+                raise ValueError(
+                    f"--format=lora: '{source}' has no adapters, all of its parameters were"
+                    " trained; use --format=diffusers"
+                )
+            exported.write_adapters(partial, config, tree, weights.config.lora.rank)
+        else:
+            if weights.teacher is not None:
+                tree = lora_weights.merged(tree, weights.config.lora.base == "int8")
+            tensors = tensors_of(tree, TRANSFORMER_KEYS)
+            exported.write_transformer(partial, layout, config, tensors, shard_bytes)
         weights.check()
         if _world(weights.config) == "flux":
             card = _flux(weights, partial, layout, config, residual)
@@ -113,7 +125,20 @@ def _open(source: str) -> Weights:
         if saved.get("ema", found) != found:
             raise ValueError(f"'{step}' is damaged: its checksums do not fit; remove that folder")
 
-    return Weights(config, averaged["network"], check, folder)
+    beside = adapters.settings(config)
+    if beside is None:
+        return Weights(config, averaged["network"], check, folder)
+    teacher = _open(config.teacher.checkpoint or pipeline.EMBEDDED)
+    frozen = teacher.tree
+    if teacher.teacher is not None:
+        frozen = lora_weights.merged(frozen, teacher.config.lora.base == "int8")
+
+    def check_both() -> None:
+        check()
+        teacher.check()
+
+    whole = beside.attach(frozen, averaged["network"])
+    return Weights(config, whole, check_both, folder, teacher)
 
 
 def _rescaled(
@@ -169,7 +194,26 @@ def _card(
             if hasattr(objective, name)
         },
         scores=_scores(weights),
+        base=_base(weights) if layout == "lora" else None,
         **world,
+    )
+
+
+def _base(weights: Weights) -> model_card.Base:
+    """What adapters are beside."""
+    teacher = weights.teacher
+    folder = "embedded" if teacher.folder is None else str(teacher.folder)
+    if teacher.folder is not None and ported.is_ported(teacher.folder):
+        where = f"the diffusers folder that '{folder}' was ported from"
+    else:
+        command = f"python -m jax_distill.export --checkpoint={folder} --output=FLUX"
+        where = f"what `{command}` makes"
+    inputs = ("guidance_embeds", "interval_embeds")
+    return model_card.Base(
+        where=where,
+        rank=weights.config.lora.rank,
+        int8=weights.config.lora.base == "int8",
+        same_inputs=all(weights.config.model[key] == teacher.config.model[key] for key in inputs),
     )
 
 
@@ -186,9 +230,10 @@ def _shapes(
     weights: Weights, folder: Path, layout: str, config: MMDiTConfig, residual: float | None
 ) -> model_card.Card:
     """Writes what belongs to a network of the shapes world; returns its card."""
-    params, description = embedded.load("autoencoder")
-    autoencoder = AutoencoderConfig.from_dict(description).to_dict()
-    exported.write_autoencoder(folder, autoencoder, jax.tree.map(StoredLeaf, params))
+    if layout != "lora":
+        params, description = embedded.load("autoencoder")
+        autoencoder = AutoencoderConfig.from_dict(description).to_dict()
+        exported.write_autoencoder(folder, autoencoder, jax.tree.map(StoredLeaf, params))
     world, captions = worlds.of(weights.config), preview_captions(EXAMPLES)
     text, null = world.encode(captions), world.null
     examples = {
@@ -199,7 +244,10 @@ def _shapes(
     }
     examples = {name: np.ascontiguousarray(x, np.float32) for name, x in examples.items()}
     write_atomically(folder / "examples.safetensors", safetensors.numpy.save(examples))
-    return _card(weights, layout, config, residual, captions=captions)
+    has_autoencoder = layout != "lora"  # which stands beside the base's weights
+    return _card(
+        weights, layout, config, residual, captions=captions, has_autoencoder=has_autoencoder
+    )
 
 
 def _flux(
@@ -219,6 +267,7 @@ def _flux(
     if home is not None:
         described = ported.describe(home)
         parts, names, scheduler = (described[key] for key in ("parts", "names", "scheduler"))
+    if home is not None and layout != "lora":
         tree = open_tree(home / "autoencoder")
         exported.write_autoencoder(folder, parts["autoencoder"], tree)
     if home is not None and layout == "diffusers":
@@ -234,6 +283,6 @@ def _flux(
         residual,
         text_length=weights.config.data.text_length,
         scheduler=scheduler,
-        has_autoencoder=home is not None,
+        has_autoencoder=home is not None and layout != "lora",
         has_text=home is not None and layout == "diffusers",
     )

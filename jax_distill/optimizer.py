@@ -42,10 +42,10 @@ def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
 def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
     """Clipping by global norm, then the optimizer that `config.name` names.
 
-    `muon` orthogonalises the momentum of every matrix inside the blocks (stacked layers one by
-    one) at AdamW's update size (arXiv:2502.16982); all else falls to NAdamW, at `adam_share` of the
-    learning rate. Parameters whose path, such as `network/time_embedder/linear_1/bias`, the pattern
-    `frozen` finds a match in stay as they are.
+    `muon` orthogonalises the momentum of every matrix inside the blocks, adapters' too (stacked
+    layers one by one) at AdamW's update size (arXiv:2502.16982); all else falls to NAdamW, at
+    `adam_share` of the learning rate. Parameters whose path, such as
+    `network/time_embedder/linear_1/bias`, the pattern `frozen` finds a match in stay as they are.
 
     Raises:
       ConfigError: unknown name of the optimizer or of its schedule, or no pattern.
@@ -92,7 +92,7 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
 
 def _matrices_of_blocks(params: dict) -> dict:
     def dimensions(path, leaf):
-        stacked_matrix = leaf.ndim == 3 and path[-1].key == "kernel"
+        stacked_matrix = leaf.ndim == 3 and path[-1].key in ("kernel", "lora_a", "lora_b")
         return optax.contrib.MuonDimensionNumbers(1, 2) if stacked_matrix else None
 
     return jax.tree_util.tree_map_with_path(dimensions, params)

@@ -123,6 +123,7 @@ def shard_state(state: Any, mesh: Mesh) -> Any:
 
     def place(path, leaf):
         name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+        name = re.sub(r"/kernel(/(base|values|scale))+$", "/kernel", name)  # see models/lora.py
         return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, state)

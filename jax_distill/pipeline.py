@@ -10,9 +10,19 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jax_distill import build, checkpoint, embedded, parallel, ported, processes, worlds
+from jax_distill import (
+    adapters,
+    build,
+    checkpoint,
+    embedded,
+    parallel,
+    ported,
+    processes,
+    worlds,
+)
 from jax_distill import config as configuration
 from jax_distill.flow import Text
+from jax_distill.models import lora
 from jax_distill.objectives.objective import Objective
 from jax_distill.worlds import World
 from jax_distill.worlds.flux import load_stored, ported_config
@@ -187,6 +197,17 @@ class Pipeline:
         return self._samplers[resolution, steps]
 
 
+def held(params: dict, dtype: str) -> dict:
+    """Parameters that are not trained, no wider than the computation, which would narrow them."""
+
+    def narrow(leaf):
+        if isinstance(leaf, lora.Quantized):
+            return leaf
+        return leaf.astype(dtype) if leaf.dtype.itemsize > jnp.dtype(dtype).itemsize else leaf
+
+    return jax.tree.map(narrow, params, is_leaf=lambda leaf: isinstance(leaf, lora.Quantized))
+
+
 def _everywhere(params: dict) -> NamedSharding | None:
     """A copy on each device of the mesh that the parameters lie on, if they lie on one."""
     place = getattr(jax.tree.leaves(params)[0], "sharding", None)
@@ -226,4 +247,14 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
     checkpoint.complete_steps(workdir)
     if config.get("world", "shapes") == "flux" or processes.joined():
         mesh = mesh or parallel.make_mesh(parallel.ALL_FSDP)
-    return Pipeline(config, functools.partial(checkpoint.load_averaged, workdir, mesh))
+
+    def read() -> dict:
+        params = checkpoint.load_averaged(workdir, mesh)
+        if adapters.settings(config) is None:
+            return params
+        teacher = load(config.teacher.checkpoint or EMBEDDED, mesh=mesh).params["network"]
+        teacher = adapters.held(config, held(lora.merged(teacher), config.dtype))
+        adapters.check_teacher(config, workdir, teacher)
+        return adapters.whole(config, teacher, params)
+
+    return Pipeline(config, read)

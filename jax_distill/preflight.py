@@ -12,6 +12,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jax_distill import (
+    adapters,
     build,
     checkpoint,
     embedded,
@@ -66,6 +67,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
             config = student_config(config, teacher)
         check_evaluation(config)
         check_data(config)
+    check_lora(config)
     check_same_run(config, workdir)
     if name != "autoencoder":
         check_loss(config, teacher)
@@ -136,6 +138,22 @@ def student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
             " which a student takes over; leave it out"
         )
     return experiment.student_config(config, teacher)
+
+
+def check_lora(config: ConfigDict) -> None:
+    """Checks that adapters have projections to be beside, and a teacher that is frozen."""
+    lora = adapters.settings(config)
+    if lora is None:
+        return
+    if config.objective.name in FROM_SCRATCH:
+        raise ConfigError(
+            f"lora.rank: {lora.rank}, but {config.objective.name} trains a network from scratch;"
+            " adapters need a teacher: give a config such as configs/scm.py, or set it to 0"
+        )
+    try:
+        lora.kernels(jax.eval_shape(lambda: build.initial_parameters(config)))
+    except ValueError as error:
+        raise ConfigError(f"lora.{error}") from None
 
 
 def check_evaluation(config: ConfigDict) -> None:
@@ -212,11 +230,11 @@ _POSITIVE = (
     *("checkpoint.keep", "data.examples", "data.text_length", "samples.prompts"),
     *("samples.teacher_steps", "rescale.batch_size", "rescale.learning_rate"),
     *("optimizer.learning_rate", "optimizer.epsilon", "optimizer.clip_norm"),
-    *("optimizer.adam_share", "evaluation.prompts", *_MODEL_SIZES),
+    *("optimizer.adam_share", "evaluation.prompts", "lora.alpha", *_MODEL_SIZES),
 )
 _NOT_NEGATIVE = (
     *("samples.every", "evaluation.every", "rescale.total_steps", "evaluation.guidance"),
-    *("optimizer.warmup_steps", "optimizer.weight_decay"),
+    *("optimizer.warmup_steps", "optimizer.weight_decay", "lora.rank"),
 )
 _SHARES = ("ema_decay", "optimizer.b1", "optimizer.b2")
 _SEEDS = ("seed", "data.seed")
@@ -226,6 +244,7 @@ _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "teacher.velocity": ("rescaled", "original"),
     "world": tuple(worlds.WORLDS),
+    "lora.base": adapters.BASES,
 }
 
 
@@ -240,7 +259,7 @@ def _rules() -> Iterable[tuple[Sequence[str], Callable[[Any], bool], str]]:
     yield ("data.resolution",), _is_resolution, "a height and a width, multiples of 16 pixels"
     yield _STEP_COUNTS, lambda value: min(value) > 0, "a list of positive numbers"
     for key, known in _CHOICES.items():
-        yield (key,), known.__contains__, f"one of {', '.join(known)}"
+        yield (key,), known.__contains__, f"one of {', '.join(filter(None, known))}"
 
 
 def _is_resolution(value: Sequence[int]) -> bool:
@@ -357,7 +376,7 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
     else:
         identity += ["model", "data.text_length", "data.resolution"]
     if config.objective.name not in FROM_SCRATCH:
-        identity += ["teacher", "rescale"]
+        identity += ["teacher", "rescale", "lora"]
     old, new = _identifying(load(workdir)), _identifying(config)
     for name, key in itertools.product(identity, sorted(old.keys() | new.keys())):
         if not f"{key}.".startswith(f"{name}."):

@@ -8,6 +8,7 @@ from jax_distill.files import write_json
 from jax_distill.interop import (
     diffusers_folder,
     flux_config,
+    lora_weights,
     model_card,
     safetensors_files,
     torch_files,
@@ -19,7 +20,7 @@ from jax_distill.interop.t5_keys import t5_keys
 from jax_distill.interop.tensors import Tensors
 from jax_distill.models.mmdit import MMDiTConfig
 
-LAYOUTS = ("diffusers", "t2i_distill", "safetensors")
+LAYOUTS = ("diffusers", "t2i_distill", "safetensors", "lora")
 _LIBRARIES = {
     "transformer": ("diffusers", flux_config.CLASS),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -55,6 +56,25 @@ def write_transformer(
     else:
         scale = {"time_scale": str(config.time_scale)}
         safetensors_files.write_file(folder / "model.safetensors", tensors, scale)
+
+
+def write_adapters(folder: Path, config: MMDiTConfig, tree: Mapping[str, Any], rank: int) -> None:
+    """Writes adapters, the embedders that they come with, and the configs of both.
+
+    Args:
+      folder: of the export.
+      config: of the student.
+      tree: nested `StoredLeaf`s, or `models.lora.Adapted` of them.
+      rank: of the adapters.
+    """
+    inner = folder / diffusers_folder.SUBFOLDERS["network"]
+    write_json(inner / "config.json", flux_config.to_diffusers(config))
+    tensors = lora_weights.adapter_tensors(tree)
+    safetensors_files.write_file(folder / lora_weights.WEIGHTS, tensors)
+    write_json(folder / lora_weights.PEFT_CONFIG, lora_weights.peft_config(tensors, rank))
+    embedders = lora_weights.embedder_tensors(tree)
+    scale = {"time_scale": str(config.time_scale)}
+    safetensors_files.write_file(folder / lora_weights.EMBEDDERS, embedders, scale)
 
 
 def write_autoencoder(folder: Path, config: Mapping[str, Any], tree: Mapping[str, Any]) -> None:

@@ -24,9 +24,27 @@ _FILES = {
     "diffusers": "`transformer/` loads with diffusers' `FluxTransformer2DModel.from_pretrained`",
     "t2i_distill": '`model.pt` is `{"module": state_dict}`, as T2I-Distill has it',
     "safetensors": "`model.safetensors` has the transformer under diffusers' names",
+    "lora": "`pytorch_lora_weights.safetensors` has adapters for diffusers' `load_lora_weights`",
 }
 
 TEACHER = "FLUX"  # in programs, for a folder that is not known
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The network that exported adapters are beside.
+
+    Attributes:
+      where: it is to be had, in words.
+      rank: of the adapters.
+      int8: whether they were trained beside its kernels in int8.
+      same_inputs: whether it takes guidance and interval as the student does.
+    """
+
+    where: str
+    rank: int
+    int8: bool
+    same_inputs: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +54,7 @@ class Card:
     Attributes:
       name: of the run.
       method: one of `METHODS`.
-      layout: "diffusers", "t2i_distill" or "safetensors".
+      layout: "diffusers", "t2i_distill", "safetensors" or "lora".
       time_scale: what the exported network multiplies t with before it embeds it.
       residual: of the refitted time embedders; None when they are as they were.
       guidance: scale to draw with.
@@ -55,6 +73,7 @@ class Card:
       has_text: whether the text encoders are.
       scheduler: the config of a teacher's own.
       scores: of the run's evaluation, by steps.
+      base: what the adapters of the layout "lora" are beside.
     """
 
     name: str
@@ -77,6 +96,7 @@ class Card:
     has_text: bool = False
     scheduler: Mapping[str, Any] | None = None
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    base: Base | None = None
 
 
 def scheduler_config(card: Card) -> dict[str, Any]:
@@ -97,7 +117,10 @@ def program(card: Card) -> str:
     if card.interval_embeds:
         head = head.replace("from safetensors", snippets.IMPORT_EMBEDDING + "from safetensors")
         load = [snippets.STATE[card.layout], snippets.SECOND, snippets.FROM_STATE]
+        load += [snippets.ADAPTERS] if card.base else []
         load += [snippets.TWO_TIMES, snippets.USE_TWO_TIMES]
+    elif card.base:
+        load = [snippets.STATE[card.layout], snippets.FROM_STATE, snippets.ADAPTERS]
     elif card.layout == "diffusers":
         load = [snippets.FROM_PRETRAINED]
     else:
@@ -160,6 +183,7 @@ def _filled(text: str, card: Card, **more: str) -> str:
         time_max=card.sampler.get("time_max"),
         text_length=card.text_length,
         folder="." if card.has_text else TEACHER,
+        teacher=TEACHER,
         vae='FOLDER / "vae"' if card.has_autoencoder else f'"{TEACHER}", subfolder="vae"',
         **more,
     )
@@ -193,6 +217,8 @@ def text(card: Card) -> str:
         f"- resolution: {card.resolution[0]} x {card.resolution[1]}",
         f"- time: the network embeds {card.time_scale:g} t" + _stock(card),
     ]
+    if card.base is not None:
+        lines += _beside(card.base)
     if card.residual is not None:
         lines.append(
             f"- time embedder: refitted for {card.time_scale:g} t; the embedding differs by at most"
@@ -207,13 +233,32 @@ def text(card: Card) -> str:
         lines += [f"- {caption}" for caption in card.captions] + [""]
     code = program(card)
     if f'"{TEACHER}"' in code:
-        lines += [f'Where it says "{TEACHER}", put the diffusers folder of the teacher.', ""]
+        teacher = card.base.where if card.base else "the diffusers folder of the teacher"
+        lines += [f'Where it says "{TEACHER}", put {teacher}.', ""]
     lines.append(python.format(code))
     whole = card.layout == "diffusers" and (card.captions or card.has_text)
+    whole = whole or (card.base is not None and card.base.same_inputs and not card.captions)
     if card.method == "scm" and card.time_scale == 1000 and whole:
         lines += ["## Drawing, with diffusers' pipeline as it is", ""]
         lines.append(python.format(pipeline_program(card)))
     return "\n".join(lines)
+
+
+def _beside(base: Base) -> list[str]:
+    """What a reader must know of adapters."""
+    lines = [
+        f"- adapters: of rank {base.rank}, alpha / rank is in their weights; they go beside"
+        f" {base.where}",
+        "- embedders: `embedders.safetensors` has what adapters cannot express, the student's"
+        " embedders of time, guidance and interval as far as it has them, whole; they replace the"
+        " base's, without them the adapters alone are not this network",
+    ]
+    if base.int8:
+        lines.append(
+            "- int8: the adapters were trained beside kernels rounded to int8 by output channel;"
+            " beside the unrounded ones pictures differ a little"
+        )
+    return lines
 
 
 def _stock(card: Card) -> str:
@@ -231,4 +276,5 @@ def pipeline_program(card: Card) -> str:
     angles = angles or [math.pi / 2 * (1 - step / card.steps) for step in range(card.steps)]
     times = [min(1.0, math.sin(a) / (math.sin(a) + math.cos(a))) for a in angles]
     prompt = snippets.PIPELINE_EXAMPLES if card.captions else snippets.PIPELINE_PROMPT
+    prompt = snippets.PIPELINE_ADAPTERS if card.base else prompt
     return _filled(prompt.lstrip("\n"), card, sigmas=str(times))

@@ -33,7 +33,15 @@ state = torch.load(FOLDER / "model.pt", weights_only=True)["module"]
     "safetensors": """
 state = load_file(FOLDER / "model.safetensors")
 """,
+    "lora": """
+base = FluxTransformer2DModel.from_pretrained("$teacher", subfolder="transformer")
+state = {**base.state_dict(), **load_file(FOLDER / "embedders.safetensors")}
+""",
 }
+
+ADAPTERS = """
+transformer.load_lora_adapter(".", weight_name="pytorch_lora_weights.safetensors")  # needs peft
+"""
 
 FROM_STATE = """
 config = FluxTransformer2DModel.load_config(FOLDER / "transformer")
@@ -197,6 +205,27 @@ if __name__ == "__main__":
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, ROWS * COLUMNS, CHANNELS, generator=generator)
     draw(noise.to(sequence.dtype), sequence, pooled)[0].save("0.png")
+"""
+
+PIPELINE_ADAPTERS = """
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from safetensors.torch import load_file
+
+pipe = FluxPipeline.from_pretrained("$teacher")
+pipe.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+pipe.transformer.load_state_dict(load_file("embedders.safetensors"), strict=False)
+pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")  # needs peft
+pictures = pipe(
+    "a red circle above a blue square",
+    max_sequence_length=$text_length,
+    sigmas=$sigmas,
+    num_inference_steps=$steps,
+    guidance_scale=$guidance,
+    height=$height,
+    width=$width,
+    generator=torch.Generator().manual_seed(0),
+).images
 """
 
 _PIPELINE = """

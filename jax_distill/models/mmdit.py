@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 
 from jax_distill.flow import Network, Text
+from jax_distill.models import lora
 from jax_distill.models.binding import binder, parameters
 from jax_distill.ops.attention import IMPLEMENTATIONS, attention
 
@@ -147,6 +148,8 @@ class Layers:
             kernel_init=nnx.initializers.zeros if zero else nnx.initializers.xavier_uniform(),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            dot_general=lora.dot_general,
+            promote_dtype=lora.promote_dtype,
             rngs=self.rngs,
         )
 
