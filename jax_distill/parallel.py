@@ -1,7 +1,7 @@
 """The mesh, and one table that says where every parameter lives on it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,16 +24,16 @@ MESH_AXES: Mapping[str, str] = {"embed": "fsdp", "heads": "tensor"}
 BATCH = PartitionSpec(("data", "fsdp"))
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-    """A mesh of all devices.
+def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
+    """Devices along each of `AXES`.
 
     Args:
-      sizes: devices along each of `AXES`; one of them may be -1: what is left.
+      sizes: as in the configuration; one of them may be -1: what is left.
+      count: how many devices there are.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    count = jax.device_count()
     shape = [int(sizes[axis]) for axis in AXES]
     free = [i for i, size in enumerate(shape) if size == -1]
     known = int(np.prod([size for size in shape if size != -1]))
@@ -45,7 +45,23 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
         shape[free[0]] = count // known
     if int(np.prod(shape)) != count:
         raise ValueError(f"mesh: {dict(sizes)} needs {known} devices, there are {count}")
-    return jax.make_mesh(tuple(shape), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    return tuple(shape)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of all devices.
+
+    Args:
+      sizes: devices along each of `AXES`; one of them may be -1: what is left.
+      devices: those of another machine; by default this program's.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    shape = mesh_shape(sizes, jax.device_count() if devices is None else len(devices))
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    options = {} if devices is None else {"devices": devices}
+    return jax.make_mesh(shape, AXES, axis_types=types, **options)
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
