@@ -23,6 +23,13 @@ _SAMPLE = flags.DEFINE_bool("sample", False, "Plan the student's sampler, not th
 _SWEEP = flags.DEFINE_bool(
     "sweep", False, "Compare mesh shapes, batches a chip and remat, by formula."
 )
+_EFFORT = flags.DEFINE_float(
+    "effort",
+    0.0,
+    "Of the TPU compiler: -1 is quick, with somewhat more memory than a run's; 0 as for a run.",
+    lower_bound=-1.0,
+    upper_bound=0.0,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -38,8 +45,9 @@ def main(argv: list[str]) -> None:
         listed = json.dumps([plan.to_dict() for plan in plans])
         print(listed if _JSON.value else table.compare(plans))
         return
-    plan = planner.make_plan(config, topology, sample=_SAMPLE.value)
-    change = None if plan.fits else planner.smallest_change(config, plan, sample=_SAMPLE.value)
+    options = {"sample": _SAMPLE.value, "effort": _EFFORT.value}
+    plan = planner.make_plan(config, topology, **options)
+    change = None if plan.fits else planner.smallest_change(config, plan, **options)
     if _JSON.value:
         print(json.dumps({**plan.to_dict(), "change": change and change[0]}))
         return

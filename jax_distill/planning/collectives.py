@@ -64,8 +64,10 @@ def collectives(hlo: str, chips: int) -> list[Collective]:
                 if group > 1:
                     key = (computation, name)
                     result = line[: operation.start()].split(" = ", 1)[1]
-                    started = operation[2] is not None
-                    found[key] = operation[1], _whole(result, operation[1], started, group), group
+                    kind, size = operation[1], _whole(result, operation[1], operation[2], group)
+                    if kind == "all-reduce" and "all-reduce-scatter" in computation:
+                        kind = "reduce-scatter"  # how the TPU compiler writes it
+                    found[key] = kind, size, group
                     times[key] += count
                     depth[key] = max(depth.get(key, 0), loops)
                 continue
@@ -156,7 +158,7 @@ def _group_size(line: str, chips: int) -> int:
     return chips  # all, or pairs of a permutation
 
 
-def _whole(result: str, kind: str, started: bool, group: int) -> int:
+def _whole(result: str, kind: str, started: str | None, group: int) -> int:
     total = sum(_bytes(*array) for array in _ARRAY.findall(result))
     if kind == "all-gather" and started:  # operands and results
         return total * group // (group + 1)

@@ -118,7 +118,12 @@ class Plan:
 
 
 def make_plan(
-    config: ConfigDict, topology: Topology, *, sample: bool = False, compiled: bool = True
+    config: ConfigDict,
+    topology: Topology,
+    *,
+    sample: bool = False,
+    compiled: bool = True,
+    effort: float = 0.0,
 ) -> Plan:
     """Plans the step of a run, or its sampler.
 
@@ -127,6 +132,7 @@ def make_plan(
       topology: the chips; those of GPUs are always planned by formula.
       sample: the sampler in place of the step.
       compiled: False for formulas alone.
+      effort: of the TPU compiler, from -1, quick, to 0, as for a run; see `measure`.
 
     Raises:
       ConfigError: the configuration does not fit the topology's number of chips, or has no step.
@@ -144,7 +150,7 @@ def make_plan(
     planned = make_program(student, teacher, mesh)
     begin = time.monotonic()
     if compiled:
-        measured = measure(planned, topology)
+        measured = measure(planned, topology, effort)
     else:
         held = sum(planned.bytes_by_kind().values())
         temporaries = formulas.temporaries(planned)
@@ -195,10 +201,18 @@ class Measured:
     exchanges: tuple[collectives.Collective, ...]
 
 
-def measure(planned: Program, topology: Topology) -> Measured:
-    """Compiles, and reads the compiler's account of memory and exchanges."""
+def measure(planned: Program, topology: Topology, effort: float = 0.0) -> Measured:
+    """Compiles, and reads the compiler's account of memory and exchanges.
+
+    Args:
+      planned: the program.
+      topology: that its mesh is of.
+      effort: of the TPU compiler; at -1 it takes a fifth of the time, and its program somewhat more
+        memory than that of a run.
+    """
+    options = {"exec_time_optimization_effort": effort} if topology.kind == "tpu" else None
     try:
-        compiled = planned.jitted.lower(*planned.arguments).compile()
+        compiled = planned.jitted.lower(*planned.arguments).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         used = re.search(r"Used ([\d.]+)([KMGT])i?B? of ([\d.]+)([KMGT])i?B? hbm", str(error))
         if used is None:
@@ -246,7 +260,7 @@ def divisible(config: ConfigDict, count: int) -> tuple[ConfigDict, tuple[str, ..
 
 
 def smallest_change(
-    config: ConfigDict, plan: Plan, *, sample: bool = False
+    config: ConfigDict, plan: Plan, *, sample: bool = False, effort: float = 0.0
 ) -> tuple[str, Plan] | None:
     """The smallest change by which a plan that does not fit does, tried from small to large.
 
@@ -261,7 +275,9 @@ def smallest_change(
         try:
             rough = make_plan(candidate, topology, sample=sample, compiled=False)
             if rough.fits:
-                exact = make_plan(candidate, topology, sample=sample) if plan.compiled else rough
+                exact = rough
+                if plan.compiled:
+                    exact = make_plan(candidate, topology, sample=sample, effort=effort)
                 if exact.fits:
                     return " ".join(words), exact
         except ValueError:
