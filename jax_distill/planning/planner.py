@@ -5,14 +5,13 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
 from jax_distill import parallel
-from jax_distill.config import ConfigError
 from jax_distill.planning import chips, collectives, formulas, program
 from jax_distill.planning.chips import GIB, Topology
 from jax_distill.planning.program import Program
@@ -21,6 +20,27 @@ from jax_distill.planning.roofline import Roofline, roofline, utilisation
 SWEPT_TENSOR = (1, 2, 4, 8)
 SWEPT_BATCH = (1, 2, 4, 8)
 SWEPT_REMAT = ("none", "dots", "full")
+
+
+class Arithmetic(NamedTuple):
+    """Exact operations of the matrix products, of all chips together.
+
+    Attributes:
+      flops: of the program.
+      needed: the same without what is computed twice to save memory.
+      forward: of one evaluation of the student's network for the batch.
+    """
+
+    flops: int
+    needed: int
+    forward: int
+
+
+def count(planned: Program, plain: Program | None) -> Arithmetic:
+    """Counts a program, and the same without rematerialisation, None where it has none."""
+    flops = planned.flops()
+    needed = flops if plain is None else plain.flops()
+    return Arithmetic(flops, needed, program.forward_flops(planned.config))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +58,7 @@ class Plan:
       temporaries: bytes on a chip that the program needs beside that.
       peak: bytes on a chip at most.
       hbm: bytes that a chip has for programs.
-      flops: operations a step, of all chips together.
-      needed_flops: the same without what is computed twice to save memory.
-      forward_flops: of one evaluation of the student for the batch.
+      arithmetic: operations a step, of all chips together.
       exchanges: by kind, number and bytes on a chip.
       roofline: seconds by part.
       total_steps: of the run; None for a sampler.
@@ -57,9 +75,7 @@ class Plan:
     temporaries: int
     peak: int
     hbm: int
-    flops: int
-    needed_flops: int
-    forward_flops: int
+    arithmetic: Arithmetic
     exchanges: Mapping[str, Mapping[str, int]]
     roofline: Roofline
     total_steps: int | None
@@ -76,7 +92,7 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Model FLOPs utilisation: nothing that is computed twice counts."""
-        return utilisation(self.topology, self.needed_flops, self.step_seconds)
+        return utilisation(self.topology, self.arithmetic.needed, self.step_seconds)
 
     @property
     def examples_per_second(self) -> float:
@@ -103,14 +119,14 @@ class Plan:
             "fits": self.fits,
             "held_gib": {kind: size / GIB for kind, size in self.held.items()},
             "temporaries_gib": self.temporaries / GIB,
-            "flops_per_step": self.flops,
-            "forwards_per_step": self.flops / self.forward_flops,
+            "flops_per_step": self.arithmetic.flops,
+            "forwards_per_step": self.arithmetic.flops / self.arithmetic.forward,
             "collectives": {kind: dict(entry) for kind, entry in self.exchanges.items()},
             "roofline_seconds": dataclasses.asdict(self.roofline),
             "step_seconds": self.step_seconds,
             "bound": self.roofline.bound,
             "mfu": self.mfu,
-            "hfu": utilisation(self.topology, self.flops, self.step_seconds),
+            "hfu": utilisation(self.topology, self.arithmetic.flops, self.step_seconds),
             "examples_per_second": self.examples_per_second,
             "total_steps": self.total_steps,
             "hours": self.hours,
@@ -124,6 +140,7 @@ def make_plan(
     sample: bool = False,
     compiled: bool = True,
     effort: float = 0.0,
+    counted: Callable[[Program, Program | None], Arithmetic] = count,
 ) -> Plan:
     """Plans the step of a run, or its sampler.
 
@@ -133,61 +150,53 @@ def make_plan(
       sample: the sampler in place of the step.
       compiled: False for formulas alone.
       effort: of the TPU compiler, from -1, quick, to 0, as for a run; see `measure`.
+      counted: counts the operations.
 
     Raises:
       ConfigError: the configuration does not fit the topology's number of chips, or has no step.
     """
-    config, changes = divisible(config, topology.chips)
     compiled = compiled and topology.kind != "gpu"
-    student, teacher = program.complete(config)
-    if compiled:
-        devices = jax.devices()[:1] if topology.kind == "cpu" else chips.tpu_devices(topology)
-        mesh = program.make_mesh(student, devices)
-    else:
-        shape = parallel.mesh_shape(config.mesh, topology.chips)
-        mesh = formulas.abstract_mesh(shape)
-    make_program = program.sampling if sample else program.training
-    planned = make_program(student, teacher, mesh)
+    planned, plain, changes = _programs(config, topology, sample=sample, compiled=compiled)
     begin = time.monotonic()
-    if compiled:
-        measured = measure(planned, topology, effort)
-    else:
-        held = sum(planned.bytes_by_kind().values())
-        temporaries = formulas.temporaries(planned)
-        measured = Measured(
-            temporaries,
-            held + temporaries,
-            topology.chip.hbm,
-            formulas.hbm_bytes(planned),
-            tuple(formulas.exchanges(planned)),
-        )
+    measured = measure(planned, topology, effort) if compiled else estimate(planned, topology)
     seconds = time.monotonic() - begin
-    flops = planned.flops()
-    needed = flops
-    if student.model.remat != "none" and not sample:
-        plain = student.copy_and_resolve_references()
-        with plain.unlocked():
-            plain.model.remat = "none"
-        needed = make_program(plain, teacher, mesh).flops()
+    student, arithmetic = planned.config, counted(planned, plain)
     return Plan(
         topology=topology,
         compiled=compiled,
         changes=changes,
-        mesh=dict(mesh.shape),
+        mesh=dict(planned.mesh.shape),
         batch_size=student.batch_size,
         remat=student.model.remat,
         held=planned.bytes_by_kind(),
         temporaries=measured.temporaries,
         peak=measured.peak,
         hbm=measured.hbm,
-        flops=flops,
-        needed_flops=needed,
-        forward_flops=program.forward_flops(student),
+        arithmetic=arithmetic,
         exchanges=collectives.totals(measured.exchanges),
-        roofline=roofline(topology, flops, measured.hbm_bytes, measured.exchanges),
+        roofline=roofline(topology, arithmetic.flops, measured.hbm_bytes, measured.exchanges),
         total_steps=None if sample else student.total_steps,
         compile_seconds=seconds if compiled else 0.0,
     )
+
+
+def _programs(
+    config: ConfigDict, topology: Topology, *, sample: bool, compiled: bool
+) -> tuple[Program, Program | None, tuple[str, ...]]:
+    """The program, the same without rematerialisation if it has any, and `divisible`'s flags."""
+    config, changes = divisible(config, topology.chips)
+    student, teacher = program.complete(config)
+    if compiled:
+        devices = jax.devices()[:1] if topology.kind == "cpu" else chips.tpu_devices(topology)
+        mesh = program.make_mesh(student, devices)
+    else:
+        mesh = formulas.abstract_mesh(parallel.mesh_shape(config.mesh, topology.chips))
+        program.check_batch(student, mesh)
+    make_program = program.sampling if sample else program.training
+    plain = None
+    if student.model.remat != "none" and not sample:
+        plain = make_program(_changed(student, {"model.remat": "none"}), teacher, mesh)
+    return make_program(student, teacher, mesh), plain, changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +208,18 @@ class Measured:
     hbm: int
     hbm_bytes: int
     exchanges: tuple[collectives.Collective, ...]
+
+
+def estimate(planned: Program, topology: Topology) -> Measured:
+    """What the formulas say, no compiler asked."""
+    held, temporaries = sum(planned.bytes_by_kind().values()), formulas.temporaries(planned)
+    return Measured(
+        temporaries,
+        held + temporaries,
+        topology.chip.hbm,
+        formulas.hbm_bytes(planned),
+        tuple(formulas.exchanges(planned)),
+    )
 
 
 def measure(planned: Program, topology: Topology, effort: float = 0.0) -> Measured:
@@ -273,15 +294,15 @@ def smallest_change(
         if topology is not plan.topology:
             words.append(f"--topology={topology.name}")
         try:
-            rough = make_plan(candidate, topology, sample=sample, compiled=False)
-            if rough.fits:
-                exact = rough
-                if plan.compiled:
-                    exact = make_plan(candidate, topology, sample=sample, effort=effort)
-                if exact.fits:
-                    return " ".join(words), exact
+            rough, *_ = _programs(candidate, topology, sample=sample, compiled=False)
         except ValueError:
             continue  # it does not divide
+        measured = estimate(rough, topology)
+        if measured.peak <= measured.hbm:
+            options = {"sample": sample, "compiled": plan.compiled, "effort": effort}
+            found = make_plan(candidate, topology, **options)
+            if found.fits:
+                return " ".join(words), found
     return None
 
 
@@ -308,6 +329,15 @@ def _remedies(config: ConfigDict, plan: Plan) -> Iterator[tuple[dict[str, Any], 
 
 def sweep(config: ConfigDict, topology: Topology, *, sample: bool = False) -> list[Plan]:
     """Plans by formula over mesh shapes, batch a chip and remat; those that fit, fastest first."""
+    by_remat: dict[str, tuple[int, Arithmetic]] = {}  # counted once: the mesh does not change it
+
+    def counted(planned: Program, plain: Program | None) -> Arithmetic:
+        remat, batch = planned.config.model.remat, planned.config.batch_size
+        if remat not in by_remat:
+            by_remat[remat] = batch, count(planned, plain)
+        of, arithmetic = by_remat[remat]
+        return Arithmetic(*(operations * batch // of for operations in arithmetic))
+
     plans = []
     for tensor, batch, remat in itertools.product(SWEPT_TENSOR, SWEPT_BATCH, SWEPT_REMAT):
         changes = {
@@ -318,20 +348,17 @@ def sweep(config: ConfigDict, topology: Topology, *, sample: bool = False) -> li
             "accumulate": 1,
             "model.remat": remat,
         }
-        try:
-            candidate = _changed(config, changes)
-            plans.append(make_plan(candidate, topology, sample=sample, compiled=False))
-        except ConfigError:
-            raise
-        except ValueError:
-            continue  # the mesh does not divide the chips
+        if topology.chips % tensor:
+            continue
+        candidate = _changed(config, changes)
+        options = {"sample": sample, "compiled": False, "counted": counted}
+        plans.append(make_plan(candidate, topology, **options))
     return sorted(plans, key=lambda plan: (not plan.fits, -plan.examples_per_second))
 
 
 def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     changed = config.copy_and_resolve_references()
     with changed.unlocked():
-        changed.update_from_flattened_dict(dict(changes))
         for key, value in changes.items():
             section, _, name = key.rpartition(".")
             (changed[section] if section else changed)[name] = value

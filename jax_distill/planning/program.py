@@ -191,6 +191,12 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any]) -> Mesh:
       ConfigError or ValueError: naming the key and the fix.
     """
     mesh = parallel.make_mesh(config.mesh, devices)
+    check_batch(config, mesh)
+    return mesh
+
+
+def check_batch(config: ConfigDict, mesh: Any) -> None:
+    """Raises ConfigError, naming the key and the fix, if the mesh does not divide the batch."""
     groups = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch_size % (config.accumulate * groups):
         raise ConfigError(
@@ -198,7 +204,6 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any]) -> Mesh:
             f" accumulate={config.accumulate} micro-batches on {groups} groups of chips (mesh.data"
             f" x mesh.fsdp); make it a multiple of {config.accumulate * groups}"
         )
-    return mesh
 
 
 def bytes_on_a_chip(tree: Any) -> int:

@@ -17,12 +17,11 @@ def describe(plan: Plan) -> str:
     verdict = "fits" if plan.fits else "does not fit"
     lines.append(_row("peak", f"{plan.peak / GIB:9.2f} GiB of {plan.hbm / GIB:.2f}: {verdict}"))
     lines.append("")
-    forwards = plan.flops / plan.forward_flops
-    needed = plan.needed_flops / plan.forward_flops
+    flops, needed, forward = plan.arithmetic
     unit = "a step" if plan.total_steps else "a batch"
-    arithmetic = f"{plan.flops / 1e12:9.1f} TFLOP {unit}, {forwards:.2f} forwards"
-    if plan.needed_flops != plan.flops:
-        arithmetic += f" ({needed:.2f} without what is computed twice)"
+    arithmetic = f"{flops / 1e12:9.1f} TFLOP {unit}, {flops / forward:.2f} forwards"
+    if needed != flops:
+        arithmetic += f" ({needed / forward:.2f} without what is computed twice)"
     lines.append(_row("arithmetic", arithmetic))
     for kind, entry in plan.exchanges.items():
         words = f"{entry['bytes'] / GIB:9.2f} GiB a chip in {entry['count']}"
@@ -32,7 +31,7 @@ def describe(plan: Plan) -> str:
     times = f"compute {parts.compute:.3f}, memory {parts.hbm:.3f}, links {parts.ici:.3f}"
     lines.append(_row("seconds", f"{times}; bound by {BOUNDS[parts.bound]}"))
     lines.append(_row("time", f"{plan.step_seconds:9.3f} s {unit}"))
-    hfu = utilisation(plan.topology, plan.flops, plan.step_seconds)
+    hfu = utilisation(plan.topology, flops, plan.step_seconds)
     lines.append(_row("MFU", f"{plan.mfu:9.1%} ({hfu:.1%} with what is computed twice)"))
     lines.append(_row("examples/s", f"{plan.examples_per_second:9.1f}"))
     if plan.hours is not None:
