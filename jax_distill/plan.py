@@ -25,8 +25,8 @@ _SWEEP = flags.DEFINE_bool(
 )
 _EFFORT = flags.DEFINE_float(
     "effort",
-    0.0,
-    "Of the TPU compiler: -1 is quick, with somewhat more memory than a run's; 0 as for a run.",
+    -1.0,
+    "Of the TPU compiler: -1 is quick, and schedules otherwise than for a run; 0 is as for a run.",
     lower_bound=-1.0,
     upper_bound=0.0,
 )

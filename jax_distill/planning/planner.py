@@ -1,6 +1,7 @@
 """Does a run fit a topology, and how long does a step take there?"""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -17,8 +18,8 @@ from jax_distill.planning.chips import GIB, Topology
 from jax_distill.planning.program import Program
 from jax_distill.planning.roofline import Roofline, roofline, utilisation
 
-SWEPT_TENSOR = (1, 2, 4, 8)
-SWEPT_BATCH = (1, 2, 4, 8)
+SWEPT_TENSOR = (1, 2, 4)
+SWEPT_BATCH = (1, 2, 4)  # examples a chip
 SWEPT_REMAT = ("none", "dots", "full")
 
 
@@ -36,10 +37,10 @@ class Arithmetic(NamedTuple):
     forward: int
 
 
-def count(planned: Program, plain: Program | None) -> Arithmetic:
+def count(planned: Program, plain: Callable[[], Program] | None) -> Arithmetic:
     """Counts a program, and the same without rematerialisation, None where it has none."""
     flops = planned.flops()
-    needed = flops if plain is None else plain.flops()
+    needed = flops if plain is None else plain().flops()
     return Arithmetic(flops, needed, program.forward_flops(planned.config))
 
 
@@ -140,7 +141,7 @@ def make_plan(
     sample: bool = False,
     compiled: bool = True,
     effort: float = 0.0,
-    counted: Callable[[Program, Program | None], Arithmetic] = count,
+    counted: Callable[[Program, Callable[[], Program] | None], Arithmetic] = count,
 ) -> Plan:
     """Plans the step of a run, or its sampler.
 
@@ -182,8 +183,8 @@ def make_plan(
 
 def _programs(
     config: ConfigDict, topology: Topology, *, sample: bool, compiled: bool
-) -> tuple[Program, Program | None, tuple[str, ...]]:
-    """The program, the same without rematerialisation if it has any, and `divisible`'s flags."""
+) -> tuple[Program, Callable[[], Program] | None, tuple[str, ...]]:
+    """The program, what makes it without its rematerialisation, and `divisible`'s flags."""
     config, changes = divisible(config, topology.chips)
     student, teacher = program.complete(config)
     if compiled:
@@ -195,7 +196,8 @@ def _programs(
     make_program = program.sampling if sample else program.training
     plain = None
     if student.model.remat != "none" and not sample:
-        plain = make_program(_changed(student, {"model.remat": "none"}), teacher, mesh)
+        unsaved = _changed(student, {"model.remat": "none"})
+        plain = functools.partial(make_program, unsaved, teacher, mesh)
     return make_program(student, teacher, mesh), plain, changes
 
 
@@ -228,8 +230,8 @@ def measure(planned: Program, topology: Topology, effort: float = 0.0) -> Measur
     Args:
       planned: the program.
       topology: that its mesh is of.
-      effort: of the TPU compiler; at -1 it takes a fifth of the time, and its program somewhat more
-        memory than that of a run.
+      effort: of the TPU compiler; at -1 it takes a quarter of the time, and its program, which is
+        scheduled in another way than a run's, about as much memory.
     """
     options = {"exec_time_optimization_effort": effort} if topology.kind == "tpu" else None
     try:
@@ -331,7 +333,7 @@ def sweep(config: ConfigDict, topology: Topology, *, sample: bool = False) -> li
     """Plans by formula over mesh shapes, batch a chip and remat; those that fit, fastest first."""
     by_remat: dict[str, tuple[int, Arithmetic]] = {}  # counted once: the mesh does not change it
 
-    def counted(planned: Program, plain: Program | None) -> Arithmetic:
+    def counted(planned: Program, plain: Callable[[], Program] | None) -> Arithmetic:
         remat, batch = planned.config.model.remat, planned.config.batch_size
         if remat not in by_remat:
             by_remat[remat] = batch, count(planned, plain)
