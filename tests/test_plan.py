@@ -31,7 +31,7 @@ def preset(name: str) -> ConfigDict:
 
 
 def tiny(**model) -> ConfigDict:
-    config = settings({"name": "flow_matching"}, **model)
+    config = settings(build.objective_settings("flow_matching"), **model)
     with config.unlocked():
         config.batch_size = 4
     return config
@@ -42,7 +42,9 @@ def test_memory_is_that_of_the_real_program():
     objective = build.objective(config)
     optimizer = make_optimizer(config.optimizer, config.total_steps)
     mesh = parallel.make_mesh(config.mesh, jax.devices()[:1])
-    state = train.init_state(objective, optimizer, build.initial_parameters(config), config.seed)
+    shapes = jax.eval_shape(lambda: build.initial_parameters(config))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    state = train.init_state(objective, optimizer, params, config.seed)
     places = parallel.shard_state(state, mesh)
     state = jax.device_put(state, places)
     null = worlds.of(config).null
