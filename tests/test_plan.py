@@ -64,10 +64,10 @@ def test_memory_is_that_of_the_real_program():
 
 def test_arithmetic_is_that_of_an_unrolled_program(monkeypatch):
     """Of a wide model, in which what is not a product is next to nothing."""
-    wide = {"attention_head_dim": 256, "axes_dims_rope": (64, 96, 96), "num_single_layers": 1}
+    wide = {"attention_head_dim": 512, "axes_dims_rope": (128, 192, 192), "num_single_layers": 1}
     config = tiny(**wide)
     with config.unlocked():
-        config.batch_size = 16
+        config.batch_size = 64
     mesh = program.make_mesh(config, jax.devices()[:1])
     planned = program.training(config, None, mesh)
     counted = planned.flops()

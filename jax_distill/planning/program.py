@@ -190,7 +190,11 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any]) -> Mesh:
     Raises:
       ConfigError or ValueError: naming the key and the fix.
     """
-    mesh = parallel.make_mesh(config.mesh, devices)
+    try:
+        mesh = parallel.make_mesh(config.mesh, devices)
+    except NotImplementedError as error:  # the mesh's axes are not made of the topology's
+        reason = str(error).split(". ")[0]
+        raise ConfigError(f"mesh: {dict(config.mesh)} does not fit the wiring ({reason})") from None
     check_batch(config, mesh)
     return mesh
 
