@@ -108,6 +108,20 @@ def make_step(
     return step
 
 
+def jit_step(
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    shardings: Any,
+) -> Any:
+    """`make_step`, jitted: the state is donated, and comes back under the same shardings."""
+    return jax.jit(
+        make_step(objective, optimizer, config),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+
+
 def fit(
     config: ConfigDict,
     workdir: Path,
@@ -158,7 +172,7 @@ def fit(
     ):
         rows = parallel.local_rows(config.batch_size, mesh)
         iterator = batches(source, config.batch_size, config.seed, rows)
-        found = checkpoints.restore_latest(_with_shardings(abstract, shardings))
+        found = checkpoints.restore_latest(with_shardings(abstract, shardings))
         if found is None:
             start, window = 0, {}
             params = parallel.put(params, parallel.shard_state(params, mesh))
@@ -173,11 +187,7 @@ def fit(
         logging.info("%s, %s step %d of %d", what, "after" if start else "from", start, total)
 
         frozen = parallel.put(frozen, parallel.shard_state(frozen, mesh))
-        train_step = jax.jit(
-            make_step(objective, optimizer, config),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
+        train_step = jit_step(objective, optimizer, config, shardings)
         schedule = learning_rate(config.optimizer, total)
         report.begin(start, window)
         running: deque[tuple[int, dict]] = deque()  # steps under way and their metrics
@@ -239,7 +249,8 @@ def check_finite(
     )
 
 
-def _with_shardings(abstract: Any, shardings: Any) -> Any:
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """Shapes and types of a tree, with the places of a tree of shardings."""
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         abstract,

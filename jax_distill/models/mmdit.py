@@ -91,9 +91,10 @@ def sinusoidal_features(values: jax.Array) -> jax.Array:
 
 
 def rotary_table(config: MMDiTConfig, text_tokens: int, grid: tuple[int, int]) -> np.ndarray:
-    """Cosine and sine of each token's rotary angles: (2, text + image tokens, head_dim / 2).
+    """Cosine and sine of each token's rotary angles: (2, text + image tokens, head_dim).
 
-    Text tokens sit at (0, 0, 0), the image token of row i and column j at (0, i, j).
+    Text tokens sit at (0, 0, 0), the image token of row i and column j at (0, i, j). The two
+    channels of a pair have the same angle; its sine has a minus sign for the first of them.
     """
     rows, columns = grid
     image_ids = np.stack([np.zeros(grid), *np.indices(grid)], axis=-1).reshape(rows * columns, 3)
@@ -103,17 +104,18 @@ def rotary_table(config: MMDiTConfig, text_tokens: int, grid: tuple[int, int]) -
         for axis, width in enumerate(config.axes_dims_rope)
     ]
     angles = np.concatenate(angles, axis=-1)
-    return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+    sine = np.stack([-np.sin(angles), np.sin(angles)], axis=-1).reshape(len(ids), -1)
+    return np.stack([np.cos(angles).repeat(2, axis=-1), sine]).astype(np.float32)
 
 
 def rotate(x: jax.Array, rotary: jax.Array) -> jax.Array:
     """Turns each pair of neighbouring channels by its token's angle. x: (B, N, H, D)."""
     compute = jnp.promote_types(x.dtype, jnp.float32)
     cosine, sine = rotary[:, :, None, :].astype(compute)
-    pairs = x.astype(compute).reshape(*x.shape[:-1], -1, 2)
-    real, imaginary = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([real * cosine - imaginary * sine, real * sine + imaginary * cosine], -1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    # The other channel of each pair. An axis of the two would be padded to a whole register's.
+    first = np.arange(x.shape[-1]) % 2 == 0
+    other = jnp.where(first, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
+    return (x.astype(compute) * cosine + other.astype(compute) * sine).astype(x.dtype)
 
 
 def layer_norm(x: jax.Array) -> jax.Array:

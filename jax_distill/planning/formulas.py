@@ -1,0 +1,120 @@
+"""What a step needs by formula, where no compiler is asked: GPUs, and candidates of a sweep."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh
+
+from jax_distill import build
+from jax_distill.parallel import AXES
+from jax_distill.planning.collectives import Collective
+from jax_distill.planning.program import Program, bytes_on_a_chip, sampling_steps
+
+# Arrays of (tokens, width) that a block holds while its gradient is taken, in units of the width:
+# heads, MLP and their tangents and cotangents; and what each policy saves of every block.
+WORKING_WIDTHS = 60
+SAVED_WIDTHS = {"full": 1, "dots": 16, "none": 40}
+COMPUTE_BYTES = 2  # bfloat16
+
+
+def abstract_mesh(shape: tuple[int, ...]) -> AbstractMesh:
+    """A mesh without devices."""
+    types = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return AbstractMesh(shape, AXES, axis_types=types)
+
+
+def temporaries(program: Program) -> int:
+    """Bytes of a chip that the step holds beside its arguments: gradients and activations."""
+    config, mesh = program.config, program.mesh
+    model = build.network_config(config)
+    depth = model.num_layers + model.num_single_layers
+    widths = WORKING_WIDTHS
+    if program.gradients:
+        widths += SAVED_WIDTHS[model.remat] * depth
+    activations = _tokens(program) * model.hidden_size * widths * COMPUTE_BYTES
+    gathered = 2 * _block_bytes(program)  # one in use, one on its way
+    gradients = bytes_on_a_chip(program.kinds["parameters"]) if program.gradients else 0
+    return gradients + activations // mesh.shape["tensor"] + gathered
+
+
+def hbm_bytes(program: Program) -> int:
+    """Bytes that a chip moves to and from its memory in a step."""
+    held = program.bytes_by_kind()
+    weights = _weight_bytes(program) // program.mesh.shape["tensor"]
+    passes = 3 if program.gradients else sampling_steps(program.config)
+    updated = 2 * (held["parameters"] + held.get("optimizer", 0) + held.get("EMA", 0))
+    activations = 2 * passes * _tokens(program) * build.network_config(program.config).hidden_size
+    depth = sum(_blocks(program))
+    moved = activations * WORKING_WIDTHS * depth * COMPUTE_BYTES // program.mesh.shape["tensor"]
+    return updated * program.gradients + 2 * passes * weights + moved
+
+
+def exchanges(program: Program) -> list[Collective]:
+    """What chips say to each other: weights over fsdp, gradients, activations over tensor."""
+    sizes, config = program.mesh.shape, program.config
+    double, single = _blocks(program)
+    depth = double + single
+    micro = config.accumulate if program.gradients else 1
+    found = []
+    weights = _weight_bytes(program) // sizes["tensor"]
+    if sizes["fsdp"] > 1:
+        passes = 3 if program.gradients else sampling_steps(config)
+        found.append(
+            Collective(
+                "all-gather",
+                weights // depth,
+                sizes["fsdp"],
+                passes * depth * micro,
+                1,
+                "weights",
+            )
+        )
+        if program.gradients:
+            found.append(
+                Collective(
+                    "reduce-scatter",
+                    2 * weights // depth,
+                    sizes["fsdp"],
+                    depth * micro,
+                    1,
+                    "gradients",
+                )
+            )
+    if sizes["data"] > 1 and program.gradients:
+        whole = 2 * weights // sizes["fsdp"]
+        found.append(Collective("all-reduce", whole, sizes["data"], 1, 0, "gradients"))
+    if sizes["tensor"] > 1:
+        width = build.network_config(config).hidden_size
+        passes = 6 if program.gradients else sampling_steps(config)
+        count = (2 * double + single) * passes * micro
+        moved = _tokens(program) * width * COMPUTE_BYTES
+        found.append(Collective("all-reduce", moved, sizes["tensor"], count, 1, "activations"))
+    return found
+
+
+def _tokens(program: Program) -> int:
+    """Tokens of text and picture on a chip at a time."""
+    config, sizes = program.config, program.mesh.shape
+    accumulate = config.accumulate if program.gradients else 1
+    samples = math.ceil(config.batch_size / (accumulate * sizes["data"] * sizes["fsdp"]))
+    return samples * (build.token_shape(config)[0] + config.data.text_length)
+
+
+def _blocks(program: Program) -> tuple[int, int]:
+    model = program.config.model
+    return model.num_layers, model.num_single_layers
+
+
+def _weight_bytes(program: Program) -> int:
+    return COMPUTE_BYTES * build.count(program.kinds["parameters"])
+
+
+def _block_bytes(program: Program) -> int:
+    """Of the largest block's weights, gathered over fsdp."""
+    network: Any = program.kinds["parameters"]["network"]
+    largest = max(
+        build.count(network[name]) // max(count, 1)
+        for name, count in zip(("double_blocks", "single_blocks"), _blocks(program))
+    )
+    return COMPUTE_BYTES * largest // program.mesh.shape["tensor"]

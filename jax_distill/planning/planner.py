@@ -1,0 +1,371 @@
+"""Does a run fit a topology, and how long does a step take there?"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from jax_distill import parallel
+from jax_distill.planning import chips, collectives, formulas, program
+from jax_distill.planning.chips import GIB, Topology
+from jax_distill.planning.program import Program
+from jax_distill.planning.roofline import Roofline, roofline, utilisation
+
+SWEPT_TENSOR = (1, 2, 4)
+SWEPT_BATCH = (1, 2, 4)  # examples a chip
+SWEPT_REMAT = ("none", "dots", "full")
+
+
+class Arithmetic(NamedTuple):
+    """Exact operations of the matrix products, of all chips together.
+
+    Attributes:
+      flops: of the program.
+      needed: the same without what is computed twice to save memory.
+      forward: of one evaluation of the student's network for the batch.
+    """
+
+    flops: int
+    needed: int
+    forward: int
+
+
+def count(planned: Program, plain: Callable[[], Program] | None) -> Arithmetic:
+    """Counts a program, and the same without rematerialisation, None where it has none."""
+    flops = planned.flops()
+    needed = flops if plain is None else plain().flops()
+    return Arithmetic(flops, needed, program.forward_flops(planned.config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a program needs on a topology.
+
+    Attributes:
+      topology: the chips.
+      compiled: whether a compiler said so; otherwise by formula.
+      changes: of the configuration, as flags, without which it would not run there.
+      mesh: sizes of the axes.
+      batch_size: examples a step, of all chips together.
+      remat: of the network.
+      held: bytes on a chip by kind, of what the program is given.
+      temporaries: bytes on a chip that the program needs beside that.
+      peak: bytes on a chip at most.
+      hbm: bytes that a chip has for programs.
+      arithmetic: operations a step, of all chips together.
+      exchanges: by kind, number and bytes on a chip.
+      roofline: seconds by part.
+      total_steps: of the run; None for a sampler.
+      compile_seconds: what the compiler took.
+    """
+
+    topology: Topology
+    compiled: bool
+    changes: tuple[str, ...]
+    mesh: Mapping[str, int]
+    batch_size: int
+    remat: str
+    held: Mapping[str, int]
+    temporaries: int
+    peak: int
+    hbm: int
+    arithmetic: Arithmetic
+    exchanges: Mapping[str, Mapping[str, int]]
+    roofline: Roofline
+    total_steps: int | None
+    compile_seconds: float
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.hbm
+
+    @property
+    def step_seconds(self) -> float:
+        return self.roofline.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs utilisation: nothing that is computed twice counts."""
+        return utilisation(self.topology, self.arithmetic.needed, self.step_seconds)
+
+    @property
+    def examples_per_second(self) -> float:
+        return self.batch_size / self.step_seconds
+
+    @property
+    def hours(self) -> float | None:
+        """Of all steps of the run."""
+        return None if self.total_steps is None else self.total_steps * self.step_seconds / 3600
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "topology": self.topology.name,
+            "chips": self.topology.chips,
+            "mesh": dict(self.mesh),
+            "batch_size": self.batch_size,
+            "remat": self.remat,
+            "changes": list(self.changes),
+            "compiled": self.compiled,
+            "compile_seconds": round(self.compile_seconds, 1),
+            "hbm_gib": self.hbm / GIB,
+            "peak_gib": self.peak / GIB,
+            "fits": self.fits,
+            "held_gib": {kind: size / GIB for kind, size in self.held.items()},
+            "temporaries_gib": self.temporaries / GIB,
+            "flops_per_step": self.arithmetic.flops,
+            "forwards_per_step": self.arithmetic.flops / self.arithmetic.forward,
+            "collectives": {kind: dict(entry) for kind, entry in self.exchanges.items()},
+            "roofline_seconds": dataclasses.asdict(self.roofline),
+            "step_seconds": self.step_seconds,
+            "bound": self.roofline.bound,
+            "mfu": self.mfu,
+            "hfu": utilisation(self.topology, self.arithmetic.flops, self.step_seconds),
+            "examples_per_second": self.examples_per_second,
+            "total_steps": self.total_steps,
+            "hours": self.hours,
+        }
+
+
+def make_plan(
+    config: ConfigDict,
+    topology: Topology,
+    *,
+    sample: bool = False,
+    compiled: bool = True,
+    effort: float = 0.0,
+    counted: Callable[[Program, Callable[[], Program] | None], Arithmetic] = count,
+) -> Plan:
+    """Plans the step of a run, or its sampler.
+
+    Args:
+      config: of the run.
+      topology: the chips; those of GPUs are always planned by formula.
+      sample: the sampler in place of the step.
+      compiled: False for formulas alone.
+      effort: of the TPU compiler, from -1, quick, to 0, as for a run; see `measure`.
+      counted: counts the operations.
+
+    Raises:
+      ConfigError: the configuration does not fit the topology's number of chips, or has no step.
+    """
+    compiled = compiled and topology.kind != "gpu"
+    planned, plain, changes = _programs(config, topology, sample=sample, compiled=compiled)
+    begin = time.monotonic()
+    measured = measure(planned, topology, effort) if compiled else estimate(planned, topology)
+    seconds = time.monotonic() - begin
+    student, arithmetic = planned.config, counted(planned, plain)
+    return Plan(
+        topology=topology,
+        compiled=compiled,
+        changes=changes,
+        mesh=dict(planned.mesh.shape),
+        batch_size=student.batch_size,
+        remat=student.model.remat,
+        held=planned.bytes_by_kind(),
+        temporaries=measured.temporaries,
+        peak=measured.peak,
+        hbm=measured.hbm,
+        arithmetic=arithmetic,
+        exchanges=collectives.totals(measured.exchanges),
+        roofline=roofline(topology, arithmetic.flops, measured.hbm_bytes, measured.exchanges),
+        total_steps=None if sample else student.total_steps,
+        compile_seconds=seconds if compiled else 0.0,
+    )
+
+
+def _programs(
+    config: ConfigDict, topology: Topology, *, sample: bool, compiled: bool
+) -> tuple[Program, Callable[[], Program] | None, tuple[str, ...]]:
+    """The program, what makes it without its rematerialisation, and `divisible`'s flags."""
+    config, changes = divisible(config, topology.chips)
+    student, teacher = program.complete(config)
+    if compiled:
+        devices = jax.devices()[:1] if topology.kind == "cpu" else chips.tpu_devices(topology)
+        mesh = program.make_mesh(student, devices)
+    else:
+        mesh = formulas.abstract_mesh(parallel.mesh_shape(config.mesh, topology.chips))
+        program.check_batch(student, mesh)
+    make_program = program.sampling if sample else program.training
+    plain = None
+    if student.model.remat != "none" and not sample:
+        unsaved = _changed(student, {"model.remat": "none"})
+        plain = functools.partial(make_program, unsaved, teacher, mesh)
+    return make_program(student, teacher, mesh), plain, changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a compiler, or a formula, says of a program on one chip, in bytes."""
+
+    temporaries: int
+    peak: int
+    hbm: int
+    hbm_bytes: int
+    exchanges: tuple[collectives.Collective, ...]
+
+
+def estimate(planned: Program, topology: Topology) -> Measured:
+    """What the formulas say, no compiler asked."""
+    held, temporaries = sum(planned.bytes_by_kind().values()), formulas.temporaries(planned)
+    return Measured(
+        temporaries,
+        held + temporaries,
+        topology.chip.hbm,
+        formulas.hbm_bytes(planned),
+        tuple(formulas.exchanges(planned)),
+    )
+
+
+def measure(planned: Program, topology: Topology, effort: float = 0.0) -> Measured:
+    """Compiles, and reads the compiler's account of memory and exchanges.
+
+    Args:
+      planned: the program.
+      topology: that its mesh is of.
+      effort: of the TPU compiler; at -1 it takes a quarter of the time, and its program, which is
+        scheduled in another way than a run's, about as much memory.
+    """
+    options = {"exec_time_optimization_effort": effort} if topology.kind == "tpu" else None
+    try:
+        compiled = planned.jitted.lower(*planned.arguments).compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        used = re.search(r"Used ([\d.]+)([KMGT])i?B? of ([\d.]+)([KMGT])i?B? hbm", str(error))
+        if used is None:
+            raise
+        peak, hbm = (_size(*used.groups()[at : at + 2]) for at in (0, 2))
+        held = sum(planned.bytes_by_kind().values())
+        exchanges, moved = formulas.exchanges(planned), formulas.hbm_bytes(planned)
+        return Measured(peak - held, peak, hbm, moved, tuple(exchanges))
+    memory = compiled.memory_analysis()
+    exchanges = collectives.collectives(compiled.as_text(), topology.chips)
+    return Measured(
+        memory.temp_size_in_bytes,
+        peak_bytes(memory),
+        topology.chip.hbm,
+        formulas.hbm_bytes(planned),
+        tuple(exchanges),
+    )
+
+
+def peak_bytes(memory: Any) -> int:
+    """Bytes that a compiled program needs: arguments, results that are not theirs, the rest."""
+    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return (
+        kept
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+
+
+def divisible(config: ConfigDict, count: int) -> tuple[ConfigDict, tuple[str, ...]]:
+    """The configuration, with the smallest `mesh.tensor` by which its batch divides among chips.
+
+    Returns:
+      The configuration and the flags that say what was changed.
+    """
+    if config.mesh.fsdp != -1 or config.mesh.tensor != 1 or config.mesh.data < 1:
+        return config, ()
+    groups = math.gcd(config.batch_size // config.accumulate, count)
+    tensor = count // groups
+    if tensor == 1:
+        return config, ()
+    changed = _changed(config, {"mesh.tensor": tensor})
+    return changed, (f"--config.mesh.tensor={tensor}",)
+
+
+def smallest_change(
+    config: ConfigDict, plan: Plan, *, sample: bool = False, effort: float = 0.0
+) -> tuple[str, Plan] | None:
+    """The smallest change by which a plan that does not fit does, tried from small to large.
+
+    Returns:
+      Its flags and its plan; None where none of those tried is enough.
+    """
+    for changes, topology in _remedies(config, plan):
+        candidate = _changed(config, changes)
+        words = [f"--config.{key}={value}" for key, value in changes.items()]
+        if topology is not plan.topology:
+            words.append(f"--topology={topology.name}")
+        try:
+            rough, *_ = _programs(candidate, topology, sample=sample, compiled=False)
+        except ValueError:
+            continue  # it does not divide
+        measured = estimate(rough, topology)
+        if measured.peak <= measured.hbm:
+            options = {"sample": sample, "compiled": plan.compiled, "effort": effort}
+            found = make_plan(candidate, topology, **options)
+            if found.fits:
+                return " ".join(words), found
+    return None
+
+
+def _remedies(config: ConfigDict, plan: Plan) -> Iterator[tuple[dict[str, Any], Topology]]:
+    remat = {} if plan.remat == "full" else {"model.remat": "full"}
+    if remat:
+        yield remat, plan.topology
+    groups = plan.mesh["data"] * plan.mesh["fsdp"]
+    accumulate = 2 * config.accumulate
+    while config.batch_size % (accumulate * groups) == 0:
+        yield {"accumulate": accumulate} | remat, plan.topology
+        accumulate *= 2
+    larger = plan.topology
+    for _ in range(8):
+        axis = min(range(len(larger.shape)), key=lambda axis: (larger.shape[axis], -axis))
+        shape = tuple(n * 2 if at == axis else n for at, n in enumerate(larger.shape))
+        if larger.kind == "cpu":
+            return
+        separator = "x" if larger.kind == "gpu" else ":"
+        name = larger.name.rpartition(separator)[0] + separator + "x".join(map(str, shape))
+        larger = dataclasses.replace(larger, name=name, shape=shape)
+        yield dict(remat), larger
+
+
+def sweep(config: ConfigDict, topology: Topology, *, sample: bool = False) -> list[Plan]:
+    """Plans by formula over mesh shapes, batch a chip and remat; those that fit, fastest first."""
+    by_remat: dict[str, tuple[int, Arithmetic]] = {}  # counted once: the mesh does not change it
+
+    def counted(planned: Program, plain: Callable[[], Program] | None) -> Arithmetic:
+        remat, batch = planned.config.model.remat, planned.config.batch_size
+        if remat not in by_remat:
+            by_remat[remat] = batch, count(planned, plain)
+        of, arithmetic = by_remat[remat]
+        return Arithmetic(*(operations * batch // of for operations in arithmetic))
+
+    plans = []
+    for tensor, batch, remat in itertools.product(SWEPT_TENSOR, SWEPT_BATCH, SWEPT_REMAT):
+        changes = {
+            "mesh.data": 1,
+            "mesh.fsdp": -1,
+            "mesh.tensor": tensor,
+            "batch_size": batch * topology.chips,
+            "accumulate": 1,
+            "model.remat": remat,
+        }
+        if topology.chips % tensor:
+            continue
+        candidate = _changed(config, changes)
+        options = {"sample": sample, "compiled": False, "counted": counted}
+        plans.append(make_plan(candidate, topology, **options))
+    return sorted(plans, key=lambda plan: (not plan.fits, -plan.examples_per_second))
+
+
+def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    changed = config.copy_and_resolve_references()
+    with changed.unlocked():
+        for key, value in changes.items():
+            section, _, name = key.rpartition(".")
+            (changed[section] if section else changed)[name] = value
+    return changed
+
+
+def _size(number: str, unit: str) -> int:
+    return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))

@@ -1,0 +1,230 @@
+"""The programs of a run, from shapes alone: nothing of the model is ever allocated."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from jax_distill import build, experiment, parallel, preflight, train
+from jax_distill import config as configuration
+from jax_distill.config import ConfigError
+from jax_distill.flops import count_flops
+from jax_distill.flow import Text
+from jax_distill.objectives.objective import Batch
+from jax_distill.optimizer import make_optimizer
+
+FLUX_LITE = {
+    "num_layers": 8,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+FLUX_LITE_TEXT = 256  # tokens of T5
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function and the shapes of its arguments, placed on a mesh.
+
+    Attributes:
+      config: with the student's whole network.
+      mesh: of the devices it is for; an abstract one will do for everything but compiling.
+      function: what is jitted.
+      jitted: the same, with its shardings and donated arguments.
+      arguments: shapes with shardings.
+      kinds: the same, by what they are, such as "parameters".
+      gradients: whether it holds a gradient of every parameter.
+    """
+
+    config: ConfigDict
+    mesh: Any
+    function: Callable
+    jitted: Any
+    arguments: tuple
+    kinds: dict[str, Any]
+    gradients: bool
+
+    def flops(self) -> int:
+        """Exact operations of the matrix products of one call, on all chips together."""
+        return count_flops(self.function, *self.arguments)
+
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of the arguments on a chip."""
+        return {kind: bytes_on_a_chip(tree) for kind, tree in self.kinds.items()}
+
+
+def training(config: ConfigDict, teacher: ConfigDict | None, mesh: Any) -> Program:
+    """The step of `train.fit` on a mesh; `complete` makes the configurations."""
+    objective = build.objective(config, teacher)
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
+
+    def create():
+        params = build.initial_parameters(config)
+        return train.init_state(objective, optimizer, params, config.seed)
+
+    abstract = jax.eval_shape(create)
+    shardings = parallel.shard_state(abstract, mesh)
+    state = train.with_shardings(abstract, shardings)
+    frozen = {"null": text_like(config, 1)}
+    if teacher is not None:
+        frozen["teacher"] = _held(teacher, config.dtype)
+    frozen = train.with_shardings(frozen, parallel.shard_state(frozen, mesh))
+    batch = Batch(
+        jax.ShapeDtypeStruct((config.batch_size, *build.token_shape(config)), jnp.float32),
+        text_like(config, config.batch_size),
+    )
+    batch = _split(batch, mesh)
+    kinds = {
+        "parameters": state.params,
+        "optimizer": state.opt_state,
+        "EMA": state.ema,
+        "teacher": frozen.get("teacher", {}),
+        "batch": (batch, frozen["null"]),
+    }
+    function = train.make_step(objective, optimizer, config)
+    jitted = train.jit_step(objective, optimizer, config, shardings)
+    return Program(config, mesh, function, jitted, (state, frozen, batch), kinds, True)
+
+
+def sampling(config: ConfigDict, teacher: ConfigDict | None, mesh: Any) -> Program:
+    """The student's sampler, in the largest of `evaluation.student_steps`, on a mesh."""
+    del teacher
+    objective = build.objective(config)
+    params = {"network": _held(config, config.dtype)}
+    params = train.with_shardings(params, parallel.shard_state(params, mesh))
+    count, steps = config.batch_size, sampling_steps(config)
+    noise = jax.ShapeDtypeStruct((count, *build.token_shape(config)), jnp.float32)
+    guidance = jax.ShapeDtypeStruct((count,), jnp.float32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
+    inputs = _split((noise, text_like(config, count), guidance, keys), mesh)
+    null = text_like(config, 1)
+    null = train.with_shardings(null, parallel.shard_state(null, mesh))
+
+    def function(params, null, inputs):
+        noise, text, guidance, keys = inputs
+        return objective.sample(params, noise, text, null, guidance, keys, steps)
+
+    kinds = {"parameters": params, "batch": (inputs, null)}
+    arguments = (params, null, inputs)
+    return Program(config, mesh, function, jax.jit(function), arguments, kinds, False)
+
+
+def complete(config: ConfigDict) -> tuple[ConfigDict, ConfigDict | None]:
+    """The student's whole configuration and its teacher's.
+
+    Without `teacher.checkpoint`, the teacher of FLUX's world is FLUX.1-lite-8B.
+
+    Raises:
+      ConfigError: what is trained has no step to plan, or its teacher is not there.
+    """
+    if config.objective.name == "autoencoder":
+        raise ConfigError("objective.name: the autoencoder has no plan; give another --config")
+    if config.objective.name in preflight.FROM_SCRATCH:
+        return config, None
+    if config.world == "flux" and not config.teacher.checkpoint:
+        teacher = flux_lite(config)
+    else:
+        teacher = preflight.teacher_config(config)
+    student = experiment.student_config(config, teacher)
+    with student.unlocked():
+        if student.objective.get("time_shift", 0.0) is None:
+            student.objective.time_shift = 1.0  # only a ported folder knows; no cost depends on it
+    origin = teacher.copy_and_resolve_references()
+    if config.teacher.velocity == "rescaled" and experiment.needs_rescale(student, teacher):
+        origin = experiment.rescale_config(student)
+    with origin.unlocked():
+        origin.dtype = student.dtype
+    return student, origin
+
+
+def sampling_steps(config: ConfigDict) -> int:
+    """Evaluations of the network in the sampler that is planned."""
+    return max(config.evaluation.student_steps)
+
+
+def forward_flops(config: ConfigDict) -> int:
+    """Operations of one evaluation of the student's network for a batch."""
+    network = build.network(config)
+    params = jax.eval_shape(lambda: build.initial_parameters(config))
+    count = config.batch_size
+    x = jax.ShapeDtypeStruct((count, *build.token_shape(config)), jnp.float32)
+    scalar = jax.ShapeDtypeStruct((count,), jnp.float32)
+    guidance = scalar if config.model.guidance_embeds else None
+    return count_flops(network.velocity, params, x, scalar, text_like(config, count), guidance)
+
+
+def flux_lite(config: ConfigDict) -> ConfigDict:
+    """The configuration that a ported FLUX.1-lite-8B has."""
+    teacher = configuration.base()
+    with teacher.unlocked():
+        teacher.world = "flux"
+        teacher.objective = {"name": "flow_matching"}
+        teacher.model.update(FLUX_LITE | {"remat": config.model.get("remat", "none")})
+        teacher.data.text_length = FLUX_LITE_TEXT
+        teacher.data.resolution = config.data.resolution
+    return teacher
+
+
+def text_like(config: ConfigDict, count: int) -> Text:
+    """Shapes of embedded captions as the data has them, (count, ..)."""
+    dtype = jnp.bfloat16 if config.world == "flux" else jnp.float32
+    model = config.model
+    return Text(
+        jax.ShapeDtypeStruct((count, config.data.text_length, model.joint_attention_dim), dtype),
+        jax.ShapeDtypeStruct((count, model.pooled_projection_dim), dtype),
+    )
+
+
+def make_mesh(config: ConfigDict, devices: Sequence[Any]) -> Mesh:
+    """The mesh of a configuration on these devices; checks that it divides the batch.
+
+    Raises:
+      ConfigError or ValueError: naming the key and the fix.
+    """
+    try:
+        mesh = parallel.make_mesh(config.mesh, devices)
+    except NotImplementedError as error:  # the mesh's axes are not made of the topology's
+        reason = str(error).split(". ")[0]
+        raise ConfigError(f"mesh: {dict(config.mesh)} does not fit the wiring ({reason})") from None
+    check_batch(config, mesh)
+    return mesh
+
+
+def check_batch(config: ConfigDict, mesh: Any) -> None:
+    """Raises ConfigError, naming the key and the fix, if the mesh does not divide the batch."""
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.batch_size % (config.accumulate * groups):
+        raise ConfigError(
+            f"batch_size: {config.batch_size} does not divide into"
+            f" accumulate={config.accumulate} micro-batches on {groups} groups of chips (mesh.data"
+            f" x mesh.fsdp); make it a multiple of {config.accumulate * groups}"
+        )
+
+
+def bytes_on_a_chip(tree: Any) -> int:
+    """Bytes of the part of every leaf that one chip holds."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")]
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves
+    )
+
+
+def _held(config: ConfigDict, dtype: str) -> dict:
+    return jax.eval_shape(lambda: experiment.held(build.initial_parameters(config), dtype))
+
+
+def _split(tree: Any, mesh: Any) -> Any:
+    """Shapes of arrays that are split along their first axis."""
+    place = NamedSharding(mesh, PartitionSpec(*parallel.BATCH))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
+    )

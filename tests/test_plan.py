@@ -1,0 +1,166 @@
+"""Plans say what the compiler and the shapes say."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
+from tiny_runs import settings
+
+from jax_distill import build, parallel, train, worlds
+from jax_distill.config import ConfigError
+from jax_distill.models import mmdit
+from jax_distill.objectives.objective import Batch
+from jax_distill.optimizer import make_optimizer
+from jax_distill.planning import chips, planner, program, table
+from jax_distill.planning.collectives import collectives, totals
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
+
+
+def preset(name: str) -> ConfigDict:
+    file, _, which = name.partition(":")
+    spec = importlib.util.spec_from_file_location(file, CONFIGS / f"{file}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(which)
+
+
+def tiny(**model) -> ConfigDict:
+    config = settings(build.objective_settings("flow_matching"), **model)
+    with config.unlocked():
+        config.batch_size = 4
+    return config
+
+
+def test_memory_is_that_of_the_real_program():
+    config = tiny()
+    objective = build.objective(config)
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    mesh = parallel.make_mesh(config.mesh, jax.devices()[:1])
+    shapes = jax.eval_shape(lambda: build.initial_parameters(config))
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    state = train.init_state(objective, optimizer, params, config.seed)
+    places = parallel.shard_state(state, mesh)
+    state = jax.device_put(state, places)
+    null = worlds.of(config).null
+    frozen = jax.device_put({"null": null}, parallel.shard_state({"null": null}, mesh))
+    text = jax.tree.map(lambda leaf: jnp.repeat(leaf, 4, axis=0), null)
+    batch = parallel.shard_batch(Batch(jnp.zeros((4, *build.token_shape(config))), text), mesh)
+    step = train.jit_step(objective, optimizer, config, places)
+    memory = step.lower(state, frozen, batch).compile().memory_analysis()
+
+    plan = planner.make_plan(config, chips.parse("cpu"))
+    assert plan.temporaries == memory.temp_size_in_bytes
+    assert plan.peak == planner.peak_bytes(memory)
+    assert sum(plan.held.values()) + 8 == memory.argument_size_in_bytes  # and two counters
+    assert plan.fits and plan.compiled
+    assert "fits" in table.describe(plan)
+
+
+def test_arithmetic_is_that_of_an_unrolled_program(monkeypatch):
+    """Of a wide model, in which what is not a product is next to nothing."""
+    wide = {"attention_head_dim": 512, "axes_dims_rope": (128, 192, 192), "num_single_layers": 1}
+    config = tiny(**wide)
+    with config.unlocked():
+        config.batch_size = 64
+    mesh = program.make_mesh(config, jax.devices()[:1])
+    planned = program.training(config, None, mesh)
+    counted = planned.flops()
+
+    def unrolled(body, carry, stacked):
+        for layer in range(jax.tree.leaves(stacked)[0].shape[0]):
+            carry, _ = body(carry, jax.tree.map(lambda leaf, layer=layer: leaf[layer], stacked))
+        return carry, None
+
+    monkeypatch.setattr(mmdit.jax.lax, "scan", unrolled)
+    analysis = program.training(config, None, mesh).jitted.lower(*planned.arguments).compile()
+    assert counted == pytest.approx(analysis.cost_analysis()["flops"], rel=0.02)
+
+
+def test_the_8b_step_is_counted_in_forwards_and_planned_without_a_compiler():
+    plan = planner.make_plan(preset("scm:flux_lite"), chips.parse("gpu:h200x8"))
+    # Teacher, student, tangent, gradient (two), and the student again: it is rematerialised.
+    flops, needed, forward = plan.arithmetic
+    assert flops / forward == pytest.approx(1 + 1 + 1 + 2 + 1, rel=0.05)
+    assert needed / forward == pytest.approx(1 + 1 + 1 + 2, rel=0.05)
+    assert plan.held["parameters"] == pytest.approx(4 * 8.16e9 / 8, rel=0.02)
+    assert plan.held["teacher"] == pytest.approx(2 * 8.16e9 / 8, rel=0.02)
+    assert plan.held["optimizer"] == pytest.approx(2 * plan.held["parameters"], rel=0.01)
+    assert plan.fits and 0 < plan.mfu < 1
+    values = plan.to_dict()
+    assert values["examples_per_second"] == pytest.approx(64 / values["step_seconds"])
+
+
+def test_what_does_not_fit_says_what_does():
+    config = preset("scm:flux_lite")
+    plan = planner.make_plan(config, chips.parse("gpu:h200x1"))
+    assert not plan.fits
+    words, changed = planner.smallest_change(config, plan)
+    assert changed.fits and changed.topology.chips == 2 and "--topology=gpu:h200x2" in words
+
+
+def test_a_batch_that_does_not_divide_splits_the_layers():
+    changed, flags = planner.divisible(preset("scm:flux_lite"), 256)
+    assert flags == ("--config.mesh.tensor=4",) and changed.mesh.tensor == 4
+    assert planner.divisible(preset("scm:flux_lite"), 64)[1] == ()
+
+
+HLO = """
+%all-reduce-scatter (input: bf16[64,8]) -> bf16[16,8] {
+  %all-reduce.2 = bf16[64,8]{1,0:T(8,128)(2,1)} all-reduce(%input), replica_groups={{0,1,2,3}}
+  ROOT %dynamic-slice.5 = bf16[16,8]{1,0} dynamic-slice(%all-reduce.2, %i, %c)
+}
+
+%body (p: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
+  %all-gather.1 = bf16[64,8]{1,0} all-gather(%x), replica_groups=[1,4]<=[4], dimensions={0}
+  %scattered = bf16[16,8]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter
+}
+
+%condition (p: (s32[], bf16[16,8])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(38)
+}
+
+ENTRY %main (a: bf16[16,8]) -> bf16[16,8] {
+  %while.1 = (s32[], bf16[16,8]) while(%t), condition=%condition, body=%body
+  %all-gather-start = (f32[4]{0}, f32[16]{0}) all-gather-start(%s), replica_groups=[1,4]<=[4]
+  %all-gather-done = f32[16]{0} all-gather-done(%all-gather-start)
+}
+"""
+
+
+def test_exchanges_in_loops_count_every_time():
+    found = collectives(HLO, 4)
+    assert totals(found) == {
+        "all-gather": {"count": 39, "bytes": 38 * 64 * 8 * 2 + 16 * 4},
+        "reduce-scatter": {"count": 38, "bytes": 38 * 64 * 8 * 2},
+    }
+    looped = next(e for e in found if e.kind == "all-gather" and e.times == 38)
+    assert looped.loops == 1 and looped.received == 38 * 64 * 8 * 2 * 3 / 4
+
+
+def test_topologies():
+    pod = chips.parse("v5p:4x4x4")
+    assert (pod.chips, pod.chip.hbm) == (64, 95 * 2**30)
+    assert pod.bandwidth(64) == 600e9  # six links, all rings
+    assert chips.parse("v5e:8x8").bandwidth(64) == 100e9  # no ring: two links at a corner
+    assert chips.parse("v5e:16x16").bandwidth(256) == 200e9
+    for wrong in ("v5p", "v9:2x2", "gpu:h200", "gpu:h200x0", "v5e:0x2"):
+        with pytest.raises(ConfigError, match="--topology: .* such as v5p:4x4x4"):
+            chips.parse(wrong)
+
+
+def test_without_the_tpu_compiler_it_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ConfigError, match=r"pip install jax\[tpu\]"):
+        chips.tpu_devices(chips.parse("v5e:2x2"))
+
+
+@pytest.mark.skipif(not HAS_COMPILER, reason="libtpu, the TPU compiler, is not installed")
+def test_a_tpu_plan_is_the_compilers():
+    plan = planner.make_plan(tiny(), chips.parse("v5e:2x2"), effort=-1.0)
+    assert plan.compiled and plan.fits and plan.exchanges
