@@ -72,9 +72,13 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
         if size == -1:
             continue
         if size < 1 or left % size:
-            among = f"{count} devices" if left == count else f"the {left} of {count} devices left"
+            among = f"the {left} of {count} devices left"
+            if left == count:
+                among = f"{count} device{'s' * (count > 1)}"
+            choices = [str(size) for size in range(1, left + 1) if left % size == 0]
             raise ValueError(
-                f"mesh.{axis}: {size} does not divide {among}; make it one of {_divisors(left)}"
+                f"mesh.{axis}: {size} does not divide {among}; make it"
+                f" {'one of ' * (left > 1)}{', '.join(choices)}"
             )
         left //= size
     if free:
@@ -101,10 +105,6 @@ def slice_shape(shape: Sequence[int], slices: int) -> tuple[int, ...]:
             f" multiple of {slices}"
         )
     return data, fsdp, 1
-
-
-def _divisors(count: int) -> str:
-    return ", ".join(str(size) for size in range(1, count + 1) if count % size == 0)
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

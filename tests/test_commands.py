@@ -103,7 +103,7 @@ def one_sentence(error):
         # How they fit together.
         ([TEACHER, "--config.accumulate=3"], "batch_size: 128 .*accumulate=3.* multiple of 3"),
         ([SCM, "--config.rescale.batch_size=6", "--config.accumulate=4"], "rescale.batch_size: 6"),
-        ([TEACHER, "--config.mesh.fsdp=3"], "mesh: .*fsdp.*devices"),
+        ([TEACHER, "--config.mesh.fsdp=3"], "mesh.fsdp: 3 does not divide 1 device; make it 1$"),
         ([TEACHER, "--config.mesh.tensor=-1"], "mesh: only one of"),
         ([TEACHER, "--config.data.examples=5"], "batch_size: 128 is more than the 5 examples"),
         ([TEACHER, "--config.data.text_length=2"], "data.text_length: caption .* the limit is 2"),
