@@ -234,7 +234,7 @@ def _merge(kernel: Adapted | Quantized) -> jax.Array:
 
 
 def quantized(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Frozen parameters with the kernels of the blocks, all but a few of them, in int8."""
+    """Frozen parameters with the kernels of the blocks, most of all there are, in int8."""
     flat = _flat(params)
     for path, leaf in flat.items():
         if _is_kernel(path) and path[0].endswith("blocks") and not isinstance(leaf, Quantized):
