@@ -39,8 +39,8 @@ class Chip:
 
 
 # Links: the published bandwidth of a chip, both directions of all links, over two, over links.
-# Reach: what training of large transformers shows; MaxText publishes 55 to 68% of peak without
-# rematerialised arithmetic for v5e and v5p, which is 65 to 80% with it.
+# Reach is a choice. MaxText's documentation gives 65% of peak for dense training on v5p and 44 to
+# 50% on v6e, rematerialised arithmetic not counted, which would be up to a third more.
 TPU_REACH = 0.75
 TPUS: Mapping[str, Chip] = {
     "v4": Chip(32 * GIB, 275e12, 1228e9, 50e9, 6, 4, TPU_REACH, "cloud.google.com/tpu/docs/v4"),
