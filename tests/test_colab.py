@@ -82,6 +82,7 @@ def test_it_is_committed_without_outputs_and_without_paths_of_a_machine():
     assert not re.search(r"/(work|home|root|tmp|content|Users)/", NOTEBOOK.read_text())
 
 
+@pytest.mark.slow
 def test_it_trains_and_shows_the_grid_and_the_report(executed):
     trained, _ = outputs(executed, 'jax_distill.main", "--config=configs/scm.py')
     assert "step 2/2" in trained and "overall" in trained
@@ -92,6 +93,7 @@ def test_it_trains_and_shows_the_grid_and_the_report(executed):
     assert "<iframe srcdoc=" in page and "&lt;table" in page and "image/svg+xml" in page
 
 
+@pytest.mark.slow
 def test_the_student_draws_by_command_and_in_python(executed):
     _, (drawn,) = outputs(executed, "sample = [")
     _, (strip,) = outputs(executed, "jax_distill.load(workdir)")
@@ -102,6 +104,7 @@ def test_the_student_draws_by_command_and_in_python(executed):
     assert np.abs(first.astype(int) - drawn.astype(int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_without_weights_flux_is_left_out_in_one_line(executed):
     text, shown = outputs(executed, "if not FLUX:\n    print")
     assert text.startswith("FLUX is left out: ") and text.count("\n") == 1 and shown == []

@@ -22,6 +22,7 @@ MUON = 2e-4
 ALL = "JAX_DISTILL_SLOW_TESTS" in os.environ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "optimizer"), METHODS if ALL else METHODS[:1])
 def test_a_step_is_that_of_one_device(method, optimizer):
     """Loss and parameters, in float32; and no device gathers a whole stack of layers."""

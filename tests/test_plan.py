@@ -63,6 +63,7 @@ def test_memory_is_that_of_the_real_program():
     assert "fits" in table.describe(plan)
 
 
+@pytest.mark.slow
 def test_arithmetic_is_that_of_an_unrolled_program(monkeypatch):
     """Of a wide model, in which what is not a product is next to nothing."""
     wide = {"attention_head_dim": 512, "axes_dims_rope": (128, 192, 192), "num_single_layers": 1}

@@ -166,6 +166,7 @@ def logged(workdir):
     return {line["step"]: (line["loss"], line["gradient_norm"]) for line in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4] if "JAX_DISTILL_SLOW_TESTS" in os.environ else [2])
 def test_processes_are_killed_stopped_and_go_on_as_one(tmp_path, count):
     """And at the end all is as if it had been one process from the beginning."""
