@@ -1,7 +1,7 @@
 """A training step on eight devices is the step on one, whatever the mesh; see `mesh_steps.py`.
 
 Nearly all of the time is compiling, half a minute of a core for a pair: by default there is one.
-All methods run on four meshes with JAX_DISTILL_SLOW_TESTS=1.
+All methods run on four meshes with JAX_DISTILL_SLOW_TESTS=1, and -m slow as this one.
 """
 
 import json

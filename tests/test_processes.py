@@ -1,6 +1,6 @@
 """Several processes: how they find each other; that the run is the one of a single process.
 
-Two of them train; four as well with JAX_DISTILL_SLOW_TESTS=1.
+With -m slow two of them train; four as well with JAX_DISTILL_SLOW_TESTS=1.
 """
 
 import json
