@@ -40,6 +40,7 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
             "batch_size": 64,
             "accumulate": 1,  # micro-batches a step
             "ema_decay": 0.999,
+            "ema_dtype": "float32",  # or "bfloat16", half the memory, see rounding.py
             "on_nonfinite": "stop",  # or "skip": leave such steps out and count them
             "dtype": "float32",  # of the networks' computation; parameters stay float32
             "objective": {"name": ""},
@@ -98,6 +99,7 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
                 "epsilon": 1e-8,
                 "weight_decay": 0.0,
                 "clip_norm": 1.0,
+                "moments": "float32",  # or "bfloat16", half the memory, see rounding.py
                 "frozen": "",  # a pattern of parameter paths that are not trained
                 "adam_share": 0.4,  # of the learning rate, for what muon leaves to AdamW
             },

@@ -6,6 +6,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
+from jax_distill import rounding
 from jax_distill.config import ConfigError
 
 
@@ -46,6 +47,7 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
     layers one by one) at AdamW's update size (arXiv:2502.16982); all else falls to NAdamW, at
     `adam_share` of the learning rate. Parameters whose path, such as
     `network/time_embedder/linear_1/bias`, the pattern `frozen` finds a match in stay as they are.
+    With `moments` "bfloat16", what the optimizer remembers takes half the memory, see `rounding`.
 
     Raises:
       ConfigError: unknown name of the optimizer or of its schedule, or no pattern.
@@ -70,6 +72,8 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
     else:
         raise ConfigError(f"optimizer.name: {config.name!r} is not one of adamw, muon")
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if config.moments == "bfloat16":
+        optimizer = rounding.in_bfloat16(optimizer)
     if not config.frozen:
         return optimizer
     try:

@@ -20,6 +20,7 @@ from jax_distill import (
     parallel,
     pipeline,
     ported,
+    rounding,
     scoring,
     worlds,
 )
@@ -242,6 +243,8 @@ _STEP_COUNTS = ("evaluation.student_steps", "evaluation.teacher_steps")
 _CHOICES = {
     "on_nonfinite": ("stop", "skip"),
     "dtype": ("float32", "bfloat16"),
+    "ema_dtype": rounding.DTYPES,
+    "optimizer.moments": rounding.DTYPES,
     "teacher.velocity": ("rescaled", "original"),
     "world": tuple(worlds.WORLDS),
     "lora.base": adapters.BASES,

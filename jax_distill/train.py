@@ -14,7 +14,7 @@ import optax
 from absl import logging
 from ml_collections import ConfigDict
 
-from jax_distill import parallel, processes
+from jax_distill import parallel, processes, rounding
 from jax_distill.checkpoint import Checkpoints
 from jax_distill.data.pipeline import batches
 from jax_distill.objectives.objective import Batch, Objective
@@ -22,6 +22,7 @@ from jax_distill.optimizer import learning_rate, make_optimizer
 from jax_distill.progress import Report
 
 INIT_STREAM = 2**32 - 1  # apart from the streams of the steps
+ROUNDING_STREAM = 2**32 - 2  # of a step
 
 
 class TrainState(NamedTuple):
@@ -43,13 +44,18 @@ class Interrupted(BaseException):
 
 
 def init_state(
-    objective: Objective, optimizer: optax.GradientTransformation, params: dict, seed: int
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    params: dict,
+    seed: int,
+    ema_dtype: str = "float32",
 ) -> TrainState:
     """A state at step zero from the student's initial network parameters, made float32."""
     params = objective.init(jax.random.fold_in(jax.random.key(seed), INIT_STREAM), params)
     params = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, params, optimizer.init(params), zero)
+    average = rounding.narrow(params, ema_dtype)
+    return TrainState(zero, params, average, optimizer.init(params), zero)
 
 
 def make_step(
@@ -94,7 +100,8 @@ def make_step(
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        ema = optax.incremental_update(params, rounding.widen(state.ema), 1 - decay)
+        ema = rounding.narrow_as(jax.random.fold_in(key, ROUNDING_STREAM), ema, state.ema)
 
         def keep_if_finite(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
@@ -160,7 +167,7 @@ def fit(
     optimizer = make_optimizer(config.optimizer, config.total_steps)
 
     def create(params):
-        return init_state(objective, optimizer, params, config.seed)
+        return init_state(objective, optimizer, params, config.seed, config.ema_dtype)
 
     abstract = jax.eval_shape(create, params)
     shardings = parallel.shard_state(abstract, mesh)

@@ -92,6 +92,8 @@ def one_sentence(error):
         ([TEACHER, "--config.seed=-1"], "seed: -1 is not"),
         ([TEACHER, "--config.name="], "name: '' is not"),
         ([TEACHER, "--config.dtype=float8"], "dtype: 'float8' is not one of float32, bfloat16"),
+        ([TEACHER, "--config.ema_dtype=int8"], "ema_dtype: 'int8' is not one of float32, bfloat16"),
+        ([TEACHER, "--config.optimizer.moments=half"], "moments: 'half' is not one of float32"),
         ([TEACHER, "--config.on_nonfinite=go"], "on_nonfinite: 'go' is not one of stop, skip"),
         ([TEACHER, "--config.optimizer.name=adam"], "optimizer.name: 'adam' is not one of"),
         ([TEACHER, "--config.optimizer.schedule=step"], "optimizer.schedule: 'step' is not one of"),

@@ -69,7 +69,7 @@ def training(config: ConfigDict, teacher: ConfigDict | None, mesh: Any) -> Progr
 
     def create():
         params = build.initial_parameters(config)
-        return train.init_state(objective, optimizer, params, config.seed)
+        return train.init_state(objective, optimizer, params, config.seed, config.ema_dtype)
 
     abstract = jax.eval_shape(create)
     shardings = parallel.shard_state(abstract, mesh)
