@@ -51,12 +51,12 @@ def get_config(preset: str = ""):
             "name": "study",
             "rows": METHODS,
             "seeds": (0, 1),
-            "common": {"total_steps": 600, "batch_size": 64},  # of every cell
+            "common": {"total_steps": 1000, "batch_size": 64},  # of every cell
             "student_steps": (1, 2, 4, 8),
             "teacher_steps": (50, 8, 4, 2, 1),
             "prompts": 600,
-            "evaluate_every": 150,  # training steps between scores
-            "examples": 12_800,
+            "evaluate_every": 250,  # training steps between scores
+            "examples": 60_000,
             "data_seed": 0,
             "drawn_steps": 0,  # of the teacher that draws {workdir}/drawn, image-free; 0: not made
             "teacher": {"checkpoint": "", "config": "configs/time_rescale.py", "settings": ()},
