@@ -103,7 +103,12 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
                 "frozen": "",  # a pattern of parameter paths that are not trained
                 "adam_share": 0.4,  # of the learning rate, for what muon leaves to AdamW
             },
-            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            "mesh": {
+                "data": 1,
+                "fsdp": -1,
+                "tensor": 1,
+                "split_tokens": False,  # over `tensor`, for pictures of many tokens
+            },
             "log_every": 50,
             "checkpoint": {"every": 500, "keep": 2},
             "samples": {"every": 0, "prompts": 8, "teacher_steps": 50},  # 0: at the end only

@@ -1,8 +1,10 @@
-"""The mesh, and one table that says where every parameter lives on it."""
+"""The mesh, and the tables that say where every parameter and every activation lives on it."""
 
+import contextlib
+import contextvars
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +26,17 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 ALL_FSDP: Mapping[str, int] = {"data": 1, "fsdp": -1, "tensor": 1}  # for drawing, on any machine
 MESH_AXES: Mapping[str, str] = {"embed": "fsdp", "heads": "tensor"}
 BATCH = PartitionSpec(("data", "fsdp"))
+
+# Axes of activations, of what flows through the networks. Without a rule of its own, "tokens" is
+# not split: they meet in attention.
+ACTIVATION_AXES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "heads": ("tensor",),
+    "tokens": (),
+}
+_placed: contextvars.ContextVar[tuple[Mesh, Mapping[str, tuple[str, ...]]] | None] = (
+    contextvars.ContextVar("placed", default=None)
+)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -64,9 +77,10 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
       ValueError: they do not multiply to `count`.
     """
     shape = [int(sizes[axis]) for axis in AXES]
+    named = dict(zip(AXES, shape))
     free = [i for i, size in enumerate(shape) if size == -1]
     if len(free) > 1:
-        raise ValueError(f"mesh: only one of {', '.join(AXES)} may be -1, got {dict(sizes)}")
+        raise ValueError(f"mesh: only one of {', '.join(AXES)} may be -1, got {named}")
     left = count  # devices that the axes before do not divide among them
     for axis, size in zip(AXES, shape):
         if size == -1:
@@ -85,7 +99,7 @@ def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
         shape[free[0]] = left
     elif left != 1:
         raise ValueError(
-            f"mesh: {dict(sizes)} needs {count // left} devices, there are {count}; make one of"
+            f"mesh: {named} needs {count // left} devices, there are {count}; make one of"
             f" {', '.join(AXES)} -1, to take what is left"
         )
     return tuple(shape)
@@ -116,6 +130,40 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
         if len(shape) >= offset and shape[-offset] % mesh.shape[axis] == 0:
             spec[-offset] = axis
     return PartitionSpec(*spec)
+
+
+@contextlib.contextmanager
+def activations_on(mesh: Mesh, *, split_tokens: bool = False) -> Iterator[None]:
+    """Within, while a function is traced, `constrain` places activations on the mesh.
+
+    Args:
+      mesh: with the axes `AXES`.
+      split_tokens: split tokens over `tensor` wherever heads are not (Megatron's sequence
+        parallelism, arXiv:2205.05198), for pictures of many tokens.
+    """
+    tokens = {"tokens": ("tensor",)} if split_tokens else {}
+    token = _placed.set((mesh, {**ACTIVATION_AXES, **tokens}))
+    try:
+        yield
+    finally:
+        _placed.reset(token)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """x, placed by `ACTIVATION_AXES`, one name or None an axis; axes that do not divide are whole.
+
+    Outside of `activations_on` it is x as it is.
+    """
+    placed = _placed.get()
+    if placed is None or placed[0].size == 1:
+        return x
+    mesh, rules = placed
+    spec = []
+    for size, name in zip(x.shape, names, strict=True):
+        axes = rules[name] if name else ()
+        count = math.prod(mesh.shape[axis] for axis in axes)
+        spec.append(axes if axes and size % count == 0 else None)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def shard_state(state: Any, mesh: Mesh) -> Any:

@@ -119,14 +119,17 @@ def jit_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
-    shardings: Any,
+    shardings: TrainState,
 ) -> Any:
     """`make_step`, jitted: the state is donated, and comes back under the same shardings."""
-    return jax.jit(
-        make_step(objective, optimizer, config),
-        donate_argnums=0,
-        out_shardings=(shardings, None),
-    )
+    step = make_step(objective, optimizer, config)
+    mesh = shardings.step.mesh
+
+    def placed(state: TrainState, frozen: dict, batch: Batch):
+        with parallel.activations_on(mesh, split_tokens=config.mesh.split_tokens):
+            return step(state, frozen, batch)
+
+    return jax.jit(placed, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def fit(

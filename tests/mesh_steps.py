@@ -2,7 +2,7 @@
 
 `python tests/mesh_steps.py scm adamw 8x1x1,2x2x2` prints a JSON object of each mesh: how far the
 loss, the gradient's norm and the parameters are from those of one device, relatively, and which of
-the collectives gather a stack of layers.
+the collectives gather a stack of layers. A mesh such as `1x4x2+tokens` splits tokens over `tensor`.
 """
 
 import json
@@ -16,6 +16,7 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tiny_runs import PAIR, STUDENT, random_parameters, settings
 
@@ -65,16 +66,18 @@ def prepare(method: str, optimizer: str):
     )
 
 
-def take(sizes, config, objective, optimizer, params, frozen, batch):
+def take(sizes, split_tokens, config, objective, optimizer, params, frozen, batch):
     """The state and the metrics after a step on a mesh, in host memory, and the program."""
     devices = jax.devices()[: math.prod(sizes)]
     mesh = parallel.make_mesh(dict(zip(parallel.AXES, sizes)), devices)
     state = train.init_state(objective, optimizer, params, 0)
     places = parallel.shard_state(state, mesh)
-    state = jax.device_put(state, places)
+    state = jax.tree.map(jnp.copy, jax.device_put(state, places))  # the step takes it
     frozen = parallel.put(frozen, parallel.shard_state(frozen, mesh))
     batch = parallel.shard_batch(batch, mesh)
-    step = jax.jit(train.make_step(objective, optimizer, config), out_shardings=(places, None))
+    with config.unlocked():
+        config.mesh.split_tokens = split_tokens
+    step = train.jit_step(objective, optimizer, config, places)
     program = step.lower(state, frozen, batch).compile({"xla_backend_optimization_level": 0})
     state, metrics = jax.device_get(program(state, frozen, batch))
     return state.params, metrics, program.as_text()
@@ -92,10 +95,11 @@ def gathered_stacks(program: str, params: dict) -> tuple[int, list[str]]:
 
 def main(method: str, optimizer: str, meshes: str) -> None:
     prepared = prepare(method, optimizer)
-    expected, reference, _ = take((1, 1, 1), *prepared)
+    expected, reference, _ = take((1, 1, 1), False, *prepared)
     report = {}
     for name in meshes.split(","):
-        found, metrics, program = take(tuple(map(int, name.split("x"))), *prepared)
+        sizes, _, tokens = name.partition("+")
+        found, metrics, program = take(tuple(map(int, sizes.split("x"))), bool(tokens), *prepared)
         gathers, whole = gathered_stacks(program, expected)
         leaves = zip(jax.tree.leaves(expected), jax.tree.leaves(found))
         report[name] = {

@@ -16,6 +16,8 @@ from regression import Regression, Source, frozen, parameters, small_config
 from jax_distill import checkpoint, train
 from jax_distill.parallel import (
     AXES,
+    activations_on,
+    constrain,
     local_rows,
     make_mesh,
     mesh_shape,
@@ -137,6 +139,25 @@ def test_each_process_holds_its_rows():
     wide = AbstractMesh((2, 4, 2), AXES)
     with pytest.raises(ValueError, match="batch_size: 12 does not divide among 8 devices"):
         local_rows(12, wide)
+
+
+@pytest.mark.parametrize(
+    ("names", "split_tokens", "expected"),
+    [
+        (("batch", "tokens", None), False, (("data", "fsdp"), None, None)),
+        (("batch", "tokens", None), True, (("data", "fsdp"), ("tensor",), None)),
+        (("batch", None, "heads"), True, (("data", "fsdp"), None, ("tensor",))),
+        ((None, "batch", "heads"), False, (None, None, ("tensor",))),  # 6 is no multiple of 8
+    ],
+)
+def test_activations_are_placed_by_name(names, split_tokens, expected):
+    x = jax.ShapeDtypeStruct((16, 6, 8), np.float32)
+    assert str(jax.make_jaxpr(lambda x: constrain(x, *names))(x)).count("sharding") == 0
+    with activations_on(MESH, split_tokens=split_tokens):
+        (equation,) = jax.make_jaxpr(lambda x: constrain(x, *names))(x).eqns
+    assert equation.params["sharding"].spec == PartitionSpec(*expected)
+    with activations_on(AbstractMesh((1, 1, 1), AXES)):
+        assert not jax.make_jaxpr(lambda x: constrain(x, *names))(x).eqns
 
 
 def test_a_batch_is_split_along_its_first_axis():

@@ -23,6 +23,7 @@ from jax_distill.flow import Network, Text
 from jax_distill.models import lora
 from jax_distill.models.binding import binder, parameters
 from jax_distill.ops.attention import IMPLEMENTATIONS, attention
+from jax_distill.parallel import constrain
 
 TIME_FREQUENCIES = 256  # channels of the sinusoidal features of time, guidance and interval
 MLP_RATIO = 4
@@ -131,6 +132,11 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
 
 
+def placed(x: jax.Array) -> jax.Array:
+    """Tokens (B, N, C) between blocks, on the mesh of the training step."""
+    return constrain(x, "batch", "tokens", None)
+
+
 def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
@@ -190,7 +196,8 @@ class Heads(nnx.Module):
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         def split(y):
-            return y.reshape(*y.shape[:-1], self.num_heads, -1)
+            heads = y.reshape(*y.shape[:-1], self.num_heads, -1)
+            return constrain(heads, "batch", None, "heads", None)
 
         query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
         return self.query_norm(query), self.key_norm(key), value
@@ -206,6 +213,7 @@ def attend(
     """Attention over rotated queries and keys; heads merged: (B, N, H, D) -> (B, N, H D)."""
     query, key = rotate(query, rotary), rotate(key, rotary)
     out = attention(query, key, value, implementation=implementation)
+    out = constrain(out, "batch", None, "heads", None)
     return out.reshape(*out.shape[:2], -1)
 
 
@@ -223,9 +231,10 @@ class Stream(nnx.Module):
     def finish(self, x: jax.Array, attended: jax.Array, modulation: list[jax.Array]) -> jax.Array:
         """Residual attention output, then the residual MLP. x, attended: (B, N, C)."""
         _, _, gate_attention, shift, scale, gate_mlp = modulation
-        x = x + gate_attention[:, None] * self.attention_out(attended)
+        x = placed(x + gate_attention[:, None] * self.attention_out(attended))
         hidden = gelu(self.mlp_in(modulate(x, shift, scale)))
-        return x + gate_mlp[:, None] * self.mlp_out(hidden)
+        hidden = constrain(hidden, "batch", None, "heads")
+        return placed(x + gate_mlp[:, None] * self.mlp_out(hidden))
 
 
 class DoubleBlock(nnx.Module):
@@ -267,8 +276,8 @@ class SingleBlock(nnx.Module):
         shift, scale, gate = jnp.split(self.modulation(nnx.silu(embedding)), 3, axis=-1)
         normalised = modulate(x, shift, scale)
         attended = attend(*self.heads(normalised), rotary, self.attention)
-        hidden = gelu(self.mlp_in(normalised))
-        return x + gate[:, None] * self.out(jnp.concatenate([attended, hidden], axis=-1))
+        hidden = constrain(gelu(self.mlp_in(normalised)), "batch", None, "heads")
+        return placed(x + gate[:, None] * self.out(jnp.concatenate([attended, hidden], axis=-1)))
 
 
 class MMDiT(nnx.Module):
@@ -386,7 +395,7 @@ class MMDiT(nnx.Module):
             raise ValueError(f"grid: {grid} has {grid[0] * grid[1]} tokens, x has {x.shape[1]}")
         embedding = self.embedding(t, text.pooled, guidance, interval)
         rotary = jnp.asarray(rotary_table(self.config, text.sequence.shape[1], grid))
-        image, sequence = self.image_in(x), self.text_in(text.sequence)
+        image, sequence = placed(self.image_in(x)), placed(self.text_in(text.sequence))
 
         def double(carry, block):
             return block(*carry, embedding, rotary), None
