@@ -137,8 +137,9 @@ ENTRY %main (a: bf16[16,8]) -> bf16[16,8] {
 """
 
 
-def test_exchanges_in_loops_count_every_time():
-    found = collectives(HLO, 4)
+@pytest.mark.parametrize("counter", ["s32", "u32"])
+def test_exchanges_in_loops_count_every_time(counter):
+    found = collectives(HLO.replace("s32", counter), 4)
     assert totals(found) == {
         "all-gather": {"count": 39, "bytes": 38 * 64 * 8 * 2 + 16 * 4},
         "reduce-scatter": {"count": 38, "bytes": 38 * 64 * 8 * 2},

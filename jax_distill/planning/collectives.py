@@ -143,7 +143,7 @@ def _trips(line: str, name: str, computations: Mapping[str, list[str]]) -> int:
     condition = re.search(r" condition=%?([\w.\-]+)", line)
     lines = computations.get(condition[1], []) if condition else []
     constants = [
-        int(n) for text in lines for n in re.findall(r"s32\[\][^ ]* constant\((\d+)\)", text)
+        int(n) for text in lines for n in re.findall(r"[su]32\[\][^ ]* constant\((\d+)\)", text)
     ]
     if len(constants) == 1:
         return constants[0]
