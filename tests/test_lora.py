@@ -1,6 +1,7 @@
 """LoRA students: adapters beside a frozen teacher are the network that they are merged into."""
 
 import functools
+import json
 import re
 import shutil
 import sys
@@ -347,6 +348,21 @@ def test_only_adapters_and_embedders_are_saved_and_training_goes_on(flux, run, t
     assert checkpoint.complete_steps(longer)[0] == 3
     lines = read_metrics(longer / "metrics.jsonl").lines
     assert [line["step"] for line in lines] == [1, 2, 3]
+    straight = tmp_path / "straight"
+    assert not train(flux[1], straight, "total_steps=3")
+    for path, leaf in flat(checkpoint.load_averaged(straight)["network"]).items():
+        np.testing.assert_array_equal(leaf, flat(checkpoint.load_averaged(longer)["network"])[path])
+
+
+def test_adapters_are_not_laid_beside_another_teacher(flux, run, tmp_path):
+    changed = tmp_path / "run"
+    shutil.copytree(run, changed)
+    note = json.loads((changed / adapters.TEACHER).read_text())
+    (changed / adapters.TEACHER).write_text(json.dumps({"checksum": note["checksum"] ^ 1}))
+    assert "is no longer what the adapters" in train(flux[1], changed, "total_steps=3")
+    assert checkpoint.complete_steps(changed)[0] == 2
+    with pytest.raises(ValueError, match="put the old one back"):
+        pipeline.load(changed).params  # noqa: B018
 
 
 def test_exported_adapters_draw_the_same_in_stock_diffusers(flux, run, tmp_path):
