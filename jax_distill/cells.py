@@ -6,10 +6,12 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -36,34 +38,41 @@ def run(config: ConfigDict, workdir: Path) -> None:
     shared = [f"data.path={data}", f"evaluation.prompts={config.prompts}"]
     settings = [f"{key}={_word(value)}" for key, value in config.common.items()]
     own = [f"teacher.checkpoint={config.teacher.checkpoint}", *config.teacher.settings]
-    steps = f"evaluation.teacher_steps={_word(config.teacher_steps)}"
-    train(config.teacher.config, teacher, [*shared, steps, *own])
+    scored = f"evaluation.teacher_steps={_word(config.teacher_steps)}"
+    train(config.teacher.config, teacher, [*shared, scored, *own])
     if not _teacher(teacher)["score"]:
         raise ConfigError(f"teacher: the one in '{teacher}' scores 0, no share of which is known")
     if config.drawn_steps:
         prepare(drawn, [*examples, f"teacher={teacher}", f"steps={config.drawn_steps}"])
 
-    cells = list(_cells(config))
+    cells, steps = list(_cells(config)), config.student_steps
     found = []
     for index, (row, seed, file, own) in enumerate(cells):
         cell = workdir / folder(row, seed)
         logging.info("cell %d of %d: %s, seed %d", index + 1, len(cells), row, seed)
-        steps = [
-            f"evaluation.student_steps={_word(config.student_steps)}",
+        scored = [
+            f"evaluation.student_steps={_word(steps)}",
             "evaluation.teacher_steps=1",  # the teacher is scored once, above
+            f"evaluation.every={config.evaluate_every}",
         ]
-        every = [f"evaluation.every={config.evaluate_every}"]
         start = [f"teacher.checkpoint={teacher}", f"seed={seed}"]
         own = [setting.format(workdir=workdir) for setting in own]
-        command = train(file, cell, [*shared, *settings, *steps, *every, *start, *own])
+        command = train(file, cell, [*shared, *settings, *scored, *start, *own])
         found.append({"row": row, "seed": seed, "command": command, **measured(cell)})
         study = {"name": config.name, "teacher": _teacher(teacher), "cells": found}
         write_json(workdir / RESULTS, study)
+    pipes = {"teacher": pipeline.load(teacher)}
+    pipes |= {row: pipeline.load(workdir / folder(row, config.seeds[0])) for row, *_ in config.rows}
+    study["sampling"] = {
+        name: sampling_costs(pipe, config.teacher_steps if name == "teacher" else steps)
+        for name, pipe in pipes.items()
+    }
+    write_json(workdir / RESULTS, study)
     grid = workdir / "samples.png"
-    draw_grid(grid, config, workdir)
-    comparison.write_page(workdir / "study.html", study, grid)
+    draw_grid(grid, config, pipes)
+    page = comparison.write(workdir, study, grid)
     print(comparison.format_table(study))
-    print(f"report: {workdir / 'study.html'}")
+    print(f"report: {page}")
 
 
 def _cells(config: ConfigDict) -> Iterator[tuple[str, int, str, Sequence[str]]]:
@@ -163,15 +172,47 @@ def _teacher(workdir: Path) -> dict:
     return json.loads((workdir / "results.json").read_text())["teacher"]
 
 
-def draw_grid(path: Path, config: ConfigDict, workdir: Path) -> None:
-    """One row a method (its first seed), in as many steps as `grid_steps` says, and the teacher."""
+def sampling_costs(
+    pipe: pipeline.Pipeline, counts: Sequence[int], pictures: int = 60
+) -> dict[str, dict[str, float]]:
+    """Arithmetic and seconds of a picture in the transformer, by number of steps.
+
+    The time is that of drawing so many pictures at once, compiled before, over their number.
+    """
+    text = pipe.world.encode([prompt.caption for prompt in scoring.held_out(pictures)])
+    costs = {}
+    for steps in counts:
+        pipe.latents(text, steps=steps)
+        begin = time.perf_counter()
+        pipe.latents(text, steps=steps)
+        seconds = (time.perf_counter() - begin) / pictures
+        costs[str(steps)] = {"flops": sampling_flops(pipe.config, steps), "seconds": seconds}
+    return costs
+
+
+def sampling_flops(config: ConfigDict, steps: int) -> int:
+    """Arithmetic of drawing one picture's latents, see `flops.count_flops`."""
+    method = build.objective(config)
+
+    def draw(params, noise, text, key):
+        guidance = jnp.full(1, config.evaluation.guidance)
+        return method.sample(params, noise, text, text, guidance, key[None], steps)
+
+    def arguments():
+        params = {"network": build.initial_parameters(config)}
+        noise = jnp.zeros((1, *build.token_shape(config)))
+        return params, noise, build.text_like(config, 1), jax.random.key(0)
+
+    return count_flops(draw, *jax.eval_shape(arguments))
+
+
+def draw_grid(path: Path, config: ConfigDict, pipes: Mapping[str, pipeline.Pipeline]) -> None:
+    """The teacher's row, and of each method one for every number of steps in `grid_steps`."""
     prompts = preview_captions(config.grid_prompts)
-    teacher = pipeline.load(workdir / "teacher")
-    most = max(config.teacher_steps)
-    rows, labels = [teacher(prompts, steps=most)], [f"teacher, {most} steps"]
-    for row, *_ in config.rows:
-        pipe = pipeline.load(workdir / folder(row, config.seeds[0]))
-        for steps in config.grid_steps:
+    rows, labels = [], []
+    for name, pipe in pipes.items():
+        counts = [max(config.teacher_steps)] if name == "teacher" else config.grid_steps
+        for steps in counts:
             rows.append(pipe(prompts, steps=steps))
-            labels.append(f"{row}, {steps} step{'s' * (steps > 1)}")
+            labels.append(f"{name}, {steps} step{'s' * (steps > 1)}")
     grids.save_grid(path, rows, row_labels=labels, column_labels=prompts, title=config.name)

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from jax_distill import cells
+from jax_distill import cells, pipeline
 from jax_distill.config import ConfigError
 from jax_distill.evaluation import comparison
+from jax_distill.experiment import student_config
 from jax_distill.models.mmdit import MMDiTConfig
+from jax_distill.planning import program
 from jax_distill.preflight import flatten
 
 ROOT = Path(__file__).parents[1]
@@ -150,9 +152,17 @@ def cell(row, seed, one, four):
     }
 
 
+def cost(evaluations):
+    return {"flops": 100_000_000 * evaluations, "seconds": evaluations / 1000}
+
+
 STUDY = {
     "name": "study",
     "teacher": {"nfe": 50, **entry(0.8), "few": {"4": entry(0.2)}},
+    "sampling": {
+        "teacher": {"4": {**cost(8), "seconds": 0.004}, "50": {**cost(100), "seconds": 0.05}},
+        "sCM": {"1": cost(1), "4": cost(4)},
+    },
     "cells": [cell("sCM", 0, 0.4, 0.6), cell("sCM", 1, 0.56, 0.68), cell("IMM", 0, 0.2, 0.8)],
 }
 
@@ -165,15 +175,36 @@ def test_table_has_shares_with_their_spread_and_costs():
     assert lines[3][:3] == ["teacher", "-", "0.25"]
     text = comparison.format_table(STUDY).splitlines()
     assert len({len(line) for line in text[:3]}) == 1 and "0.800" in text[-1]
-    assert comparison.markdown_table(STUDY).count("\n") == 4
+    assert comparison.markdown(lines).count("\n") == 4
+
+
+def test_a_pictures_cost_stands_where_it_is_known():
+    lines = comparison.sampling_table(STUDY)
+    assert lines[0] == ["a picture's cost", "1 step", "4 steps", "50 steps"]
+    assert lines[1] == ["teacher", "-", "0.80 GFLOP, 4.0 ms", "10.00 GFLOP, 50.0 ms"]
+    assert lines[2] == ["sCM", "0.10 GFLOP, 1.0 ms", "0.40 GFLOP, 4.0 ms", "-"]
+
+
+@pytest.mark.parametrize("file", ["scm", "imm", "time_rescale"])
+def test_a_picture_costs_an_evaluation_a_step(file):
+    """A step of a student is one forward; the teacher's, its guidance being embedded, too."""
+    config = load_config(file).get_config("")
+    config = student_config(config, pipeline.load("embedded").config)
+    one, four = (cells.sampling_flops(config, steps) for steps in (1, 4))
+    assert four == 4 * one == 4 * program.forward_flops(config) // config.batch_size
 
 
 def test_page_holds_everything_and_needs_no_other_file(tmp_path):
-    comparison.write_page(tmp_path / "study.html", STUDY)
+    comparison.write(tmp_path, STUDY)
     page = (tmp_path / "study.html").read_text()
-    assert "0.60 ±0.10" in page and "--config=&lt;sCM&gt;" in page and "Learning" in page
+    assert "0.60 ±0.10" in page and "--config=&lt;sCM&gt;" in page
+    assert "against training arithmetic" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert os.listdir(tmp_path) == ["study.html"]
+    plots = {f"share-by-{what}.svg" for what in ("steps", "compute-1", "compute-4")}
+    assert set(os.listdir(tmp_path)) == {"study.html", "study.md", *plots}
+    text = (tmp_path / "study.md").read_text()
+    assert set(re.findall(r"\]\((.*?)\)", text)) == plots
+    assert "| sCM | 0.60 ±0.10 |" in text and "\n    python -m jax_distill.main" in text
 
 
 def test_a_study_of_one_seed_has_no_spread():

@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from jax_distill.evaluation import page, plots
 from jax_distill.evaluation.plots import Theme
+from jax_distill.files import write_atomically
 
 
 class Spread(NamedTuple):
@@ -91,9 +92,24 @@ def format_table(study: Mapping[str, Any]) -> str:
     return "\n".join([*body, foot])
 
 
-def markdown_table(study: Mapping[str, Any]) -> str:
-    """The table in Markdown, for documents."""
-    head, *lines = table(study)
+def sampling_table(study: Mapping[str, Any]) -> list[list[str]]:
+    """Head and rows: what a picture costs in the transformer, by method and steps."""
+    costs = study["sampling"]
+    steps = sorted({int(n) for entries in costs.values() for n in entries})
+    lines = [["a picture's cost", *(f"{n} {page.plural('step', n)}" for n in steps)]]
+    for name, entries in costs.items():
+        cells = [entries.get(str(n)) for n in steps]
+        words = [
+            f"{cost['flops'] / 1e9:.2f} GFLOP, {1000 * cost['seconds']:.1f} ms" if cost else "-"
+            for cost in cells
+        ]
+        lines.append([name, *words])
+    return lines
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A head and rows as a table in Markdown, for documents."""
+    head, *lines = lines
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
 
@@ -166,49 +182,67 @@ def score_by_compute(study: Mapping[str, Any], steps: int) -> Callable[[Axes, Th
     return draw
 
 
-def write_page(path: Path, study: Mapping[str, Any], grid: Path | None = None) -> None:
-    """Writes study.html, a file that needs no other, from study.json's content.
+PLOT = (4.6, 3.4)  # inches
+
+
+def plots_of(study: Mapping[str, Any]) -> list[tuple[str, str, Callable[[Axes, Theme], None]]]:
+    """The plots: a name for a file, a caption, and what draws it."""
+    rows = by_row(study)
+    if not rows:
+        return []
+    caption = "Share of the teacher's score against steps per picture"
+    made = [("share-by-steps", caption, score_by_steps(study))]
+    if any(cell["history"] for cell in study["cells"]):
+        for n in map(int, next(iter(rows.values()))[0]["student"]):
+            caption = f"Share in {n} {page.plural('step', n)} against training arithmetic"
+            made.append((f"share-by-compute-{n}", caption, score_by_compute(study, n)))
+    return made
+
+
+def write(folder: Path, study: Mapping[str, Any], grid: Path | None = None) -> Path:
+    """Writes what a study found: study.html, which needs no other file; study.md and its plots.
 
     Args:
-      path: the page.
-      study: what the study measured.
+      folder: where the files go.
+      study: study.json's content.
       grid: a picture of the methods' samples side by side.
+
+    Returns:
+      The page.
     """
-    rows = by_row(study)
-    steps = [int(n) for n in next(iter(rows.values()))[0]["student"]] if rows else []
     figures = [
-        page.figure(
-            plots.inline(score_by_steps(study), (4.6, 3.4), "Shares by steps, as in the table"),
-            "Share of the teacher's score against steps per picture",
-        )
-    ] * bool(rows)
-    for n in steps if any(cell["history"] for cell in study["cells"]) else []:
-        figures.append(
-            page.figure(
-                plots.inline(score_by_compute(study, n), (4.6, 3.4), f"Learning curves, {n} steps"),
-                f"Share in {n} step{'s' * (n > 1)} against training arithmetic",
-            )
-        )
-    tasks = list(study["teacher"]["tasks"])
-    parts = [
-        "<h2>Shares and costs</h2><p>Means over the seeds, and half of the range they span."
-        f" The teacher's own score at {study['teacher']['nfe']} steps is"
-        f" {study['teacher']['score']:.3f}.</p>",
-        _html_table(table(study)),
-        f'<div class="plots">{"".join(figures)}</div>',
-        "<h2>Tasks</h2>",
-        _html_table(_by_task(study, rows, tasks)),
+        page.figure(plots.inline(draw, PLOT, caption), caption)
+        for _, caption, draw in plots_of(study)
     ]
+    rows, full = by_row(study), study["teacher"]
+    note = (
+        "Means over the seeds, and half of the range they span. The teacher's own score at"
+        f" {full['nfe']} steps is {full['score']:.3f}."
+    )
+    tables = [
+        ("Shares and costs", note, table(study)),
+        ("Sampling", "Of the transformer, on the machine of the study.", sampling_table(study)),
+        ("Tasks", "Scores.", _by_task(study, rows, list(full["tasks"]))),
+    ]
+    html = [f"<h2>{name}</h2><p>{note}</p>{_html_table(lines)}" for name, note, lines in tables]
+    html.insert(1, f'<div class="plots">{"".join(figures)}</div>')
     if grid is not None and (image := page.picture(grid)):
-        parts.append(
+        html.append(
             '<h2>Samples</h2><figure><div class="scroll grid">'
             f'<img src="{image}" alt="The methods\' pictures for fixed prompts"></div></figure>'
         )
-    commands = "".join(
-        f"<li><code>{escape(cell['command'])}</code></li>" for cell in study["cells"]
-    )
-    parts.append(f"<h2>Commands</h2><ul>{commands}</ul>")
-    page.write(path, str(study["name"]), "\n".join(parts))
+    commands = [str(cell["command"]) for cell in study["cells"]]
+    items = "".join(f"<li><code>{escape(command)}</code></li>" for command in commands)
+    html.append(f"<h2>Commands</h2><ul>{items}</ul>")
+    page.write(folder / "study.html", str(study["name"]), "\n".join(html))
+
+    text = [f"## {name}\n\n{note}\n\n{markdown(lines)}" for name, note, lines in tables]
+    for name, caption, draw in plots_of(study):
+        plots.save(folder / f"{name}.svg", draw, PLOT)
+        text.append(f"![{caption}]({name}.svg)")
+    text.append("## Commands\n\n" + "\n".join(f"    {command}" for command in commands))
+    write_atomically(folder / "study.md", f"# {study['name']}\n\n" + "\n\n".join(text) + "\n")
+    return folder / "study.html"
 
 
 def _by_task(study: Mapping, rows: Mapping, tasks: Sequence[str]) -> list[list[str]]:

@@ -10,6 +10,7 @@ import base64
 import html
 import io
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -18,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
+
+from jax_distill.files import write_atomically
 
 MAX_POINTS = 600  # of a curve; more cannot be told apart
 SMOOTHING = 0.05  # of a curve's points, averaged into one
@@ -65,7 +68,14 @@ def inline(draw: Callable[[Axes, Theme], None], size: tuple[float, float], alt: 
     )
 
 
-def _svg(draw: Callable[[Axes, Theme], None], theme: Theme, size: tuple[float, float]) -> bytes:
+def save(path: Path, draw: Callable[[Axes, Theme], None], size: tuple[float, float]) -> None:
+    """Writes a plot as an SVG file on white; arguments as those of `inline`."""
+    write_atomically(path, _svg(draw, LIGHT, size, alpha=1).decode())
+
+
+def _svg(
+    draw: Callable[[Axes, Theme], None], theme: Theme, size: tuple[float, float], alpha: float = 0
+) -> bytes:
     style = {
         "font.size": 8.5,
         "text.color": theme.ink,
@@ -86,7 +96,7 @@ def _svg(draw: Callable[[Axes, Theme], None], theme: Theme, size: tuple[float, f
     }
     with matplotlib.rc_context(style):
         figure = Figure(size, layout="constrained")
-        figure.patch.set_alpha(0)
+        figure.patch.set_alpha(alpha)
         axes = figure.add_subplot()
         axes.patch.set_alpha(0)
         draw(axes, theme)
