@@ -89,10 +89,12 @@ def check_batches(config: ConfigDict, keys: Sequence[str], examples: int) -> Non
     for key in keys:
         size = values[key]
         if size % (config.accumulate * devices):
+            tensor = mesh.size // math.gcd(size // config.accumulate, mesh.size)
+            fits = size % config.accumulate == 0 and tensor < mesh.size and config.mesh.data == 1
             raise ConfigError(
                 f"{key}: {size} does not divide into accumulate={config.accumulate} micro-batches"
                 f" on {devices} device{'s' * (devices > 1)} (mesh.data x mesh.fsdp); make it a"
-                f" multiple of {config.accumulate * devices}"
+                f" multiple of {config.accumulate * devices}" + f", or mesh.tensor {tensor}" * fits
             )
         check_batch_size(size, examples, key)
 

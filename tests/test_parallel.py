@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 from regression import Regression, Source, frozen, parameters, small_config
 
-from jax_distill import checkpoint, train
+from jax_distill import checkpoint, preflight, train
+from jax_distill.config import ConfigError
 from jax_distill.parallel import (
     AXES,
     activations_on,
@@ -131,6 +132,16 @@ def test_a_mesh_that_cuts_slices_is_refused():
     chips = [Chip(index, index // 2) for index in range(8)]
     with pytest.raises(ValueError, match="cuts the 4 slices .* make mesh.data a multiple of 4"):
         make_mesh({"data": 1, "fsdp": 2, "tensor": 4}, chips)
+
+
+def test_a_batch_too_small_for_a_pod_is_told_the_way_out(monkeypatch):
+    monkeypatch.setattr(preflight.parallel, "make_mesh", lambda _: AbstractMesh((1, 256, 1), AXES))
+    config = small_config(batch_size=64)
+    with pytest.raises(ConfigError, match="64 .* make it a multiple of 256, or mesh.tensor 4$"):
+        preflight.check_batches(config, ["batch_size"], 1000)
+    config = small_config(batch_size=63)
+    with pytest.raises(ConfigError, match="63 .* make it a multiple of 256$"):
+        preflight.check_batches(config, ["batch_size"], 1000)
 
 
 def test_each_process_holds_its_rows():
