@@ -106,6 +106,15 @@ def test_what_does_not_fit_says_what_does():
     assert not plan.fits
     words, changed = planner.smallest_change(tiny(), plan)
     assert changed.fits and words == "--config.model.remat=full"
+    # The last before more chips: moments and average in bfloat16.
+    smallest = tiny()
+    with smallest.unlocked():
+        smallest.model.remat, smallest.accumulate = "full", smallest.batch_size
+    peak = planner.make_plan(smallest, roomy).peak
+    tight = dataclasses.replace(roomy, chip=dataclasses.replace(roomy.chip, hbm=peak - 1))
+    words, changed = planner.smallest_change(smallest, planner.make_plan(smallest, tight))
+    assert changed.fits and "--config.optimizer.moments=bfloat16 --config.ema_dtype" in words
+    assert changed.held["optimizer"] < 0.6 * changed.held["parameters"] * 2
 
 
 def test_a_batch_that_does_not_divide_splits_the_layers():

@@ -317,6 +317,9 @@ def _remedies(config: ConfigDict, plan: Plan) -> Iterator[tuple[dict[str, Any], 
     while config.batch_size % (accumulate * groups) == 0:
         yield {"accumulate": accumulate} | remat, plan.topology
         accumulate *= 2
+    if config.ema_dtype == "float32":
+        halved = {"optimizer.moments": "bfloat16", "ema_dtype": "bfloat16"}
+        yield halved | remat | {"accumulate": accumulate // 2}, plan.topology
     larger = plan.topology
     for _ in range(8):
         axis = min(range(len(larger.shape)), key=lambda axis: (larger.shape[axis], -axis))
