@@ -1,7 +1,7 @@
 """Memory of attention and of the whole FLUX.1-lite sCM step on TPUs, from the TPU compiler.
 
     python benchmarks/attention_memory.py [--topology=v5e:1x1] [--implementations=auto,xla]
-    python benchmarks/attention_memory.py --step --topology=v5e:8x8 [--tokens=4096]
+    python benchmarks/attention_memory.py --step --topology=v5e:8x8 [--tokens=4096] [--effort=-1]
 
 Needs libtpu (`pip install jax[tpu]`) and no TPU. Without --step it compiles one attention of 24
 heads of 128 channels over 4352 tokens, jax.jvp of it and the gradient beside the stopped tangent;
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from jax_distill import config as configuration
 from jax_distill import parallel, train
@@ -41,6 +41,7 @@ _STEP = flags.DEFINE_bool("step", False, "The whole training step in place of on
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "Image tokens of the step; 4096 are 1024 pixels.")
 _LAYERS = flags.DEFINE_list("layers", ["8", "38"], "Double and single blocks of the step.")
 _CHIPS = flags.DEFINE_integer("chips", 0, "Chips of the topology to use; 0 for all.")
+_EFFORT = flags.DEFINE_float("effort", 0.0, "Of the compiler; -1 is quick, 0 as for a run.")
 TEXT_TOKENS = 256
 
 
@@ -105,13 +106,7 @@ def step_case(implementation: str, devices):
     batch = Batch(split(_TOKENS.value, model.in_channels), text)
     state, frozen = placed(state), placed({"teacher": params})
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    step = jax.jit(
-        train.make_step(objective, optimizer, config),
-        donate_argnums=0,
-        out_shardings=(shardings, replicated),
-    )
-    return step, (state, frozen, batch)
+    return train.jit_step(objective, optimizer, config, shardings), (state, frozen, batch)
 
 
 def main(argv):
@@ -133,7 +128,8 @@ def main(argv):
         }
         begun = time.perf_counter()
         try:
-            memory = step.lower(*arguments).compile().memory_analysis()
+            options = {"exec_time_optimization_effort": _EFFORT.value}
+            memory = step.lower(*arguments).compile(options).memory_analysis()
         except jax.errors.JaxRuntimeError as error:
             line["error"] = next(
                 (part for part in str(error).split("\n") if "emory" in part), str(error)[:300]

@@ -82,12 +82,10 @@ class IMM:
     means over the M x M pairs, k the Laplace kernel of `laplace_kernel` with c_out = (t - s) s_x,
     s_x the latents' standard deviation, and w of `moment_weight`.
 
-    Scale: distances within a group are about s_x sqrt(D) times the error, so that k is nearly
-    linear, 1 - |a - b| / (D c_out), and the loss falls as 1/sqrt(D) with the dimension D of a
-    sample. As r -> t it falls with |x_r - x_t|, linear in t - r; dividing by c_out keeps it from
-    vanishing as s -> t.
-
-    The particles' gradient pulls a_i towards the group's b_j and away from its own a_j.
+    Scale: distances in a group are about s_x sqrt(D) times the error, so that k is nearly linear,
+    1 - |a - b| / (D c_out), and the loss falls as 1/sqrt(D) with the dimension D of a sample. As
+    r -> t it falls with |x_r - x_t|, linear in t - r; dividing by c_out keeps it from vanishing as
+    s -> t. The gradient pulls a_i towards the group's b_j and away from its own a_j.
 
     Attributes:
       network: the student, with a second time embedder.

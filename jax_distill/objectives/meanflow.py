@@ -84,8 +84,7 @@ class MeanFlow:
         (T2I-Distill).
       loss_power, loss_constant: p and c.
       discrete_warmup: steps; 0 for none.
-      time_shift: mu of the sampling schedule; None: the world's, or FLUX's for the number
-        of tokens.
+      time_shift: mu of the sampling schedule; None: the world's, or FLUX's for so many tokens.
     """
 
     network: Network
