@@ -36,7 +36,8 @@ def test_a_step_is_that_of_one_device(method, optimizer):
         timeout=1800,
     )
     assert done.returncode == 0, done.stderr
-    assert "nvoluntary full rematerialization" not in done.stderr or optimizer == "muon"
+    if method != "imm":  # of eight rows, its groups of two lie on two devices each
+        assert "nvoluntary full rematerialization" not in done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert list(report) == list(meshes)
     for mesh, found in report.items():
