@@ -3,7 +3,8 @@
 python -m jax_distill.study --config=configs/study.py
 python -m jax_distill.study --config=configs/study.py:ablations
 
-The second changes one thing of sCM or of MeanFlow a row: what each stabiliser is worth.
+The second changes one thing of sCM or of MeanFlow a row, in runs of 300 steps: what each
+stabiliser is worth.
 """
 
 from ml_collections import ConfigDict
@@ -66,7 +67,8 @@ def get_config(preset: str = ""):
     )
     if preset == "ablations":
         config.name, config.rows, config.seeds = "ablations", ABLATIONS, (0,)
-        config.student_steps, config.drawn_steps, config.evaluate_every = (1, 2, 4), 20, 300
+        config.student_steps, config.drawn_steps, config.evaluate_every = (1, 2, 4), 20, 150
+        config.common.total_steps, config.examples = 300, 12_800
     if preset == "smoke":
         config.name = "study_smoke"
         config.seeds = (0,)
