@@ -1,16 +1,17 @@
 """The mesh, and the tables that say where every parameter and every activation lives on it."""
 
-import contextlib
-import contextvars
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_distill.ops import placement
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -34,9 +35,6 @@ ACTIVATION_AXES: Mapping[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "tokens": (),
 }
-_placed: contextvars.ContextVar[tuple[Mesh, Mapping[str, tuple[str, ...]]] | None] = (
-    contextvars.ContextVar("placed", default=None)
-)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -132,9 +130,8 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     return PartitionSpec(*spec)
 
 
-@contextlib.contextmanager
-def activations_on(mesh: Mesh, *, split_tokens: bool = False) -> Iterator[None]:
-    """Within, while a function is traced, `constrain` places activations on the mesh.
+def activations_on(mesh: Mesh, *, split_tokens: bool = False) -> AbstractContextManager[None]:
+    """Within, while a function is traced, networks place their activations on the mesh.
 
     Args:
       mesh: with the axes `AXES`.
@@ -142,28 +139,7 @@ def activations_on(mesh: Mesh, *, split_tokens: bool = False) -> Iterator[None]:
         parallelism, arXiv:2205.05198), for pictures of many tokens.
     """
     tokens = {"tokens": ("tensor",)} if split_tokens else {}
-    token = _placed.set((mesh, {**ACTIVATION_AXES, **tokens}))
-    try:
-        yield
-    finally:
-        _placed.reset(token)
-
-
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """x, placed by `ACTIVATION_AXES`, one name or None an axis; axes that do not divide are whole.
-
-    Outside of `activations_on` it is x as it is.
-    """
-    placed = _placed.get()
-    if placed is None or placed[0].size == 1:
-        return x
-    mesh, rules = placed
-    spec = []
-    for size, name in zip(x.shape, names, strict=True):
-        axes = rules[name] if name else ()
-        count = math.prod(mesh.shape[axis] for axis in axes)
-        spec.append(axes if axes and size % count == 0 else None)
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    return placement.placed_on(mesh, {**ACTIVATION_AXES, **tokens})
 
 
 def shard_state(state: Any, mesh: Mesh) -> Any:

@@ -15,10 +15,10 @@ from regression import Regression, Source, frozen, parameters, small_config
 
 from jax_distill import checkpoint, preflight, train
 from jax_distill.config import ConfigError
+from jax_distill.ops.placement import constrain
 from jax_distill.parallel import (
     AXES,
     activations_on,
-    constrain,
     local_rows,
     make_mesh,
     mesh_shape,

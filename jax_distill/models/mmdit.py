@@ -23,7 +23,7 @@ from jax_distill.flow import Network, Text
 from jax_distill.models import lora
 from jax_distill.models.binding import binder, parameters
 from jax_distill.ops.attention import IMPLEMENTATIONS, attention
-from jax_distill.parallel import constrain
+from jax_distill.ops.placement import constrain
 
 TIME_FREQUENCIES = 256  # channels of the sinusoidal features of time, guidance and interval
 MLP_RATIO = 4
