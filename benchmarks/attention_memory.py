@@ -1,18 +1,22 @@
-"""Memory of attention and of the whole FLUX.1-lite sCM step on TPUs, from the TPU compiler.
+"""Memory of attention and of the whole FLUX.1-lite sCM step, from the compiler of the device.
 
     python benchmarks/attention_memory.py [--topology=v5e:1x1] [--implementations=auto,xla]
     python benchmarks/attention_memory.py --step --topology=v5e:8x8 [--tokens=4096] [--effort=-1]
+    python benchmarks/attention_memory.py --step --topology=here --layers=1,2 --heads=2
 
-Needs libtpu (`pip install jax[tpu]`) and no TPU. Without --step it compiles one attention of 24
-heads of 128 channels over 4352 tokens, jax.jvp of it and the gradient beside the stopped tangent;
-with it, the training step of FLUX.1-lite-8B, one sample a chip, full rematerialisation, in bfloat16
-with float32 parameters, their average, and AdamW's moments sharded over all chips. One JSON line
-each; `ratio` is to the temporaries of the last implementation.
+TPUs by name need libtpu (`pip install jax[tpu]`) and no TPU; "here" is what devices this machine
+has, where steps are timed as well, implementations in turn. Without --step it compiles one
+attention of 24 heads of 128 channels over 4352 tokens, jax.jvp of it and the gradient beside the
+stopped tangent; with it, the training step of FLUX.1-lite-8B, one sample a chip, full
+rematerialisation, in bfloat16 with float32 parameters, their average, and AdamW's moments sharded
+over all chips. One JSON line each; `ratio` is to the temporaries, `time_ratio` to the time, of the
+last implementation.
 """
 
 import functools
 import json
 import os
+import statistics
 import time
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -35,11 +39,13 @@ from jax_distill.objectives.teacher import embedded_guidance
 from jax_distill.ops.attention import attention
 from jax_distill.optimizer import make_optimizer
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", "TPU to compile for.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", 'TPU to compile for, or "here".')
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["auto", "xla"], "Of attention.")
 _STEP = flags.DEFINE_bool("step", False, "The whole training step in place of one attention.")
 _TOKENS = flags.DEFINE_integer("tokens", 4096, "Image tokens of the step; 4096 are 1024 pixels.")
 _LAYERS = flags.DEFINE_list("layers", ["8", "38"], "Double and single blocks of the step.")
+_HEADS = flags.DEFINE_integer("heads", 24, "Heads of 128 channels of the step.", 1)
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed steps of each implementation, here.", 1)
 _CHIPS = flags.DEFINE_integer("chips", 0, "Chips of the topology to use; 0 for all.")
 _EFFORT = flags.DEFINE_float("effort", 0.0, "Of the compiler; -1 is quick, 0 as for a run.")
 TEXT_TOKENS = 256
@@ -47,6 +53,8 @@ TEXT_TOKENS = 256
 
 def devices():
     name = _TOPOLOGY.value
+    if name == "here":
+        return jax.devices()[: _CHIPS.value or None]
     bounds = {"chips_per_host_bounds": [1, 1, 1]} if name.endswith("1x1") else {}
     found = topologies.get_topology_desc(name, platform="tpu", **bounds).devices
     return found[: _CHIPS.value or None]
@@ -78,6 +86,7 @@ def step_case(implementation: str, devices):
     model = mmdit.MMDiTConfig(
         num_layers=double,
         num_single_layers=single,
+        num_attention_heads=_HEADS.value,
         guidance_embeds=True,
         time_scale=1.0,
         remat="full",
@@ -109,17 +118,34 @@ def step_case(implementation: str, devices):
     return train.jit_step(objective, optimizer, config, shardings), (state, frozen, batch)
 
 
+def timed(compiled: dict, arguments) -> dict[str, float]:
+    """Median seconds of a step by implementation, from zeros everywhere."""
+
+    def zeros(x):
+        return jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding)
+
+    seconds: dict[str, list[float]] = {name: [] for name in compiled}
+    state, *rest = jax.tree.map(zeros, arguments)
+    for repeat in range(_REPEATS.value + 1):
+        for name, step in compiled.items():
+            begun = time.perf_counter()
+            state, _ = jax.block_until_ready(step(state, *rest))
+            if repeat:  # the first warms up
+                seconds[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 def main(argv):
     del argv
     found = devices()
-    lines = []
+    lines, compiled = [], {}
     for implementation in _IMPLEMENTATIONS.value:
         if _STEP.value:
             step, arguments = step_case(implementation, found)
         else:
             step, arguments = attention_case(implementation, found[0])
         line = {
-            "benchmark": "flux_lite_scm_step_memory" if _STEP.value else "attention_memory",
+            "benchmark": "flux_scm_step_memory" if _STEP.value else "attention_memory",
             "implementation": implementation,
             "topology": _TOPOLOGY.value,
             "chips": len(found) if _STEP.value else 1,
@@ -129,22 +155,30 @@ def main(argv):
         begun = time.perf_counter()
         try:
             options = {"exec_time_optimization_effort": _EFFORT.value}
-            memory = step.lower(*arguments).compile(options).memory_analysis()
+            executable = step.lower(*arguments).compile(options)
         except jax.errors.JaxRuntimeError as error:
             line["error"] = next(
                 (part for part in str(error).split("\n") if "emory" in part), str(error)[:300]
             )
         else:
+            compiled[implementation] = executable
+            memory = executable.memory_analysis()
             line["temporary_bytes"] = memory.temp_size_in_bytes
             line["argument_bytes"] = memory.argument_size_in_bytes
-            line["peak_bytes"] = memory.peak_memory_in_bytes
+            if found[0].platform == "tpu":  # CPUs do not count the temporaries
+                line["peak_bytes"] = memory.peak_memory_in_bytes
         line["compile_seconds"] = time.perf_counter() - begun
         lines.append(line)
-    reference = lines[-1].get("temporary_bytes")
+    if _STEP.value and _TOPOLOGY.value == "here":
+        seconds = timed(compiled, arguments)
+        for line in lines:
+            line["seconds"] = seconds.get(line["implementation"])
+    last = lines[-1]
     for line in lines:
-        if reference and "temporary_bytes" in line:
-            line["ratio"] = line["temporary_bytes"] / reference
-            line["reference"] = lines[-1]["implementation"]
+        line["reference"] = last["implementation"]
+        for name, of in (("ratio", "temporary_bytes"), ("time_ratio", "seconds")):
+            if line.get(of) and last.get(of):
+                line[name] = line[of] / last[of]
         print(json.dumps(line), flush=True)
 
 

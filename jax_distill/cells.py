@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
-from jax_distill import build, pipeline, scoring
+from jax_distill import build, pipeline, preflight, scoring
 from jax_distill import config as configuration
 from jax_distill.config import ConfigError
 from jax_distill.data import records
@@ -157,7 +157,7 @@ def measured(cell: Path) -> dict:
             (step - before) / line["steps_per_sec"]
             for before, step, line in zip(steps, steps[1:], lines)
         ),
-        "flops_per_step": step_flops(config, configuration.load(Path(config.teacher.checkpoint))),
+        "flops_per_step": step_flops(config, preflight.teacher_config(config)),
         "peak_gib": json.loads((cell / COST).read_text())["peak_gib"],
     }
 

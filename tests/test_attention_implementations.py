@@ -87,6 +87,22 @@ def test_bfloat16_is_as_good_as_plain_attention():
             assert relative(x, exact) <= 1.5 * relative(known, exact), (implementation, name)
 
 
+def test_blocked_gradients_of_bfloat16_are_as_good_as_rounding_allows():
+    """Those of queries and keys: cotangents of scores are not rounded on their way."""
+    shape = (1, 700, 1, 128)
+    keys = jax.random.split(jax.random.key(0), 4)
+    *primals, cotangent = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys)
+
+    def gradients(function, dtype):
+        arrays = [x.astype(dtype) for x in (*primals, cotangent)]
+        return jax.jit(lambda *a: jax.vjp(function, *a[:3])[1](a[3])[:2])(*arrays)
+
+    found = gradients(functools.partial(attention, implementation="blocked"), jnp.bfloat16)
+    for x, exact in zip(found, gradients(plain, jnp.float32)):
+        rounding = relative(exact.astype(jnp.bfloat16), exact)
+        assert relative(x, exact) <= 1.1 * rounding
+
+
 def test_blocked_takes_float64_and_values_of_another_width():
     rng = np.random.default_rng(1)
     with jax.enable_x64(True):

@@ -12,6 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jax_distill import cells, pipeline
+from jax_distill import config as configuration
 from jax_distill.config import ConfigError
 from jax_distill.evaluation import comparison
 from jax_distill.experiment import student_config
@@ -192,6 +193,22 @@ def test_a_picture_costs_an_evaluation_a_step(file):
     config = student_config(config, pipeline.load("embedded").config)
     one, four = (cells.sampling_flops(config, steps) for steps in (1, 4))
     assert four == 4 * one == 4 * program.forward_flops(config) // config.batch_size
+
+
+def test_a_cell_of_the_embedded_teacher_is_measured_as_any(tmp_path):
+    config = load_config("scm").get_config("")
+    with config.unlocked():
+        config.teacher.checkpoint = "embedded"
+    config = student_config(config, pipeline.load("embedded").config)
+    configuration.save(config, tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({"student": {"2": entry(0.5)}}))
+    (tmp_path / cells.COST).write_text(json.dumps({"peak_gib": 2.5}))
+    lines = [{"step": 50, "steps_per_sec": 5.0}, {"step": 100, "steps_per_sec": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = cells.measured(tmp_path)
+    assert found["train_seconds"] == 50 / 5 + 50 / 2 and found["peak_gib"] == 2.5
+    forward = program.forward_flops(config)
+    assert 5.9 <= found["flops_per_step"] / forward <= 6.3  # the teacher is guided by two
 
 
 def test_page_holds_everything_and_needs_no_other_file(tmp_path):

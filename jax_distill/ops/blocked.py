@@ -153,8 +153,7 @@ def backward(query, key, value, mask, lse, delta, cotangent):
             query, cotangent, lse, delta, d_query = block
             weights = jnp.exp2(_scores(query, key, bias) - lse)
             d_value = d_value + _tn(weights.astype(value.dtype), cotangent)
-            d_scores = weights * (_nt(cotangent, value) - delta)
-            d_scores = d_scores.astype(query.dtype)
+            d_scores = weights * (_nt(cotangent, value) - delta)  # never rounded to bfloat16
             d_key = d_key + _tn(d_scores, query)
             return (d_key, d_value), d_query + _nn(d_scores, key)
 
