@@ -20,14 +20,14 @@ METHODS = (
 
 SCM, MEANFLOW = "configs/scm.py", "configs/meanflow.py"
 SHRINKING = "objective.discrete_warmup=285"  # 95 % of the run, as in the file itself
+# Of the embedded teacher, to which the rescale then adds the guidance alone.
+THOUSAND = ("model.time_scale=1000.0", "teacher.checkpoint=embedded", "rescale.total_steps=150")
 # As much guidance as without: omega / (1 - kappa) is one.
 KAPPA = ("objective.kappa=0.5", "objective.omega=0.5")
 ABLATIONS = (
     ("sCM", SCM),
-    (
-        *("sCM, 1000 t", SCM, "model.time_scale=1000.0"),
-        *("teacher.checkpoint=embedded", "rescale.total_steps=150"),  # adds the guidance alone
-    ),
+    ("sCM, 1000 t", SCM, *THOUSAND),
+    ("sCM, 1000 t, not normalised", SCM, *THOUSAND, "objective.normalize_tangent=False"),
     ("sCM, time embedder trained", SCM, "optimizer.frozen="),
     ("sCM, no tangent warm-up", SCM, "objective.tangent_warmup=0"),
     ("sCM, tangent not normalised", SCM, "objective.normalize_tangent=False"),
