@@ -22,14 +22,14 @@ def get_config(preset: str = ""):
     if preset.startswith("flux_lite"):
         config.name = f"meanflow_{preset}"
         config.evaluation.guidance = 3.5
-        config.objective = objective_settings("meanflow")
+        config.objective = objective_settings("meanflow", interval_start="copy")
         return config.lock()
     config.total_steps = 600
     config.objective = objective_settings(
         "meanflow",
         guidance_scales=(2.0, 2.5, 3.0),
         # A network's derivative is rough: finite intervals but for the last 5 %, see docs/study.md.
-        discrete_warmup=570,
+        discrete_warmup=config.get_oneway_ref("total_steps") * 19 // 20,
         # The published -0.4 and 1.0 hardly ever draw t > 0.9, where few steps begin.
         time_mean=0.8,
         time_std=1.5,

@@ -14,12 +14,11 @@ from jax_distill.config import ConfigError
 # A row's name, its config file, and settings of its own as "key=value"; {workdir} is the study's.
 METHODS = (
     ("sCM", "configs/scm.py"),
-    ("MeanFlow", "configs/meanflow.py", "objective.discrete_warmup=950"),
+    ("MeanFlow", "configs/meanflow.py"),
     ("IMM", "configs/imm.py"),
 )
 
 SCM, MEANFLOW = "configs/scm.py", "configs/meanflow.py"
-SHRINKING = "objective.discrete_warmup=285"  # 95 % of the run, as in the file itself
 # Of the embedded teacher, to which the rescale then adds the guidance alone.
 THOUSAND = ("model.time_scale=1000.0", "teacher.checkpoint=embedded", "rescale.total_steps=150")
 # As much guidance as without: omega / (1 - kappa) is one.
@@ -33,14 +32,14 @@ ABLATIONS = (
     ("sCM, tangent not normalised", SCM, "objective.normalize_tangent=False"),
     ("sCM, published angles", SCM, "objective.angle_mean=0.2", "objective.tangent_constant=0.1"),
     ("sCM, image-free", SCM, "data.path={workdir}/drawn"),
-    ("MeanFlow", MEANFLOW, SHRINKING),
+    ("MeanFlow", MEANFLOW),
     ("MeanFlow, finite intervals first", MEANFLOW, "objective.discrete_warmup=200"),
     ("MeanFlow, the derivative all along", MEANFLOW, "objective.discrete_warmup=0"),
-    ("MeanFlow, copied start", MEANFLOW, SHRINKING, "objective.interval_start=copy"),
-    ("MeanFlow, sample velocity", MEANFLOW, SHRINKING, "objective.target_velocity=sample"),
-    ("MeanFlow, kappa 0.5", MEANFLOW, SHRINKING, *KAPPA),
-    ("MeanFlow, kappa 0.5 in a window", MEANFLOW, SHRINKING, *KAPPA, "objective.mix_to=0.75"),
-    ("MeanFlow, image-free", MEANFLOW, SHRINKING, "data.path={workdir}/drawn"),
+    ("MeanFlow, copied start", MEANFLOW, "objective.interval_start=copy"),
+    ("MeanFlow, sample velocity", MEANFLOW, "objective.target_velocity=sample"),
+    ("MeanFlow, kappa 0.5", MEANFLOW, *KAPPA),
+    ("MeanFlow, kappa 0.5 in a window", MEANFLOW, *KAPPA, "objective.mix_to=0.75"),
+    ("MeanFlow, image-free", MEANFLOW, "data.path={workdir}/drawn"),
 )
 
 

@@ -4,7 +4,7 @@ import difflib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from jax_distill import (
     parallel,
     pipeline,
     ported,
-    rounding,
+    rules,
     scoring,
     worlds,
 )
@@ -79,6 +79,22 @@ def check_objective(config: ConfigDict) -> None:
     given = dict(config.objective)
     known = build.settings_of(KINDS[given.pop("name")])
     check_keys(given, known, "objective.", partial=("objective",))
+    rules.check(flatten({"objective": given}), rules.of_objectives())
+    if given.get("mix_from", 0) > given.get("mix_to", 1):
+        raise ConfigError(
+            f"objective.mix_from: {given['mix_from']} is after mix_to, {given['mix_to']}"
+        )
+    if given.get("discrete_warmup") and config.dtype == "bfloat16":
+        raise ConfigError(
+            "objective.discrete_warmup: finite intervals compare velocities that bfloat16 rounds to"
+            " the same; set dtype=float32, or discrete_warmup=0 for the derivative"
+        )
+    untrained = 1 - given.get("omega", 1) - given.get("kappa", 0)
+    if abs(untrained) > 1e-6 and given.get("drop_rate") == 0:
+        raise ConfigError(
+            f"objective.drop_rate: 0 trains no null caption, of which omega and kappa mix in"
+            f" {untrained:g}; set 0.1, or omega and kappa that add to 1"
+        )
 
 
 def check_batches(config: ConfigDict, keys: Sequence[str], examples: int) -> None:
@@ -219,58 +235,6 @@ def check_loss(config: ConfigDict, teacher: ConfigDict | None) -> None:
         raise ConfigError(f"{config.objective.name}: {error}") from None
 
 
-_MODEL_SIZES = (
-    "model.in_channels",
-    "model.num_layers",
-    "model.num_single_layers",
-    "model.attention_head_dim",
-    "model.num_attention_heads",
-    "model.joint_attention_dim",
-    "model.pooled_projection_dim",
-)
-_POSITIVE = (
-    *("total_steps", "batch_size", "accumulate", "log_every", "checkpoint.every"),
-    *("checkpoint.keep", "data.examples", "data.text_length", "samples.prompts"),
-    *("samples.teacher_steps", "rescale.batch_size", "rescale.learning_rate"),
-    *("optimizer.learning_rate", "optimizer.epsilon", "optimizer.clip_norm"),
-    *("optimizer.adam_share", "evaluation.prompts", "lora.alpha", *_MODEL_SIZES),
-)
-_NOT_NEGATIVE = (
-    *("samples.every", "evaluation.every", "rescale.total_steps", "evaluation.guidance"),
-    *("optimizer.warmup_steps", "optimizer.weight_decay", "lora.rank"),
-)
-_SHARES = ("ema_decay", "optimizer.b1", "optimizer.b2")
-_SEEDS = ("seed", "data.seed")
-_STEP_COUNTS = ("evaluation.student_steps", "evaluation.teacher_steps")
-_CHOICES = {
-    "on_nonfinite": ("stop", "skip"),
-    "dtype": ("float32", "bfloat16"),
-    "ema_dtype": rounding.DTYPES,
-    "optimizer.moments": rounding.DTYPES,
-    "teacher.velocity": ("rescaled", "original"),
-    "world": tuple(worlds.WORLDS),
-    "lora.base": adapters.BASES,
-}
-
-
-def _rules() -> Iterable[tuple[Sequence[str], Callable[[Any], bool], str]]:
-    """Keys, what must hold of their values, and how that is said."""
-    yield _POSITIVE, lambda value: 0 < value < math.inf, "positive"
-    yield _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "zero or more"
-    yield _SHARES, lambda value: 0 <= value < 1, "at least 0 and less than 1"
-    yield _SEEDS, lambda value: 0 <= value < 2**32, "at least 0 and less than 2^32"
-    yield ("optimizer.decay_share",), lambda value: 0 <= value <= 1, "from 0 to 1"
-    yield ("name",), bool, "a word; it names the default workdir"
-    yield ("data.resolution",), _is_resolution, "a height and a width, multiples of 16 pixels"
-    yield _STEP_COUNTS, lambda value: min(value) > 0, "a list of positive numbers"
-    for key, known in _CHOICES.items():
-        yield (key,), known.__contains__, f"one of {', '.join(filter(None, known))}"
-
-
-def _is_resolution(value: Sequence[int]) -> bool:
-    return len(value) == 2 and all(size > 0 and size % build.PATCH == 0 for size in value)
-
-
 def validate(config: ConfigDict) -> None:
     """Checks everything that can be told from the configuration alone.
 
@@ -282,11 +246,7 @@ def validate(config: ConfigDict) -> None:
     given.pop("objective", None), known.pop("objective")
     # A student's model is its teacher's, where the configuration says nothing else.
     check_keys(given, known, partial=("model",) if distils else ())
-    values = flatten(given)
-    for keys, holds, words in _rules():
-        for key in keys:
-            if key in values and not holds(values[key]):
-                raise ConfigError(f"{key}: {values[key]!r} is not {words}")
+    rules.check(flatten(given), rules.of_runs())
 
 
 def check_keys(

@@ -46,19 +46,24 @@ def squares(x):
 # Theory.
 
 
-@pytest.mark.parametrize("warmup", [0, 100])
-def test_the_oracles_average_velocity_is_its_own_target(warmup):
-    """After the warm-up; and in the limit of short finite intervals, see below."""
+@pytest.mark.parametrize("warmup, step", [(0, 0), (100, 100), (100, 40), (100, 90)])
+def test_the_oracles_average_velocity_is_its_own_target(warmup, step):
+    """By the derivative, and over finite intervals, walked there exactly."""
     with jax.enable_x64(True):
         oracle = GaussianOracle(np.array([0.3, -0.5, 1.0]), np.array([0.5, 1.2, 0.8]))
-        network = GaussianOracle.network()
-        objective = MeanFlow(network, teacher.embedded_guidance(network), discrete_warmup=warmup)
+        network, velocity = GaussianOracle.network(), None
+        if step < warmup:
+            draws = draws_for(np.float64)
+            middle = draws.t - (1 - step / warmup) * (draws.t - draws.r)
+            velocity = lambda frozen, x, t, text, w: oracle.average_velocity(x, t, middle)  # noqa: E731
+        velocity = velocity or teacher.embedded_guidance(network)
+        objective = MeanFlow(network, velocity, discrete_warmup=warmup)
         u, target = objective.target(
             {"network": oracle},
             {"teacher": oracle, "null": NULL},
             batch_for(np.float64),
             draws_for(np.float64),
-            jnp.asarray(warmup),
+            jnp.asarray(step),
         )
         assert float(jnp.abs(u).max()) > 0.1
         np.testing.assert_allclose(u, target, rtol=0, atol=1e-12)
@@ -168,7 +173,9 @@ def test_no_gradient_reaches_the_target_or_the_weight():
 @pytest.mark.parametrize("at_interval", [False, True])
 def test_mixture_of_velocities(at_interval):
     """Inside the window and where the caption is kept; elsewhere the teacher's."""
-    params, batch, draws = {"network": smooth_params()}, batch_for(), draws_for()
+    params, batch = {"network": smooth_params()}, batch_for()
+    lost = jnp.asarray([0, 3])  # captions; t of the first is inside
+    draws = draws_for(dropped=jnp.zeros(COUNT, bool).at[lost].set(True))
     objective = meanflow(
         omega=0.6, kappa=0.3, mix_from=0.4, mix_to=0.8, mix_interval=at_interval,
         jvp_velocity="sample",
@@ -177,14 +184,14 @@ def test_mixture_of_velocities(at_interval):
     network, x_t = smooth_network(), flow.interpolate(batch.x, draws.noise, draws.t)
     h = draws.t - draws.r if at_interval else jnp.zeros_like(draws.t)
     null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), NULL, TEXT)
-    text = jax.tree.map(lambda c, n: c.at[3].set(n[0]), TEXT, NULL)
+    text = jax.tree.map(lambda c, n: c.at[lost].set(n[0]), TEXT, NULL)
     w = draws.guidance
     v = network.velocity(FROZEN["teacher"], x_t, draws.t, text, w)
     with_caption = network.velocity(params["network"], x_t, draws.t, TEXT, w, h)
     without = network.velocity(params["network"], x_t, draws.t, null, w, h)
     mixed = 0.6 * v + 0.3 * with_caption + 0.1 * without
     inside = np.asarray((draws.t >= 0.4) & (draws.t <= 0.8) & ~draws.dropped)
-    assert 0 < inside.sum() < SHAPE[0] - 1
+    assert 0.4 <= draws.t[0] <= 0.8 and 0 < inside.sum() < SHAPE[0] - 1
     for row in range(SHAPE[0]):
         want = mixed[row] if inside[row] else v[row]
         np.testing.assert_allclose(target[row], want, rtol=1e-5, atol=1e-6)
@@ -225,6 +232,21 @@ def test_finite_intervals_begin_with_the_velocity_and_tend_to_the_differential_t
         assert 0 < near < 0.6 * far < 1
         np.testing.assert_allclose(target(980_000)[0], u, atol=1e-12)
         np.testing.assert_allclose(target(1_000_000)[1], differential, atol=1e-12)
+
+
+def test_finite_intervals_go_where_the_derivative_would():
+    """Along the jvp's direction, however the target velocity is made; as short as SHORTEST."""
+    with jax.enable_x64(True):
+        batch, draws = batch_for(np.float64), draws_for(np.float64)
+        params = {"network": smooth_params(dtype=np.float64)}
+        for velocity in ("teacher", "sample"):
+            kinds = {"jvp_velocity": velocity, "target_velocity": "teacher"}
+            last = meanflow(discrete_warmup=10_000, **kinds)
+            found = last.target(params, FROZEN, batch, draws, jnp.asarray(9_999))[1]
+            shortest = last.target(params, FROZEN, batch, draws, jnp.asarray(9_950))[1]
+            want = meanflow(**kinds).target(params, FROZEN, batch, draws, jnp.asarray(0))[1]
+            np.testing.assert_array_equal(found, shortest)
+            assert float(jnp.abs(found - want).max()) < 0.02 * float(jnp.abs(want).max())
 
 
 def test_at_equal_times_a_finite_interval_is_the_velocity():
@@ -268,6 +290,22 @@ def test_sampling_the_oracle_is_exact_in_any_number_of_steps(steps):
         got = objective.sample({"network": oracle}, noise, None, None, None, None, steps)
         want = oracle.flow_map(noise, jnp.ones(5), jnp.zeros(5))
         np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [None, 0.0])
+def test_sampling_goes_along_fluxs_shifted_schedule(shift):
+    times = []
+
+    def velocity(params, x, t, text=None, guidance=None, interval=None):
+        jax.debug.callback(lambda t, h: times.append((float(t), float(t - h))), t[0], interval[0])
+        return x
+
+    objective = MeanFlow(Network(velocity, None), None, time_shift=shift)
+    objective.sample({"network": {}}, jnp.zeros((2, 256, 4)), None, None, None, None, 4)
+    jax.effects_barrier()
+    mu = 0.5 if shift is None else shift  # FLUX's at 256 tokens
+    want = flow.shift_time(jnp.linspace(1, 0, 5), mu)
+    np.testing.assert_allclose(sorted(times, reverse=True), list(zip(want, want[1:])), atol=1e-6)
 
 
 @pytest.mark.parametrize("field", ["interval_start", "target_velocity", "jvp_velocity"])

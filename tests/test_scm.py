@@ -163,6 +163,10 @@ def test_rcm_warmup_joins_scm_at_full_weight():
     ratio = tangent(plain, 0) / tangent(rcm, 0)
     cos = flow.per_sample(jnp.cos(draws.angle), ratio)
     np.testing.assert_allclose(ratio, jnp.broadcast_to(cos, SHAPE), rtol=1e-3)
+    # Half way, r = 1/2.
+    pull = jnp.sqrt(1 - (1 - cos**2) / 4) / cos - 1
+    moved = tangent(rcm, 2000) - tangent(plain, 2000)
+    np.testing.assert_allclose(moved, pull * tangent(plain, 0), rtol=1e-3, atol=1e-4)
 
 
 def test_samples_with_a_nonfinite_tangent_are_dropped_and_counted():
@@ -173,6 +177,7 @@ def test_samples_with_a_nonfinite_tangent_are_dropped_and_counted():
         lambda frozen, x, t, text, w: jnp.where(
             flow.per_sample(jnp.arange(SHAPE[0]) == 2, x), jnp.nan, x
         ),
+        drop_nonfinite=True,
     )
     healthy = dataclasses.replace(broken, teacher=lambda frozen, x, t, text, w: x)
     step = jnp.asarray(4000)
@@ -185,6 +190,12 @@ def test_samples_with_a_nonfinite_tangent_are_dropped_and_counted():
     pick = lambda tree: jax.tree.map(lambda leaf: leaf[rest], tree)  # noqa: E731
     alone, _ = healthy.loss(params, frozen, pick(batch), pick(draws), step)
     np.testing.assert_allclose(loss, alone, rtol=1e-6)
+    # Without the option, or where none is left, the loss tells.
+    plain = dataclasses.replace(broken, drop_nonfinite=False)
+    last = jax.tree.map(lambda leaf: leaf[2:3], (batch, draws))
+    lone = dataclasses.replace(broken, teacher=lambda frozen, x, t, text, w: x * jnp.nan)
+    for objective, data in ((plain, (batch, draws)), (lone, last)):
+        assert jnp.isnan(objective.loss(params, frozen, *data, step)[0])
 
 
 @pytest.mark.parametrize("field", ["warmup", "weighting"])

@@ -90,7 +90,7 @@ class IMM:
     Attributes:
       network: the student, with a second time embedder.
       teacher: the velocity it learns from.
-      particles: M; divides the batch. Of every M pictures of a batch the first is used.
+      particles: M; divides a (micro-)batch. Of every M pictures of a batch the first is used.
       guidance_scales: the scales w that are drawn, uniformly, one a group.
       gap: k; r is (eta_max - eta_min) / 2^k before t in eta = t / (1 - t), or s if that is later.
       time_min, time_max: of t, uniform; sampling begins at time_max.
@@ -135,7 +135,7 @@ class IMM:
         if count % self.particles:
             raise ValueError(
                 f"objective.particles: groups of {self.particles} do not divide a batch of {count};"
-                f" make batch_size a multiple of {self.particles}"
+                f" make batch_size / accumulate a multiple of {self.particles}"
             )
         groups = (count // self.particles,)
         t = uniform(key_t, groups, self.time_min, self.time_max)

@@ -58,10 +58,10 @@ class MeanFlow:
     no gradient through any of it. The jvp's direction v is v~ where it is a mixture.
 
     For the first `discrete_warmup` steps the differential target gives way to a finite interval of
-    the share a of t - r, which falls from 1 (the target is v~) to `SHORTEST`: with
-    m = t - a (t - r),
+    the share a of t - r, which falls from 1 (the target is v~) by 1/`discrete_warmup` a step, at
+    most to `SHORTEST`: with m = t - a (t - r),
 
-      target = v~ - (1 - a)/a (u - u(x_t - (t - m) v~, m, m - r)).
+      target = v~ - (1 - a)/a (u - u(x_t - (t - m) v, m, m - r)).
 
     u agrees with it where it is a v~ + (1 - a) times the average over [r, m], as an average must;
     for a -> 0 it becomes the differential target.
@@ -75,9 +75,9 @@ class MeanFlow:
       drop_rate: share of captions replaced by the null caption.
       interval_start: how the second embedder starts: "zeros" keeps the teacher exactly, "copy" is
         the first one's parameters (T2I-Distill).
-      target_velocity: "teacher", or "sample" for e - x (training without a teacher's velocity).
+      target_velocity: "teacher", or "sample" for e - x.
       jvp_velocity: direction v where v~ is no mixture: "teacher" (marginal), or "sample" for e - x
-        (T2I-Distill).
+        (T2I-Distill). With both "sample" no teacher is evaluated.
       omega, kappa: of the mixture; 1 and 0 for none.
       mix_from, mix_to: the window of times in which velocities are mixed.
       mix_interval: False evaluates the mixture's u at h' = 0 (MeanFlow), True at h' = t - r
@@ -150,8 +150,9 @@ class MeanFlow:
                     params["network"], x_t, draws.t, text, draws.guidance, h
                 )
 
-            mixed = self.omega * target + (1 - self.omega - self.kappa) * average(null)
-            mixed += self.kappa * average(batch.text)
+            mixed = self.omega * target
+            for weight, of in ((self.kappa, batch.text), (1 - self.omega - self.kappa, null)):
+                mixed += weight * average(of) if weight else 0
             inside = (draws.t >= self.mix_from) & (draws.t <= self.mix_to) & ~draws.dropped
             inside = per_sample(inside, mixed)
             target = jnp.where(inside, mixed, target)
@@ -178,7 +179,7 @@ class MeanFlow:
             share = jnp.maximum(1 - step / self.discrete_warmup, SHORTEST)
             share = jnp.where(draws.r == draws.t, 1.0, share)  # there u is the velocity
             middle = draws.t - share * (draws.t - draws.r)
-            ahead = student(straight_step(x_t, draws.t, middle, velocity), draws.r, middle)
+            ahead = student(straight_step(x_t, draws.t, middle, direction), draws.r, middle)
             u = student(x_t, draws.r, draws.t)
             change = jax.lax.stop_gradient(u - ahead)
             return u, velocity - per_sample((1 - share) / share, x_t) * change

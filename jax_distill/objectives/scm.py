@@ -65,6 +65,7 @@ class SCM:
       normalize_tangent: False leaves g as it is.
       tangent_constant: c.
       weighting: "learned", as above, or "sum" (rCM): 100 times the sum of squares over a sample.
+      drop_nonfinite: samples whose tangent is not finite are left out of the loss and counted.
       middle_angle: of the sampler's two-step schedule.
     """
 
@@ -79,6 +80,7 @@ class SCM:
     normalize_tangent: bool = True
     tangent_constant: float = 0.1
     weighting: str = "learned"
+    drop_nonfinite: bool = False
     middle_angle: float = 1.3
 
     def __post_init__(self):
@@ -147,10 +149,10 @@ class SCM:
         output, tangent = self.tangent(params, frozen, batch, draws, step)
         axes = tuple(range(1, tangent.ndim))
         norm = jnp.sqrt(jnp.sum(jnp.square(tangent), axes))
-        finite = jnp.isfinite(norm)
-        scale = 1 / (norm + self.tangent_constant) if self.normalize_tangent else 1.0
-        tangent = per_sample(jnp.where(finite, scale, 0), tangent) * tangent
-        tangent = jnp.where(per_sample(finite, tangent), tangent, 0)
+        kept = jnp.isfinite(norm) if self.drop_nonfinite else jnp.ones_like(norm, bool)
+        if self.normalize_tangent:
+            tangent = tangent / per_sample(norm + self.tangent_constant, tangent)
+        tangent = jnp.where(per_sample(kept, tangent), tangent, 0)
         square = jnp.square(output - jax.lax.stop_gradient(output) - tangent)
         if self.weighting == "sum":
             sample_loss = 100.0 * jnp.sum(square, axes)
@@ -158,13 +160,9 @@ class SCM:
             logvar = self.logvar(params, batch, draws)
             weight = 1 / (self.data_scale * jnp.tan(draws.angle))
             sample_loss = weight * jnp.exp(-logvar) * jnp.mean(square, axes) + logvar
-        kept = jnp.sum(finite)
-        loss = jnp.sum(jnp.where(finite, sample_loss, 0)) / jnp.maximum(kept, 1)
-        metrics = {
-            "tangent_norm": jnp.sum(jnp.where(finite, norm, 0)) / jnp.maximum(kept, 1),
-            "dropped_samples": finite.size - kept,
-        }
-        return loss, metrics
+        dropped = kept.size - jnp.sum(kept)
+        metrics = {"tangent_norm": jnp.mean(norm, where=kept), "dropped_samples": dropped}
+        return jnp.mean(sample_loss, where=kept), metrics  # of none at all: not a number
 
     def logvar(self, params: dict, batch: Batch, draws: SCMDraws) -> jax.Array:
         """(B,): a linear function of the network's embedding with the angle in time's place."""
