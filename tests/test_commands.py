@@ -112,7 +112,10 @@ def one_sentence(error):
             [MEANFLOW, "--config.objective.mix_from=0.8", "--config.objective.mix_to=0.2"],
             "mix_from",
         ),
-        ([MEANFLOW, "--config.dtype=bfloat16"], "objective.discrete_warmup: .* dtype=float32"),
+        (
+            [MEANFLOW, "--config.objective.discrete_warmup=9", "--config.dtype=bfloat16"],
+            "objective.discrete_warmup: .* dtype=float32",
+        ),
         ([MEANFLOW, "--config.objective.omega=0.5"], "drop_rate: 0 trains no null .* 0.5; set 0.1"),
         ([IMM, "--config.objective.gap=40"], "objective.gap: 40 is not from 1 to 20"),
         ([IMM, "--config.objective.particles=0"], "objective.particles: 0 is not positive"),
