@@ -70,7 +70,8 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
                 "pooled_projection_dim": 144,
                 "guidance_embeds": False,
                 "axes_dims_rope": (16, 24, 24),
-                "time_scale": 1000.0,
+                "time_scale": 1000.0,  # multiplies t before it is embedded
+                "guidance_factor": 1000.0,  # likewise the guidance scale
                 "interval_embeds": False,
                 "remat": "none",
                 "attention": "auto",  # or "xla", "blocked", "pallas_tpu", "pallas_gpu"

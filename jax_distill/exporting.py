@@ -179,6 +179,7 @@ def _card(
         method=weights.config.objective.name,
         layout=layout,
         time_scale=config.time_scale,
+        guidance_factor=config.guidance_factor,
         residual=residual,
         guidance=weights.config.evaluation.guidance,
         guidance_embeds=config.guidance_embeds,

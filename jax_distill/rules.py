@@ -19,7 +19,7 @@ def check(values: Mapping[str, Any], rules: Iterable[Rule]) -> None:
                 raise ConfigError(f"{key}: {values[key]!r} is not {words}")
 
 
-_MODEL_SIZES = (
+_MODEL_NUMBERS = (
     "model.in_channels",
     "model.num_layers",
     "model.num_single_layers",
@@ -27,13 +27,15 @@ _MODEL_SIZES = (
     "model.num_attention_heads",
     "model.joint_attention_dim",
     "model.pooled_projection_dim",
+    "model.time_scale",
+    "model.guidance_factor",
 )
 _POSITIVE = (
     *("total_steps", "batch_size", "accumulate", "log_every", "checkpoint.every"),
     *("checkpoint.keep", "data.examples", "data.text_length", "samples.prompts"),
     *("samples.teacher_steps", "rescale.batch_size", "rescale.learning_rate"),
     *("optimizer.learning_rate", "optimizer.epsilon", "optimizer.clip_norm"),
-    *("optimizer.adam_share", "evaluation.prompts", "lora.alpha", *_MODEL_SIZES),
+    *("optimizer.adam_share", "evaluation.prompts", "lora.alpha", *_MODEL_NUMBERS),
 )
 _NOT_NEGATIVE = (
     *("samples.every", "evaluation.every", "rescale.total_steps", "evaluation.guidance"),

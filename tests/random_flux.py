@@ -13,7 +13,7 @@ from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 from jax_distill.models.binding import parameters
 from jax_distill.models.mmdit import MMDiT, MMDiTConfig
 
-OURS_ONLY = ("rope_theta", "time_scale", "interval_embeds", "remat", "attention")
+OURS_ONLY = ("rope_theta", "time_scale", "guidance_factor", "interval_embeds", "remat", "attention")
 
 
 @functools.cache

@@ -52,10 +52,14 @@ def write_transformer(
                 f"--format=t2i_distill: its networks embed t and this one {config.time_scale:g} t;"
                 " use --format=diffusers"
             )
+        if config.guidance_embeds and config.guidance_factor != 1:
+            raise ValueError(
+                "--format=t2i_distill: its networks embed the guidance scale w and this one"
+                f" {config.guidance_factor:g} w; use --format=diffusers"
+            )
         torch_files.write_file(folder / "model.pt", tensors)
     else:
-        scale = {"time_scale": str(config.time_scale)}
-        safetensors_files.write_file(folder / "model.safetensors", tensors, scale)
+        safetensors_files.write_file(folder / "model.safetensors", tensors, _factors(config))
 
 
 def write_adapters(folder: Path, config: MMDiTConfig, tree: Mapping[str, Any], rank: int) -> None:
@@ -73,8 +77,12 @@ def write_adapters(folder: Path, config: MMDiTConfig, tree: Mapping[str, Any], r
     safetensors_files.write_file(folder / lora_weights.WEIGHTS, tensors)
     write_json(folder / lora_weights.PEFT_CONFIG, lora_weights.peft_config(tensors, rank))
     embedders = lora_weights.embedder_tensors(tree)
-    scale = {"time_scale": str(config.time_scale)}
-    safetensors_files.write_file(folder / lora_weights.EMBEDDERS, embedders, scale)
+    safetensors_files.write_file(folder / lora_weights.EMBEDDERS, embedders, _factors(config))
+
+
+def _factors(config: MMDiTConfig) -> dict[str, str]:
+    """The factors of the embedders' inputs, for the header of a file."""
+    return {name: str(getattr(config, name)) for name in flux_config.FACTORS}
 
 
 def write_autoencoder(folder: Path, config: Mapping[str, Any], tree: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """diffusers' config of FLUX's transformer and ours.
 
-`time_scale` is this program's own key there: what t is multiplied with before it is embedded,
-unless it is diffusers' 1000.
+`time_scale` and `guidance_factor` are this program's own keys there: what t and the guidance scale
+are multiplied with before they are embedded, unless it is diffusers' 1000.
 """
 
 import dataclasses
@@ -12,7 +12,9 @@ from typing import Any
 from jax_distill.models.mmdit import MMDiTConfig
 
 CLASS = "FluxTransformer2DModel"
-TIME_SCALE = 1000.0
+TIME_SCALE = GUIDANCE_FACTOR = 1000.0  # diffusers'
+FACTORS = {"time_scale": TIME_SCALE, "guidance_factor": GUIDANCE_FACTOR}
+"""What a network's embedders multiply their inputs with, where its config does not say."""
 FLUX_AXES = (16, 56, 56)
 _SHARED = (
     "in_channels",
@@ -49,9 +51,9 @@ def from_diffusers(values: Mapping[str, Any], *, interval_embeds: bool = False) 
                 f"transformer config: {name}={values[name]} is not supported; only {only} is"
             )
     shared = {name: values[name] for name in _SHARED if name in values}
-    scale = float(values.get("time_scale", TIME_SCALE))
+    own = {name: float(values.get(name, stock)) for name, stock in FACTORS.items()}
     try:
-        return MMDiTConfig(**shared, time_scale=scale, interval_embeds=interval_embeds)
+        return MMDiTConfig(**shared, **own, interval_embeds=interval_embeds)
     except ValueError as error:
         raise ValueError(f"transformer config: {error}") from None
 
@@ -59,15 +61,19 @@ def from_diffusers(values: Mapping[str, Any], *, interval_embeds: bool = False) 
 def to_diffusers(config: MMDiTConfig) -> dict[str, Any]:
     """The config.json that `FluxTransformer2DModel.from_pretrained` reads (JSON-able).
 
-    It warns of a `time_scale` and goes on without.
+    It warns of a `time_scale` or a `guidance_factor` and goes on without.
     """
     own = dataclasses.asdict(config)
     values = {"_class_name": CLASS, "patch_size": 1, "out_channels": None}
     values |= {name: own[name] for name in _SHARED}
     values["axes_dims_rope"] = list(config.axes_dims_rope)
-    if config.time_scale != TIME_SCALE:
-        values["time_scale"] = config.time_scale
-    return values
+    return values | factors(config)
+
+
+def factors(config: MMDiTConfig) -> dict[str, float]:
+    """The factors of the network's embedders that are not diffusers' own, by their names."""
+    found = {name: getattr(config, name) for name in FACTORS}
+    return {name: value for name, value in found.items() if value != FACTORS[name]}
 
 
 def has_interval(names: Iterable[str]) -> bool:
@@ -79,7 +85,7 @@ def from_shapes(
     where: str,
     shapes: Mapping[str, tuple[int, ...]],
     *,
-    time_scale: float,
+    factors: Mapping[str, float],
     axes_dims_rope: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The config of a transformer whose file has none, from its tensors.
@@ -87,8 +93,8 @@ def from_shapes(
     Args:
       where: for messages.
       shapes: under diffusers' names.
-      time_scale: of its time embedder; the tensors do not say.
-      axes_dims_rope: likewise; FLUX.1's by default.
+      factors: "time_scale" and "guidance_factor" of its embedders; the tensors do not say.
+      axes_dims_rope: likewise not in the tensors; FLUX.1's by default.
 
     Returns:
       What `from_diffusers` reads.
@@ -125,5 +131,5 @@ def from_shapes(
         "pooled_projection_dim": shape("time_text_embed.text_embedder.linear_1.weight", 2)[1],
         "guidance_embeds": any(".guidance_embedder." in name for name in shapes),
         "axes_dims_rope": list(axes_dims_rope or FLUX_AXES),
-        "time_scale": time_scale,
+        **factors,
     }

@@ -6,7 +6,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax_distill.interop import snippets
+from jax_distill.interop import flux_config, snippets
 
 METHODS: Mapping[str, str] = {
     "flow_matching": "A teacher, made by flow matching",
@@ -55,7 +55,8 @@ class Card:
       name: of the run.
       method: one of `METHODS`.
       layout: "diffusers", "t2i_distill", "safetensors" or "lora".
-      time_scale: what the exported network multiplies t with before it embeds it.
+      time_scale, guidance_factor: what the exported network multiplies t and the guidance scale
+        with before it embeds them.
       residual: of the refitted time embedders; None when they are as they were.
       guidance: scale to draw with.
       guidance_embeds: whether the network takes the scale as an input.
@@ -80,6 +81,7 @@ class Card:
     method: str
     layout: str
     time_scale: float
+    guidance_factor: float
     residual: float | None
     guidance: float
     guidance_embeds: bool
@@ -146,7 +148,11 @@ def program(card: Card) -> str:
         draw,
         snippets.DRAW_EXAMPLES if card.captions else snippets.DRAW_PROMPT,
     ]
-    embeds = "torch.full((len(x),), float(guidance))" if card.guidance_embeds else "None"
+    embeds = "None"
+    if card.guidance_embeds:
+        stock = card.guidance_factor == flux_config.GUIDANCE_FACTOR
+        factor = "" if stock else f" * {card.guidance_factor / flux_config.GUIDANCE_FACTOR:g}"
+        embeds = f"torch.full((len(x),), float(guidance){factor})"
     text = _joined(pieces)
     if "load_file(" not in text:
         text = text.replace("from safetensors.torch import load_file\n", "")
@@ -213,7 +219,7 @@ def text(card: Card) -> str:
         f"- method: {card.method}",
         f"- steps: {card.steps}",
         f"- schedule: {_schedule(card)}; diffusers' `{scheduler}` in `scheduler/`",
-        f"- guidance: {card.guidance}" + (", embedded" if card.guidance_embeds else ""),
+        f"- guidance: {card.guidance}" + _embedded_guidance(card),
         f"- resolution: {card.resolution[0]} x {card.resolution[1]}",
         f"- time: the network embeds {card.time_scale:g} t" + _stock(card),
     ]
@@ -242,6 +248,15 @@ def text(card: Card) -> str:
         lines += ["## Drawing, with diffusers' pipeline as it is", ""]
         lines.append(python.format(pipeline_program(card)))
     return "\n".join(lines)
+
+
+def _embedded_guidance(card: Card) -> str:
+    if not card.guidance_embeds:
+        return ""
+    words = f", embedded: the network embeds {card.guidance_factor:g} w of the scale w"
+    if card.guidance_factor == flux_config.GUIDANCE_FACTOR:
+        return words + ", as diffusers has it"
+    return words + ", where diffusers' pipelines embed 1000 w"
 
 
 def _beside(base: Base) -> list[str]:

@@ -28,7 +28,8 @@ _HUB_FILES = [
 _STUDENT_KEYS = KeyTable(
     TRANSFORMER_KEYS.rules, ignored=("logvar_linear.weight", "logvar_linear.bias")
 )
-_STUDENT_TIME_SCALE = 1.0
+# Its networks embed t and the guidance scale w as they are.
+_STUDENT_FACTORS = {"time_scale": 1.0, "guidance_factor": 1.0}
 
 
 class Source(NamedTuple):
@@ -98,13 +99,15 @@ def read(path: Path, base: Mapping[str, Any] | None = None) -> Source:
     if path.suffix == ".safetensors":
         layout, tensors = "diffusers", safetensors_files.read_file(path)
         metadata = safetensors_files.read_metadata(path)
-        scale = float(metadata.get("time_scale", flux_config.TIME_SCALE))
+        factors = {
+            name: float(metadata.get(name, stock)) for name, stock in flux_config.FACTORS.items()
+        }
         if bfl_keys.is_bfl(tensors):
             layout, tensors = "bfl", bfl_keys.to_diffusers(str(path), tensors)
     else:
         layout, tensors = "t2i_distill", torch_files.read_file(path)
-        table, scale = _STUDENT_KEYS, _STUDENT_TIME_SCALE
+        table, factors = _STUDENT_KEYS, _STUDENT_FACTORS
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    config = flux_config.from_shapes(str(path), shapes, time_scale=scale, axes_dims_rope=axes)
+    config = flux_config.from_shapes(str(path), shapes, factors=factors, axes_dims_rope=axes)
     part = diffusers_folder.transformer_part(str(path), config, tensors, table)
     return Source(layout, {"network": part})

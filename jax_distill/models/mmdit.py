@@ -40,9 +40,11 @@ REMAT_POLICIES: Mapping[str, Any] = {
 class MMDiTConfig:
     """Shape of the network; fields that diffusers has too carry its names.
 
-    `time_scale` multiplies t before it is embedded: 1000 for FLUX, 1 once rescaled (see
-    `objectives/time_rescale.py`). `interval_embeds` adds the second time embedder that MeanFlow and
-    IMM feed with t - s. `attention` is an implementation of `ops.attention`.
+    `time_scale` multiplies t, and the interval t - s, before they are embedded: 1000 for FLUX, 1
+    once rescaled (see `objectives/time_rescale.py`) and for T2I-Distill's networks.
+    `guidance_factor` does the same to the guidance scale w: 1000 for FLUX, 1 for T2I-Distill's.
+    `interval_embeds` adds the second time embedder that MeanFlow and IMM feed with t - s.
+    `attention` is an implementation of `ops.attention`.
     """
 
     in_channels: int = 64
@@ -56,6 +58,7 @@ class MMDiTConfig:
     axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
     rope_theta: float = 10000.0
     time_scale: float = 1000.0
+    guidance_factor: float = 1000.0
     interval_embeds: bool = False
     remat: str = "none"
     attention: str = "auto"
@@ -69,6 +72,9 @@ class MMDiTConfig:
             )
         if any(width % 2 for width in self.axes_dims_rope):
             raise ValueError(f"axes_dims_rope: {self.axes_dims_rope} must all be even")
+        for name in ("time_scale", "guidance_factor"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not a positive number")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat: {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         if self.attention not in IMPLEMENTATIONS:
@@ -81,7 +87,11 @@ class MMDiTConfig:
 
 
 def sinusoidal_features(values: jax.Array) -> jax.Array:
-    """(B,) -> (B, 256): cosines, then sines, of frequencies 1 to 1/10000, as FLUX orders them."""
+    """(B,) -> (B, 256): cosines, then sines, of frequencies 1 to 1/10000, as FLUX orders them.
+
+    In float32 or better, whatever the values are: a rounded time is another time.
+    """
+    values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     half = TIME_FREQUENCIES // 2
     # At values of thousands an angle shows the last bit of its frequency: the exponents are rounded
     # to float32 as FLUX's are, and so is their exponential, which numpy's float32 exp misses.
@@ -148,6 +158,13 @@ class Layers:
     rngs: nnx.Rngs
     dtype: Any
     param_dtype: Any
+    precision: Any = None  # of products; TPUs and GPUs round float32's operands unless asked not to
+
+    @property
+    def wide(self) -> "Layers":
+        """The same in float32 or better, every product included."""
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        return dataclasses.replace(self, dtype=dtype, precision=jax.lax.Precision.HIGHEST)
 
     def linear(self, inputs: int, outputs: int, *, zero: bool = False) -> nnx.Linear:
         return nnx.Linear(
@@ -156,6 +173,7 @@ class Layers:
             kernel_init=nnx.initializers.zeros if zero else nnx.initializers.xavier_uniform(),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            precision=self.precision,
             dot_general=lora.dot_general,
             promote_dtype=lora.promote_dtype,
             rngs=self.rngs,
@@ -172,9 +190,15 @@ class Layers:
 
 
 class Embedder(nnx.Module):
-    """Two dense layers with a SiLU between: time, guidance, interval and pooled text use it."""
+    """Two dense layers with a SiLU between: time, guidance, interval and pooled text use it.
+
+    It computes in float32 or better whatever the network does. A bfloat16 embedding of t is off by
+    a large part of what tells one time from another: embedders add up many features that nearly
+    cancel.
+    """
 
     def __init__(self, inputs: int, hidden: int, layers: Layers, *, zero: bool = False):
+        layers = layers.wide
         self.linear_1 = layers.linear(inputs, hidden)
         self.linear_2 = layers.linear(hidden, hidden, zero=zero)
 
@@ -329,7 +353,7 @@ class MMDiT(nnx.Module):
         guidance: jax.Array | None = None,
         interval: jax.Array | None = None,
     ) -> jax.Array:
-        """The summed embedding that modulates every block.
+        """The summed embedding that modulates every block, float32 or better.
 
         Args:
           t: (B,) time in [0, 1].
@@ -356,7 +380,8 @@ class MMDiT(nnx.Module):
             )
         total = self.time_embedder(sinusoidal_features(self.config.time_scale * t))
         if guidance is not None:
-            total = total + self.guidance_embedder(sinusoidal_features(1000.0 * guidance))
+            factor = self.config.guidance_factor
+            total = total + self.guidance_embedder(sinusoidal_features(factor * guidance))
         if self.interval_embedder is not None:
             interval = jnp.zeros_like(t) if interval is None else interval
             total = total + self.interval_embedder(
@@ -459,9 +484,22 @@ def initial_parameters(config: MMDiTConfig, rngs: nnx.Rngs, param_dtype: Any = j
 
 def time_embedding(config: MMDiTConfig, embedder: dict, t: jax.Array) -> jax.Array:
     """The time embedder alone: parameters `embedder` of it at times t (M,), (M, hidden size)."""
+    return scalar_embedding(embedder, config.time_scale * t)
+
+
+def scalar_embedding(embedder: dict, values: jax.Array) -> jax.Array:
+    """An embedder of time, guidance or interval alone, as networks of any type evaluate it.
+
+    Args:
+      embedder: its parameters, {"linear_1": {"kernel", "bias"}, "linear_2": ...}.
+      values: (M,), multiplied by their factor already.
+
+    Returns:
+      (M, hidden size), float32.
+    """
 
     def create():
         layers = Layers(nnx.Rngs(0), jnp.float32, jnp.float32)
-        return Embedder(TIME_FREQUENCIES, config.hidden_size, layers)
+        return Embedder(TIME_FREQUENCIES, embedder["linear_2"]["bias"].shape[0], layers)
 
-    return binder(create)(embedder)(sinusoidal_features(config.time_scale * t))
+    return binder(create)(embedder)(sinusoidal_features(values))
