@@ -14,7 +14,7 @@ the teacher's, and how smooth the network has become in time.
 """
 
 from jax_distill.build import objective_settings
-from jax_distill.config import base, flux
+from jax_distill.config import base, flux, student_model
 
 
 def get_config(preset: str = ""):
@@ -33,7 +33,7 @@ def get_config(preset: str = ""):
     config.total_steps = 1000
     config.batch_size = 64
     config.ema_decay = 0.99
-    config.model = {"time_scale": 1.0, "guidance_embeds": True}
+    config.model = student_model()
     config.objective = objective_settings("time_rescale", guidance_scales=(2.0, 2.5, 3.0))
     config.evaluation.guidance = 2.5
     config.optimizer.learning_rate = 5e-4

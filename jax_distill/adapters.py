@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from jax_distill import parallel, processes
+from jax_distill import processes
 from jax_distill.checkpoint import bit_sums
 from jax_distill.config import ConfigError
 from jax_distill.files import write_json
@@ -89,21 +89,11 @@ def whole(config: ConfigDict, teacher: Mapping[str, Any], params: dict) -> dict:
 
     Args:
       config: of the run.
-      teacher: parameters of the frozen network, as `held` keeps them.
+      teacher: parameters of the frozen network, as `frozen.hold` keeps them.
       params: what is in the run's state.
     """
     adapters = settings(config)
     return params if adapters is None else attached(adapters, teacher, params)
-
-
-def held(config: ConfigDict, teacher: dict) -> dict:
-    """A teacher's parameters as a run with adapters holds them: on the mesh, in int8 if asked."""
-    if settings(config) is None:
-        return teacher
-    if config.lora.base == "int8":
-        teacher = lora.quantized(teacher)
-    mesh = parallel.make_mesh(config.mesh)
-    return parallel.put(teacher, parallel.shard_state(teacher, mesh))
 
 
 def check_teacher(
@@ -114,7 +104,7 @@ def check_teacher(
     Args:
       config: of the run.
       workdir: of the run.
-      teacher: parameters of the frozen network, as `held` keeps them.
+      teacher: parameters of the frozen network, as `frozen.hold` keeps them.
       note: writes down what they are, where that is not known.
 
     Raises:

@@ -40,6 +40,16 @@ OBJECTIVES = {
 TEACHERS = ("flow_matching", "time_rescale")
 """Objectives whose networks are velocities."""
 
+GUIDANCE = {
+    "auto": "",
+    "embedded": "the guidance scale is an input of its network",
+    "cfg": "classifier-free guidance, two evaluations of its network",
+    "none": "its network takes no guidance scale, and none is applied",
+}
+"""What `teacher.guidance` may be, and what that means."""
+
+_GUIDED = {"embedded": embedded_guidance, "cfg": classifier_free, "none": unguided}
+
 
 def network_config(config: ConfigDict) -> mmdit.MMDiTConfig:
     try:
@@ -116,11 +126,38 @@ def settings_of(kind: type[Objective]) -> dict[str, Any]:
     return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
 
+def guidance_of(config: ConfigDict) -> str:
+    """How the velocity network of a configuration is guided: "embedded", "cfg" or "none".
+
+    `teacher.guidance` of a network from scratch or a ported one says so; where it is "auto", the
+    network's own input of the scale, if it has one, and else the world's custom.
+
+    Raises:
+      ConfigError: the network has no such input, or has one that would be left open.
+    """
+    embeds = config.model.guidance_embeds
+    asked = "auto"
+    if config.objective.name == "flow_matching":
+        asked = config.teacher.get("guidance", "auto")  # the first versions had no such key
+    if asked == "auto":
+        return "embedded" if embeds else worlds.of(config).plain_guidance
+    if embeds != (asked == "embedded"):
+        has = "has an input for the guidance scale" if embeds else "has no guidance embedder"
+        fix = "embedded" if embeds else "cfg or none"
+        raise ConfigError(
+            f"teacher.guidance: {asked!r}, but the teacher's network {has}; set it to {fix}"
+        )
+    return asked
+
+
 def guided(config: ConfigDict) -> Callable[[Network], TeacherVelocity]:
     """How the velocity network of a configuration takes guidance."""
-    if config.model.guidance_embeds:
-        return embedded_guidance
-    return classifier_free if worlds.of(config).null is not None else unguided
+    return _GUIDED[guidance_of(config)]
+
+
+def needs_null(config: ConfigDict) -> bool:
+    """Whether drawing with a configuration's network takes the empty caption."""
+    return config.objective.name == "flow_matching" and guidance_of(config) == "cfg"
 
 
 def teacher_velocity(

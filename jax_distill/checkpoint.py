@@ -160,7 +160,7 @@ def complete_steps(workdir: Path) -> list[int]:
     return steps
 
 
-def load_averaged(workdir: Path, mesh: Mesh | None = None) -> dict:
+def load_averaged(workdir: Path, mesh: Mesh | None = None, *, from_step: int = 0) -> dict:
     """The averaged parameters of a run's latest whole checkpoint.
 
     The run may be under way: nothing is written, and no more than the average is read.
@@ -168,11 +168,14 @@ def load_averaged(workdir: Path, mesh: Mesh | None = None) -> dict:
     Args:
       workdir: of the run.
       mesh: places them by the rules of `parallel`; without one they are on the default device.
+      from_step: the earliest that will do.
 
     Raises:
       ValueError: the run has no complete checkpoint, or none that can be restored.
     """
-    steps = complete_steps(workdir)
+    steps = [step for step in complete_steps(workdir) if step >= from_step]
+    if not steps:
+        raise ValueError(f"'{workdir}' has no complete checkpoint of step {from_step} or later")
     directory = (Path(workdir) / "checkpoints").resolve()
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -197,6 +200,14 @@ def load_averaged(workdir: Path, mesh: Mesh | None = None) -> dict:
         return restored["ema"]
 
     return _first_whole(directory, steps, restore)[1]
+
+
+def is_finished(workdir: Path, total_steps: int) -> bool:
+    """Whether a run has a complete checkpoint of its last step."""
+    try:
+        return complete_steps(workdir)[0] >= total_steps
+    except ValueError:
+        return False
 
 
 class _Changed(ValueError):

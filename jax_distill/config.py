@@ -3,8 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from jax_distill.files import write_atomically
 
@@ -48,6 +50,7 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
                 # A workdir, or a folder of jax_distill.port; empty: the embedded teacher.
                 "checkpoint": "",
                 "velocity": "rescaled",  # or "original", of the teacher before the rescale
+                "guidance": "auto",  # or "embedded", "cfg", "none", see build.guidance_of
             },
             "rescale": {  # the stage before sCM and MeanFlow, see objectives/time_rescale.py
                 "total_steps": 0,
@@ -149,8 +152,7 @@ def student(preset: str = "") -> ConfigDict:
         return config
     config.batch_size = 64
     config.ema_decay = 0.99
-    # What the student's network changes of the teacher's.
-    config.model = {"time_scale": 1.0, "guidance_embeds": True}
+    config.model = student_model()
     config.evaluation.guidance = 2.5
     config.teacher.velocity = "original"
     config.rescale.total_steps = 150
@@ -171,6 +173,15 @@ def student(preset: str = "") -> ConfigDict:
     return config
 
 
+def student_model(**changes: Any) -> dict[str, Any]:
+    """What a student's network changes of its teacher's; all else is the teacher's.
+
+    A guidance factor of None is the teacher's, too, and waits for a number.
+    """
+    model = {"time_scale": 1.0, "guidance_embeds": True, "guidance_factor": placeholder(float)}
+    return model | {"remat": "none", "attention": "auto"} | changes
+
+
 def flux(config: ConfigDict) -> ConfigDict:
     """Makes `base` what runs from FLUX.1-lite-8B have in common, T2I-Distill's (arXiv:2512.13006).
 
@@ -181,8 +192,7 @@ def flux(config: ConfigDict) -> ConfigDict:
     config.dtype = "bfloat16"
     config.total_steps = 20_000
     config.batch_size = 64
-    # What the student's network changes of the teacher's.
-    config.model = {"time_scale": 1.0, "guidance_embeds": True, "remat": "full"}
+    config.model = student_model(remat="full")
     config.teacher.velocity = "original"
     config.rescale.total_steps = 3000
     config.rescale.batch_size = 64

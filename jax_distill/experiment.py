@@ -10,17 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jax_distill import (
     adapters,
     build,
+    checkpoint,
     flow,
+    frozen,
     parallel,
     pipeline,
     processes,
     scoring,
+    stages,
     train,
     worlds,
 )
@@ -29,12 +32,11 @@ from jax_distill.data import shapes
 from jax_distill.data.pipeline import Pictures
 from jax_distill.evaluation import grids, report
 from jax_distill.files import write_json
-from jax_distill.models import autoencoder, lora, mmdit
+from jax_distill.models import autoencoder, lora
 from jax_distill.models.binding import binder, parameters
 from jax_distill.models.latents import LatentCodec
 from jax_distill.objectives import time_rescale
 from jax_distill.objectives.autoencoder import AutoencoderObjective
-from jax_distill.pipeline import held
 from jax_distill.train import Interrupted
 from jax_distill.worlds import Source, World
 
@@ -109,13 +111,14 @@ def train_teacher(config: ConfigDict, workdir: Path) -> None:
     begin(config, workdir)
     world = worlds.of(config)
     objective = build.objective(config)
-    initial = build.initial_parameters(config)
     source = data(world, workdir)
-    frozen = {"null": source.null}
+    held = {"null": source.null}
     trained = pipeline.Pipeline(config, {}, world)
     preview = previewer(workdir, trained, source, {"teacher": config.evaluation.teacher_steps})
     hooks = [(config.samples.every, preview)]
-    trained.params = train.fit(config, workdir, objective, initial, frozen, source, hooks=hooks)
+    fresh = functools.partial(build.initial_parameters, config)
+    initial = train.Initial(jax.eval_shape(fresh), fresh)
+    trained.params = train.fit(config, workdir, objective, initial, held, source, hooks=hooks)
     preview(config.total_steps, trained.params)
     conclude(workdir, teacher=trained)
 
@@ -124,54 +127,110 @@ def rescale_teacher(config: ConfigDict, workdir: Path) -> None:
     """Time rescale as a run of its own: a teacher for many students."""
     config, teacher = with_teacher(config)
     source = data(teacher.world, workdir)
-    rescaled = rescale(config, workdir, teacher, source)
+    (stage,) = stages.of(config, teacher.config)
+    rescaled = rescale(stage, workdir, teacher, source)
     counts = {"rescaled": config.evaluation.teacher_steps}
-    previewer(workdir, rescaled, source, counts, teacher)(config.total_steps, rescaled.params)
+    reference = reference_row(teacher, source, config.samples)
+    previewer(workdir, rescaled, source, counts, reference)(config.total_steps, rescaled.params)
     conclude(workdir, teacher=rescaled)
 
 
 def distill(config: ConfigDict, workdir: Path) -> None:
-    """Makes a few-step student of a teacher: time rescale, the objective, and the evaluation."""
+    """Makes a few-step student of a teacher: time rescale, the objective, and the evaluation.
+
+    While the student is trained, nothing is held of teacher and rescaled network but what its loss
+    reads; what is needed before and after is read again.
+    """
     config, teacher = with_teacher(config)
     begin(config, workdir)
     adapters.check_teacher(config, workdir, teacher.params["network"], note=True)
     world = teacher.world
     source = data(world, workdir)
-    origin = start = teacher
-    if needs_rescale(config, teacher.config):
-        start = rescale(rescale_config(config), workdir / "time_rescale", teacher, source)
+    *before, stage = stages.of(config, teacher.config)
+    reference = reference_row(teacher, source, config.samples)
+    read, network = stored_network(config, teacher), teacher.params["network"]
+    if before:
+        rescaled = rescale(before[0], workdir / "time_rescale", teacher, source)
+        read = functools.partial(taken, rescaled)
         if config.teacher.velocity == "rescaled":
-            origin = start
-    initial = rescaled_parameters(config, start.config, start.params["network"])
-    objective = build.objective(config, origin.config)
-    frozen = {"teacher": origin.params["network"], "null": source.null}
-    whole = functools.partial(adapters.whole, config, frozen["teacher"])
+            reference()
+            network = frozen.place(frozen.hold(config, read()), mesh_of(config))
+            if adapters.settings(config) is None:  # else its arrays are the adapters' base
+                teacher.release()
+    whole = functools.partial(adapters.whole, config, network)
     counts = {"student": config.evaluation.student_steps}
     student = pipeline.Pipeline(config, {}, world)
-    preview = previewer(workdir, student, source, counts, teacher)
+    preview = previewer(workdir, student, source, counts, reference)
     hooks = [(config.samples.every, preview)]
     if world.scored:
         record = scoring.recorder(workdir / scoring.SCORES, student)
         hooks.append((config.evaluation.every, record))
     hooks = [(every, of_whole(hook, whole)) for every, hook in hooks]
-    trained = train.fit(config, workdir, objective, initial, frozen, source, hooks=hooks)
+    objective = build.objective(config, stage.teacher)
+    held = {"teacher": network, "null": source.null}
+    trained = train.fit(
+        config, workdir, objective, initial_of(stage, read), held, source, hooks=hooks
+    )
     student.params = whole(trained)
     preview(config.total_steps, student.params)
     conclude(workdir, teacher=teacher, student=student)
 
 
 def with_teacher(config: ConfigDict) -> tuple[ConfigDict, pipeline.Pipeline]:
-    """The student's whole configuration, and the teacher, in the student's world and precision."""
-    mesh = parallel.make_mesh(config.mesh)
-    teacher = pipeline.load(config.teacher.checkpoint or pipeline.EMBEDDED, mesh=mesh)
-    config = student_config(config, teacher.config)
-    settings = teacher.config.copy_and_resolve_references()
-    with settings.unlocked():
-        settings.dtype = config.dtype
-    params = {**teacher.params, "network": lora.merged(teacher.params["network"])}
-    params = held(params, config.dtype)
-    params["network"] = adapters.held(config, params["network"])
-    return config, pipeline.Pipeline(settings, params, worlds.of(config))
+    """The student's whole configuration, and the teacher as the student's run holds it.
+
+    The teacher is in the student's world and precision, frozen, on the mesh of the run; it can be
+    released and is then read again where it is needed.
+    """
+    mesh = mesh_of(config)
+    loaded = pipeline.load(config.teacher.checkpoint or pipeline.EMBEDDED, mesh=mesh)
+    config = stages.student_config(config, loaded.config)
+
+    def read() -> dict:
+        network = lora.merged(loaded.params["network"])
+        loaded.release()
+        return {"network": frozen.place(frozen.hold(config, network), mesh)}
+
+    teacher = pipeline.Pipeline(stages.as_teacher(config, loaded.config), read, worlds.of(config))
+    kind, asked = build.guidance_of(teacher.config), config.teacher.guidance
+    how = f"teacher.guidance={asked}" if asked != "auto" else f"auto: {kind}"
+    logging.info("teacher: %s (%s)", build.GUIDANCE[kind], how)
+    return config, teacher
+
+
+def mesh_of(config: ConfigDict) -> Mesh:
+    """The mesh that a run trains on."""
+    return parallel.make_mesh(config.mesh)
+
+
+def initial_of(stage: stages.Stage, read: Callable[[], dict]) -> train.Initial:
+    """What a stage starts from: the network that `read` gives, which is called where it begins."""
+    fresh = functools.partial(build.initial_parameters, stage.config)
+    return train.Initial(jax.eval_shape(fresh), lambda: stages.initial_network(stage, read()))
+
+
+def stored_network(config: ConfigDict, teacher: pipeline.Pipeline) -> Callable[[], dict]:
+    """A function that gives the teacher's parameters, none of them narrowed.
+
+    They are those that the run holds, where that is as wide as they are stored, or where only
+    adapters are trained: these start from embedders alone, which are held as they are stored.
+    Otherwise they are read anew.
+    """
+
+    def read() -> dict:
+        if config.dtype == "float32" or adapters.settings(config) is not None:
+            return teacher.params["network"]
+        source = config.teacher.checkpoint or pipeline.EMBEDDED
+        return lora.merged(pipeline.load(source, mesh=mesh_of(config)).params["network"])
+
+    return read
+
+
+def taken(trained: pipeline.Pipeline) -> dict:
+    """A pipeline's network, which the pipeline does not keep."""
+    network = trained.params["network"]
+    trained.release()
+    return network
 
 
 def conclude(
@@ -185,27 +244,38 @@ def conclude(
 
 
 def rescale(
-    config: ConfigDict, workdir: Path, teacher: pipeline.Pipeline, source: Source
+    stage: stages.Stage, workdir: Path, teacher: pipeline.Pipeline, source: Source
 ) -> pipeline.Pipeline:
     """The teacher with the student's inputs: t for 1000 t, and the guidance scale embedded."""
+    config = stage.config
     begin(config, workdir)
-    original = teacher.params["network"]
-    adapters.check_teacher(config, workdir, original, note=True)
-    initial = rescaled_parameters(config, teacher.config, original)
-    objective = build.objective(config, teacher.config)
-    frozen = {"teacher": original, "null": source.null}
-    params = train.fit(config, workdir, objective, initial, frozen, source)
-    params = adapters.whole(config, original, params)
+    adapters.check_teacher(config, workdir, teacher.params["network"], note=True)
+    initial = initial_of(stage, stored_network(config, teacher))
+    objective = build.objective(config, stage.teacher)
+    held = {"teacher": teacher.params["network"], "null": source.null}
+    train.fit(config, workdir, objective, initial, held, source)
+
+    def read() -> dict:
+        average = checkpoint.load_averaged(workdir, mesh_of(config))
+        if adapters.settings(config) is None:
+            return average
+        return adapters.whole(config, teacher.params["network"], average)
+
+    rescaled = pipeline.Pipeline(config, read, teacher.world)
     if processes.agreed(not (workdir / "rescale.json").exists()):
+        refitted = initial.make()
         old = jax.tree.map(  # of the types of the new one: all stages but the last compile as one
             lambda leaf, like: jnp.asarray(leaf, like.dtype),
-            original["time_embedder"],
-            initial["time_embedder"],
+            teacher.params["network"]["time_embedder"],
+            refitted["time_embedder"],
         )
-        unfitted = {**initial, "time_embedder": old}
-        stages = {"unfitted": unfitted, "refitted": initial, "finetuned": params["network"]}
-        compare_stages(workdir / "rescale.json", config, teacher, stages, source)
-    return pipeline.Pipeline(config, held(params, config.dtype), teacher.world)
+        networks = {
+            "unfitted": {**refitted, "time_embedder": old},
+            "refitted": refitted,
+            "finetuned": rescaled.params["network"],
+        }
+        compare_stages(workdir / "rescale.json", config, teacher, networks, source)
+    return rescaled
 
 
 def compare_stages(
@@ -227,7 +297,7 @@ def compare_stages(
     guidance = jnp.full(count, config.evaluation.guidance)
     split = NamedSharding(mesh, parallel.BATCH)
     points = parallel.put((batch, noise, t, guidance), split)
-    frozen = {"teacher": teacher.params["network"], "null": source.null}
+    held = {"teacher": teacher.params["network"], "null": source.null}
     old = build.teacher_velocity(teacher.config, worlds.of(config).resolution)
     network = build.network(config)
 
@@ -242,7 +312,7 @@ def compare_stages(
 
     stage_values = {}
     for name, params in stages.items():
-        measured = measure(params, frozen, *points)
+        measured = measure(params, held, *points)
         values = {key: float(value) for key, value in measured._asdict().items()}
         stage_values[name] = values
         logging.info(
@@ -256,12 +326,30 @@ def compare_stages(
         write_json(path, stage_values)
 
 
+def reference_row(
+    teacher: pipeline.Pipeline, source: Source, settings: ConfigDict
+) -> Callable[[], np.ndarray]:
+    """A function that draws the teacher's row of the sample grids, once.
+
+    Args:
+      teacher: draws it.
+      source: the data.
+      settings: the run's section `samples`.
+    """
+
+    def draw() -> np.ndarray:
+        _, text = teacher.world.preview(source, settings.prompts)
+        return teacher.draw(text, steps=settings.teacher_steps)
+
+    return functools.cache(draw)
+
+
 def previewer(
     workdir: Path,
     trained: pipeline.Pipeline,
     source: Source,
     steps: dict[str, Sequence[int]],
-    teacher: pipeline.Pipeline | None = None,
+    reference: Callable[[], np.ndarray] | None = None,
 ):
     """A function (step, averaged parameters) that draws fixed prompts into `samples/`.
 
@@ -270,13 +358,12 @@ def previewer(
       trained: what is trained; its parameters are set.
       source: the data.
       steps: numbers of sampling steps, a row each, under the name of what is trained.
-      teacher: draws the first row, once.
+      reference: draws the first row, see `reference_row`.
     """
     config, world = trained.config, trained.world
     full = config.samples.teacher_steps
     prompts, text = world.preview(source, config.samples.prompts)
     draw = functools.partial(pipeline.Pipeline.draw, text=text, resolution=world.resolution)
-    reference = functools.cache(lambda: draw(teacher, steps=full))
     ((name, counts),) = steps.items()
 
     def preview(step: int, params: dict) -> None:
@@ -284,7 +371,7 @@ def previewer(
         rows = {f"{name}, {count} step{'s' * (count > 1)}": count for count in counts}
         pictures = [draw(trained, steps=count) for count in rows.values()]
         labels = list(rows)
-        if teacher is not None:
+        if reference is not None:
             pictures, labels = [reference(), *pictures], [f"teacher, {full} steps", *labels]
         if not processes.is_leader():
             return
@@ -297,65 +384,6 @@ def previewer(
         )
 
     return preview
-
-
-def student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
-    """The configuration with the student's whole network: the teacher's, and what differs."""
-    resolved = config.copy_and_resolve_references()
-    with resolved.unlocked():
-        resolved.model = {**teacher.model, **config.model}
-        resolved.data.text_length = teacher.data.text_length
-        resolved.teacher.checkpoint = pipeline.absolute(config.teacher.checkpoint)
-    return resolved
-
-
-def rescale_config(config: ConfigDict) -> ConfigDict:
-    """The configuration of the stage before distillation, a run of its own."""
-    stage = config.copy_and_resolve_references()
-    with stage.unlocked():
-        stage.name = f"{config.name}/time_rescale"
-        stage.objective = {
-            "name": "time_rescale",
-            "guidance_scales": build.objective(config).guidance_scales,
-        }
-        stage.model.interval_embeds = False
-        stage.total_steps = config.rescale.total_steps
-        stage.batch_size = config.rescale.batch_size
-        stage.optimizer = configuration.base().optimizer  # the student's is made for its own loss
-        stage.optimizer.learning_rate = config.rescale.learning_rate
-        stage.optimizer.schedule = "cosine"
-        stage.optimizer.warmup_steps = config.rescale.total_steps // 10
-        # Refitted, see `refit_time_embedder`; and what the student keeps as it is.
-        frozen = {"time_embedder", config.optimizer.frozen} - {""}
-        stage.optimizer.frozen = "|".join(sorted(frozen))
-    return stage
-
-
-def needs_rescale(config: ConfigDict, teacher: ConfigDict) -> bool:
-    """Whether the student's network takes its time or its guidance in another way."""
-    inputs = ("time_scale", "guidance_embeds")
-    return any(config.model[name] != teacher.model[name] for name in inputs)
-
-
-def rescaled_parameters(config: ConfigDict, teacher: ConfigDict, params: dict) -> dict:
-    """The teacher's parameters in the student's network, its time embedder refitted.
-
-    Embedders that the teacher does not have start as they are initialised: adding nothing. All else
-    is the teacher's own arrays, no copies.
-    """
-
-    def fresh() -> dict:
-        created = build.initial_parameters(config)
-        return {name: leaf for name, leaf in created.items() if name not in params}
-
-    merged = {**jax.jit(fresh)(), **params}
-    old, new = build.network_config(teacher), build.network_config(config)
-    if old.time_scale != new.time_scale:
-        embedder = parallel.gather(params["time_embedder"])
-        merged["time_embedder"] = time_rescale.refit_time_embedder(
-            lambda t: mmdit.time_embedding(old, embedder, t), new.hidden_size
-        )
-    return merged
 
 
 def of_whole(hook: Callable[[int, dict], None], whole: Callable[[dict], dict]):

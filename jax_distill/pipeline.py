@@ -15,6 +15,7 @@ from jax_distill import (
     build,
     checkpoint,
     embedded,
+    frozen,
     parallel,
     ported,
     processes,
@@ -46,7 +47,7 @@ class Pipeline:
         params: dict | Callable[[], dict],
         world: World | None = None,
     ):
-        self.config, self._params = config, params
+        self.config, self._params, self._read = config, params, params
         self.world = world or worlds.of(config)
         self._samplers: dict[tuple, Callable] = {}
         self._embed = functools.lru_cache(maxsize=1)(self.world.encode)
@@ -56,6 +57,11 @@ class Pipeline:
         if callable(self._params):
             self._params = self._params()
         return self._params
+
+    def release(self) -> None:
+        """Lets go of parameters that can be read again: the function that reads them was given."""
+        if callable(self._read):
+            self._params = self._read
 
     @params.setter
     def params(self, params: dict) -> None:
@@ -178,7 +184,8 @@ class Pipeline:
         """(params, text, rows, scale, seed, noise or None) -> tokens, compiled."""
         if (resolution, steps) not in self._samplers:
             objective = build.objective(self.config, resolution=resolution)
-            shape, null = build.token_shape(self.config, resolution), self.world.null
+            shape = build.token_shape(self.config, resolution)
+            null = self.world.null if build.needs_null(self.config) else None
 
             def sample(params, text, rows, scale, seed, noise):
                 def one_row(row):
@@ -195,17 +202,6 @@ class Pipeline:
                 sample, out_shardings=_everywhere(self.params)
             )
         return self._samplers[resolution, steps]
-
-
-def held(params: dict, dtype: str) -> dict:
-    """Parameters that are not trained, no wider than the computation, which would narrow them."""
-
-    def narrow(leaf):
-        if isinstance(leaf, lora.Quantized):
-            return leaf
-        return leaf.astype(dtype) if leaf.dtype.itemsize > jnp.dtype(dtype).itemsize else leaf
-
-    return jax.tree.map(narrow, params, is_leaf=lambda leaf: isinstance(leaf, lora.Quantized))
 
 
 def _everywhere(params: dict) -> NamedSharding | None:
@@ -231,8 +227,8 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
       ValueError: there is no such run, or it has no checkpoint yet.
     """
     if str(source) == EMBEDDED:
-        params, description = embedded.load("teacher")
-        return Pipeline(ConfigDict(description["config"]).lock(), {"network": params})
+        config = ConfigDict(embedded.load("teacher")[1]["config"]).lock()
+        return Pipeline(config, lambda: {"network": embedded.load("teacher")[0]})
     workdir = Path(source)
     if ported.is_ported(workdir):
         config = ported_config(workdir)
@@ -253,7 +249,8 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
         if adapters.settings(config) is None:
             return params
         teacher = load(config.teacher.checkpoint or EMBEDDED, mesh=mesh).params["network"]
-        teacher = adapters.held(config, held(lora.merged(teacher), config.dtype))
+        place = mesh or parallel.make_mesh(config.mesh)
+        teacher = frozen.place(frozen.hold(config, lora.merged(teacher)), place)
         adapters.check_teacher(config, workdir, teacher)
         return adapters.whole(config, teacher, params)
 

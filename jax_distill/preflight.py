@@ -16,12 +16,12 @@ from jax_distill import (
     build,
     checkpoint,
     embedded,
-    experiment,
     parallel,
     pipeline,
     ported,
     rules,
     scoring,
+    stages,
     worlds,
 )
 from jax_distill.config import ConfigError, base, load
@@ -30,12 +30,10 @@ from jax_distill.data.records import LatentRecords
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.objectives.autoencoder import AutoencoderObjective
 from jax_distill.optimizer import make_optimizer
+from jax_distill.stages import FROM_SCRATCH
 
 KINDS = {"autoencoder": AutoencoderObjective, **build.OBJECTIVES}
 """What `objective.name` may be."""
-
-FROM_SCRATCH = ("autoencoder", "flow_matching")
-"""Objectives without a teacher."""
 
 
 def check(config: ConfigDict, workdir: Path) -> None:
@@ -149,14 +147,14 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
 
 
 def student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
-    """As `experiment.student_config`, which passes over a `data.text_length` of our own."""
+    """As `stages.student_config`, which passes over a `data.text_length` of our own."""
     length = config.data.text_length
     if length not in (base().data.text_length, teacher.data.text_length):
         raise ConfigError(
             f"data.text_length: {length} differs from the teacher's {teacher.data.text_length},"
             " which a student takes over; leave it out"
         )
-    return experiment.student_config(config, teacher)
+    return stages.student_config(config, teacher)
 
 
 def check_lora(config: ConfigDict) -> None:
@@ -225,9 +223,8 @@ def check_data(config: ConfigDict) -> None:
 def check_loss(config: ConfigDict, teacher: ConfigDict | None) -> None:
     """Traces the loss, which finds whatever does not fit together in networks and batch."""
     build.objective(config)
-    if teacher is not None and config.teacher.velocity == "rescaled":
-        if experiment.needs_rescale(config, teacher):
-            teacher = experiment.rescale_config(config)
+    if teacher is not None:
+        teacher = stages.of(config, teacher)[-1].teacher
     loss, arguments = build.abstract_loss(config, teacher)
     try:
         jax.eval_shape(loss, *arguments)
@@ -244,6 +241,8 @@ def validate(config: ConfigDict) -> None:
     distils = config.objective.get("name") not in FROM_SCRATCH
     given, known = config.to_dict(), base().to_dict()
     given.pop("objective", None), known.pop("objective")
+    if distils:  # None is the teacher's
+        given["model"] = {key: x for key, x in given["model"].items() if x is not None}
     # A student's model is its teacher's, where the configuration says nothing else.
     check_keys(given, known, partial=("model",) if distils else ())
     rules.check(flatten(given), rules.of_runs())

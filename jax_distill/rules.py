@@ -50,6 +50,7 @@ _CHOICES = {
     "ema_dtype": rounding.DTYPES,
     "optimizer.moments": rounding.DTYPES,
     "teacher.velocity": ("rescaled", "original"),
+    "teacher.guidance": tuple(build.GUIDANCE),
     "world": tuple(worlds.WORLDS),
     "lora.base": adapters.BASES,
 }

@@ -1,5 +1,6 @@
 """The training loop: one jitted, sharded step, and everything a long run needs around it."""
 
+import functools
 import math
 import os
 import signal
@@ -12,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jax_distill import parallel, processes, rounding
+from jax_distill import checkpoint, parallel, processes, rounding
 from jax_distill.checkpoint import Checkpoints
 from jax_distill.data.pipeline import batches
 from jax_distill.objectives.objective import Batch, Objective
@@ -132,11 +134,23 @@ def jit_step(
     return jax.jit(placed, donate_argnums=0, out_shardings=(shardings, None))
 
 
+class Initial(NamedTuple):
+    """The student network's initial parameters, made only where a run begins.
+
+    Attributes:
+      shapes: of the parameters, nested; any values in them will do.
+      make: reads or computes them.
+    """
+
+    shapes: dict
+    make: Callable[[], dict]
+
+
 def fit(
     config: ConfigDict,
     workdir: Path,
     objective: Objective,
-    params: dict,
+    initial: Initial | dict,
     frozen: dict,
     source: Any,
     *,
@@ -153,7 +167,8 @@ def fit(
       config: the run's configuration.
       workdir: of this stage; checkpoints, metrics and samples go there.
       objective: what is trained.
-      params: the student network's initial parameters.
+      initial: the student network's parameters; as `Initial` they are not made where there is a
+        checkpoint, and not kept once there is a state.
       frozen: parameters that no gradient reaches, passed to the loss.
       source: random-access data, see `data/pipeline.py`.
       hooks: (n, function): called with (step, averaged parameters) every n steps; n = 0 is never.
@@ -167,12 +182,17 @@ def fit(
     """
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = parallel.make_mesh(config.mesh)
+    average = finished(config, workdir, mesh)
+    if average is not None:
+        return average
     optimizer = make_optimizer(config.optimizer, config.total_steps)
+    if not isinstance(initial, Initial):
+        initial = Initial(initial, functools.partial(dict, initial))
 
     def create(params):
         return init_state(objective, optimizer, params, config.seed, config.ema_dtype)
 
-    abstract = jax.eval_shape(create, params)
+    abstract = jax.eval_shape(create, initial.shapes)
     shardings = parallel.shard_state(abstract, mesh)
     total = config.total_steps
     with (
@@ -185,13 +205,14 @@ def fit(
         found = checkpoints.restore_latest(with_shardings(abstract, shardings))
         if found is None:
             start, window = 0, {}
+            params = initial.make()
             params = parallel.put(params, parallel.shard_state(params, mesh))
             state = jax.jit(create, out_shardings=shardings)(params)
+            del params
         else:
             start, (state, position, window) = found
             iterator.set_state(position)
         if start >= total:
-            logging.info("%s: finished at step %d, nothing to do", workdir, start)
             return state.ema
         what = f"{config.name}: {_count(state.params)} on {_devices()}, in {workdir}"
         logging.info("%s, %s step %d of %d", what, "after" if start else "from", start, total)
@@ -234,6 +255,25 @@ def fit(
         if stop:
             raise Interrupted(f"{workdir}: stopped by a signal, saved at step {step}")
     return state.ema
+
+
+def finished(config: ConfigDict, workdir: Path, mesh: Mesh) -> dict | None:
+    """The averaged parameters of a run that has nothing left to do, and nothing else of its state.
+
+    None where it has: no checkpoint of the last step, or (in a single process, which can go on from
+    an earlier one) a damaged one.
+    """
+    total = config.total_steps
+    if not processes.agreed(checkpoint.is_finished(workdir, total)):
+        return None
+    try:
+        average = checkpoint.load_averaged(workdir, mesh, from_step=total)
+    except ValueError:
+        if processes.joined():
+            raise
+        return None
+    logging.info("%s: finished at step %d, nothing to do", workdir, total)
+    return average
 
 
 def check_finite(

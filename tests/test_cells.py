@@ -15,10 +15,10 @@ from jax_distill import cells, pipeline
 from jax_distill import config as configuration
 from jax_distill.config import ConfigError
 from jax_distill.evaluation import comparison
-from jax_distill.experiment import student_config
 from jax_distill.models.mmdit import MMDiTConfig
 from jax_distill.planning import program
 from jax_distill.preflight import flatten
+from jax_distill.stages import student_config
 
 ROOT = Path(__file__).parents[1]
 

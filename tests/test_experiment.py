@@ -1,43 +1,63 @@
 """Runs: which stages a distillation has, and what each starts from."""
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from test_pipeline import tiny_config
 
-from jax_distill import build, experiment, pipeline
+from jax_distill import build, checkpoint, experiment, pipeline, stages, train
+from jax_distill.models import mmdit
 from jax_distill.objectives.scm import SCM
 from jax_distill.objectives.time_rescale import TimeRescale
 from jax_distill.worlds.shapes import Shapes
 
 
+class Ran(NamedTuple):
+    """A stage that was run."""
+
+    objective: Any
+    initial: dict
+    frozen: dict
+    workdir: Path
+
+
 @pytest.fixture
-def stages(monkeypatch, tmp_path):
+def distil(monkeypatch, tmp_path):
     """Distils with a training that adds one to every parameter; returns the stages it ran."""
 
     def distil(config, teacher_config):
-        teacher = pipeline.Pipeline(
-            teacher_config, {"network": build.initial_parameters(teacher_config)}
-        )
-        ran = []
+        network = build.initial_parameters(teacher_config)
+        ran, saved = [], {}
 
-        def fit(config, workdir, objective, params, frozen, source, hooks=()):
-            ran.append((objective, params, frozen, workdir))
-            return {"network": jax.tree.map(lambda leaf: leaf + 1, params)}
+        def fit(config, workdir, objective, initial, frozen, source, hooks=()):
+            made = initial.make()
+            assert jax.tree.structure(made) == jax.tree.structure(initial.shapes)
+            ran.append(Ran(objective, made, frozen, workdir))
+            saved[workdir] = {"network": jax.tree.map(lambda leaf: leaf + 1, made)}
+            return saved[workdir]
+
+        def load(source, mesh):
+            return pipeline.Pipeline(teacher_config, lambda: {"network": network})
 
         for name, stub in (
-            ("pipeline.load", lambda source, mesh: teacher),
+            ("pipeline.load", load),
             ("train.fit", fit),
+            ("checkpoint.load_averaged", lambda workdir, mesh: saved[workdir]),
             ("compare_stages", lambda *args: None),
             ("previewer", lambda *args: lambda *args: None),
+            ("reference_row", lambda *args: lambda: None),
             ("scoring.conclude", lambda *args, **kwargs: None),
         ):
             monkeypatch.setattr(f"jax_distill.experiment.{name}", stub)
         monkeypatch.setattr(Shapes, "source", lambda self, workdir: SimpleNamespace(null=None))
         experiment.run(config, tmp_path)
-        return teacher, ran
+        return network, ran
 
     return distil
 
@@ -62,24 +82,101 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("velocity", ["rescaled", "original"])
-def test_a_plain_teacher_is_rescaled_first(stages, velocity, tmp_path):
+def test_a_plain_teacher_is_rescaled_first(distil, velocity, tmp_path):
     config = student()
     config.teacher.velocity = velocity
-    plain, ((first, initial, frozen, where), (second, start, guide, _)) = stages(config, teacher())
-    assert isinstance(first, TimeRescale) and where == tmp_path / "time_rescale"
-    assert same(frozen["teacher"], plain.params["network"])
-    assert isinstance(second, SCM)
-    assert same(start, jax.tree.map(lambda leaf: leaf + 1, initial))
-    expected = start if velocity == "rescaled" else plain.params["network"]
-    assert same(guide["teacher"], expected)
+    plain, (first, second) = distil(config, teacher())
+    assert isinstance(first.objective, TimeRescale) and first.workdir == tmp_path / "time_rescale"
+    assert same(first.frozen["teacher"], plain)
+    assert isinstance(second.objective, SCM)
+    assert same(second.initial, jax.tree.map(lambda leaf: leaf + 1, first.initial))
+    assert same(second.frozen["teacher"], second.initial if velocity == "rescaled" else plain)
 
 
-def test_a_rescaled_teacher_is_taken_as_it_is(stages):
-    taken, ((objective, start, frozen, _),) = stages(student(), teacher("time_rescale", 1.0, True))
-    assert isinstance(objective, SCM)
-    assert same(start, taken.params["network"]) and same(frozen["teacher"], start)
+def test_a_rescaled_teacher_is_taken_as_it_is(distil):
+    taken, (only,) = distil(student(), teacher("time_rescale", 1.0, True))
+    assert isinstance(only.objective, SCM)
+    assert same(only.initial, taken) and same(only.frozen["teacher"], taken)
 
 
-def test_time_rescale_is_a_run_of_its_own(stages, tmp_path):
-    _, ((objective, _, _, where),) = stages(student("time_rescale"), teacher())
-    assert isinstance(objective, TimeRescale) and where == tmp_path
+def test_time_rescale_is_a_run_of_its_own(distil, tmp_path):
+    _, (only,) = distil(student("time_rescale"), teacher())
+    assert isinstance(only.objective, TimeRescale) and only.workdir == tmp_path
+
+
+def rounds(leaf) -> np.ndarray:
+    """Which values are more than bfloat16 has."""
+    return np.asarray(leaf) != np.asarray(leaf.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+@pytest.mark.parametrize("velocity", ["rescaled", "original"])
+@pytest.mark.parametrize("given", ["plain", "rescaled"])
+def test_no_initial_parameter_goes_through_bfloat16(distil, velocity, given):
+    """Only what is frozen is narrowed, and of that no embedder."""
+    config = student()
+    with config.unlocked():
+        config.teacher.velocity, config.dtype = velocity, "bfloat16"
+    network, ran = distil(
+        config, teacher() if given == "plain" else teacher("time_rescale", 1.0, True)
+    )
+    for stage in ran:
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(stage.initial))
+        for name, leaf in traverse_util.flatten_dict(stage.frozen["teacher"], sep="/").items():
+            assert leaf.dtype == ("float32" if "_embedder/" in name else "bfloat16"), name
+    start, before = ran[-1].initial, network
+    if given == "plain":
+        before = jax.tree.map(lambda leaf: leaf + 1, ran[0].initial)
+    assert same(start, before)
+    kernels = [leaf for leaf in jax.tree.leaves(start) if leaf.ndim > 1 and rounds(leaf).any()]
+    assert np.mean([rounds(leaf).mean() for leaf in kernels]) > 0.9
+
+
+def test_embedders_are_refitted_for_the_factors_of_the_student(distil):
+    """The student takes t for 1000 t and w for 1000 w: both embeddings stay what they were."""
+    config = student()
+    with config.unlocked():
+        config.model = {**config.model, "guidance_factor": 1.0}
+    plain = teacher("time_rescale", 1000.0, True)
+    with plain.unlocked():  # wide enough to follow
+        plain.model.num_attention_heads, plain.model.attention_head_dim = 4, 32
+        plain.model.axes_dims_rope = (8, 12, 12)
+    smooth = {"time_embedder": 1.0, "guidance_embedder": 10.0}
+    network = build.initial_parameters(plain)
+    for name in smooth:  # slow features alone: those of 1000 v with frequencies below 10 / upper
+        kernel = 0.3 * jax.random.normal(
+            jax.random.key(1), network[name]["linear_1"]["kernel"].shape
+        )
+        slow = np.arange(256) % 128 >= 68 + (32 if name == "guidance_embedder" else 0)
+        network[name]["linear_1"]["kernel"] = kernel * slow[:, None]
+        network[name]["linear_2"]["kernel"] = jax.random.normal(jax.random.key(2), (128, 128))
+    stage = stages.of(stages.student_config(config, plain), plain)[0]
+    start = stages.initial_network(stage, network)
+    for name, upper in smooth.items():
+        values = jnp.linspace(0.01, upper, 300)
+        old = mmdit.scalar_embedding(network[name], 1000.0 * values)
+        new = mmdit.scalar_embedding(start[name], values)
+        variation = jnp.std(old, axis=0).mean()
+        assert jnp.sqrt(jnp.mean((new - old) ** 2)) < 0.02 * variation
+    for name in network.keys() - smooth.keys():
+        assert all(a is b for a, b in zip(*map(jax.tree.leaves, (start[name], network[name]))))
+
+
+def test_a_finished_stage_is_read_back_as_its_average_alone(tmp_path, monkeypatch):
+    config = tiny_config("flow_matching")
+    with config.unlocked():
+        config.total_steps = 1
+    average = {"network": {"a": jnp.arange(3.0)}}
+    with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, Saved(average, {"b": jnp.zeros(4)}), {})
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore_latest", None)  # the whole state
+
+    def never():
+        raise AssertionError("made though there is a checkpoint")
+
+    found = train.fit(config, tmp_path, None, train.Initial({}, never), {}, None)
+    assert same(found, average)
+
+
+class Saved(NamedTuple):
+    ema: dict
+    opt_state: dict

@@ -15,7 +15,17 @@ from PIL import Image
 from random_pipeline import save_random
 from random_text import compiled_quickly
 
-from jax_distill import build, commands, experiment, main, pipeline, preflight, worlds
+from jax_distill import (
+    build,
+    commands,
+    experiment,
+    frozen,
+    main,
+    pipeline,
+    preflight,
+    stages,
+    worlds,
+)
 from jax_distill.config import ConfigError
 from jax_distill.data import folder
 from jax_distill.data.records import LatentRecords
@@ -139,9 +149,9 @@ def test_a_student_is_made_and_draws(student, tmp_path):
     for name in ("config.json", "metrics.jsonl", "report.html", "samples/step-000002.png"):
         assert (student / name).stat().st_size > 0, name
     assert not (student / "results.json").exists()  # this world is not scored
-    stages = json.loads((student / "time_rescale" / "rescale.json").read_text())
-    assert stages.keys() == {"unfitted", "refitted", "finetuned"}
-    for values in stages.values():
+    compared = json.loads((student / "time_rescale" / "rescale.json").read_text())
+    assert compared.keys() == {"unfitted", "refitted", "finetuned"}
+    for values in compared.values():
         assert np.isfinite(list(values.values())).all()
         assert values["time_derivative"] < values["old_time_derivative"]
     losses = [json.loads(line)["loss"] for line in open(student / "metrics.jsonl")]
@@ -161,9 +171,8 @@ def test_the_teacher_keeps_its_type_and_the_student_is_float32(ported, student):
     trained = pipeline.load(student)
     assert {leaf.dtype for leaf in jax.tree.leaves(trained.params)} == {jnp.dtype("float32")}
     assert trained.world.folder == ported  # found through teacher.checkpoint
-    initial = experiment.rescaled_parameters(
-        trained.config, teacher.config, teacher.params["network"]
-    )
+    stage = stages.of(trained.config, teacher.config)[0]
+    initial = stages.initial_network(stage, teacher.params["network"])
     shared = [name for name in initial if name != "time_embedder"]
     assert all(
         a is b
@@ -171,8 +180,8 @@ def test_the_teacher_keeps_its_type_and_the_student_is_float32(ported, student):
         for a, b in zip(*(jax.tree.leaves(p[name]) for p in (initial, teacher.params["network"])))
     )
     wide = {"a": jnp.ones(2), "b": jnp.ones(2, jnp.bfloat16)}
-    assert {leaf.dtype.name for leaf in experiment.held(wide, "bfloat16").values()} == {"bfloat16"}
-    assert experiment.held(wide, "float32")["b"].dtype == jnp.bfloat16
+    assert {leaf.dtype.name for leaf in frozen.narrowed(wide, "bfloat16").values()} == {"bfloat16"}
+    assert frozen.narrowed(wide, "float32")["b"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("preset", ["meanflow", "imm", "time_rescale"])
@@ -190,8 +199,8 @@ def test_a_rescaled_run_is_a_teacher_like_its_ported_folder(student, run, tmp_pa
     monkeypatch.setattr(experiment, "run", lambda config, workdir: ran.append(config))
     assert not run("scm", f"teacher.checkpoint={teacher}", into=tmp_path / "run")
     teacher_config = pipeline.load(teacher).config
-    config = experiment.student_config(ran[0], teacher_config)
-    assert not experiment.needs_rescale(config, teacher_config)
+    config = stages.student_config(ran[0], teacher_config)
+    assert not stages.needs_rescale(config, teacher_config)
     assert worlds.of(config).folder == worlds.of(teacher_config).folder
 
 

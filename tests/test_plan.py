@@ -71,7 +71,7 @@ def test_arithmetic_is_that_of_an_unrolled_program(monkeypatch):
     with config.unlocked():
         config.batch_size = 64
     mesh = program.make_mesh(config, jax.devices()[:1])
-    planned = program.training(config, None, mesh)
+    planned = program.training(program.run_stages(config)[0], mesh)
     counted = planned.flops()
 
     def unrolled(body, carry, stacked):
@@ -80,7 +80,11 @@ def test_arithmetic_is_that_of_an_unrolled_program(monkeypatch):
         return carry, None
 
     monkeypatch.setattr(mmdit.jax.lax, "scan", unrolled)
-    analysis = program.training(config, None, mesh).jitted.lower(*planned.arguments).compile()
+    analysis = (
+        program.training(program.run_stages(config)[0], mesh)
+        .jitted.lower(*planned.arguments)
+        .compile()
+    )
     assert counted == pytest.approx(analysis.cost_analysis()["flops"], rel=0.02)
 
 

@@ -234,10 +234,11 @@ def _merge(kernel: Adapted | Quantized) -> jax.Array:
 
 
 def quantized(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Frozen parameters with the kernels of the blocks, most of all there are, in int8."""
+    """Frozen parameters with the plain kernels of the blocks, most of all there are, in int8."""
     flat = _flat(params)
     for path, leaf in flat.items():
-        if _is_kernel(path) and path[0].endswith("blocks") and not isinstance(leaf, Quantized):
+        plain = not isinstance(leaf, Quantized | Adapted)
+        if _is_kernel(path) and path[0].endswith("blocks") and plain:
             flat[path] = quantize(leaf)
     return traverse_util.unflatten_dict(flat)
 

@@ -42,7 +42,7 @@ def hbm_bytes(program: Program) -> int:
     """Bytes that a chip moves to and from its memory in a step."""
     held = program.bytes_by_kind()
     weights = _weight_bytes(program) // program.mesh.shape["tensor"]
-    passes = 3 if program.gradients else sampling_steps(program.config)
+    passes = _passes(program)
     updated = 2 * (held["parameters"] + held.get("optimizer", 0) + held.get("EMA", 0))
     activations = 2 * passes * _tokens(program) * build.network_config(program.config).hidden_size
     depth = sum(_blocks(program))
@@ -51,38 +51,28 @@ def hbm_bytes(program: Program) -> int:
 
 
 def exchanges(program: Program) -> list[Collective]:
-    """What chips say to each other: weights over fsdp, gradients, activations over tensor."""
+    """What chips say to each other: weights over fsdp, gradients, activations over tensor.
+
+    Weights of all of the network are gathered, frozen or not; gradients are of what is trained.
+    """
     sizes, config = program.mesh.shape, program.config
     double, single = _blocks(program)
     depth = double + single
     micro = config.accumulate if program.gradients else 1
     found = []
     weights = _weight_bytes(program) // sizes["tensor"]
+    gradients = 2 * COMPUTE_BYTES * build.count(program.kinds["parameters"]) // sizes["tensor"]
     if sizes["fsdp"] > 1:
-        passes = 3 if program.gradients else sampling_steps(config)
-        found.append(
-            Collective(
-                "all-gather",
-                weights // depth,
-                sizes["fsdp"],
-                passes * depth * micro,
-                1,
-                "weights",
-            )
-        )
+        count = _passes(program) * depth * micro
+        gathered = Collective("all-gather", weights // depth, sizes["fsdp"], count, 1, "weights")
+        found.append(gathered)
         if program.gradients:
-            found.append(
-                Collective(
-                    "reduce-scatter",
-                    2 * weights // depth,
-                    sizes["fsdp"],
-                    depth * micro,
-                    1,
-                    "gradients",
-                )
-            )
+            count = depth * micro
+            size = gradients // depth
+            scattered = Collective("reduce-scatter", size, sizes["fsdp"], count, 1, "gradients")
+            found.append(scattered)
     if sizes["data"] > 1 and program.gradients:
-        whole = 2 * weights // sizes["fsdp"]
+        whole = gradients // sizes["fsdp"]
         found.append(Collective("all-reduce", whole, sizes["data"], 1, 0, "gradients"))
     if sizes["tensor"] > 1:
         width = build.network_config(config).hidden_size
@@ -91,6 +81,11 @@ def exchanges(program: Program) -> list[Collective]:
         moved = _tokens(program) * width * COMPUTE_BYTES
         found.append(Collective("all-reduce", moved, sizes["tensor"], count, 1, "activations"))
     return found
+
+
+def _passes(program: Program) -> int:
+    """How often a step reads all weights: the teacher's, forward, and back again."""
+    return 3 if program.gradients else sampling_steps(program.config)
 
 
 def _tokens(program: Program) -> int:
@@ -107,14 +102,20 @@ def _blocks(program: Program) -> tuple[int, int]:
 
 
 def _weight_bytes(program: Program) -> int:
-    return COMPUTE_BYTES * build.count(program.kinds["parameters"])
+    """Of one evaluation, all layers and chips together: as they are computed with, or in int8."""
+    return _network_bytes(program.weights)
 
 
 def _block_bytes(program: Program) -> int:
     """Of the largest block's weights, gathered over fsdp."""
-    network: Any = program.kinds["parameters"]["network"]
     largest = max(
-        build.count(network[name]) // max(count, 1)
+        _network_bytes(program.weights[name]) // count
         for name, count in zip(("double_blocks", "single_blocks"), _blocks(program))
+        if count
     )
-    return COMPUTE_BYTES * largest // program.mesh.shape["tensor"]
+    return largest // program.mesh.shape["tensor"]
+
+
+def _network_bytes(tree: Any) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(leaf.size * min(leaf.dtype.itemsize, COMPUTE_BYTES) for leaf in leaves)

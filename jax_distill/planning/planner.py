@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jax_distill import parallel
+from jax_distill import parallel, stages
 from jax_distill.planning import chips, collectives, formulas, program
 from jax_distill.planning.chips import GIB, Topology
 from jax_distill.planning.program import Program
@@ -49,6 +49,7 @@ class Plan:
     """What a program needs on a topology.
 
     Attributes:
+      stage: of the run, or "sampling".
       topology: the chips.
       compiled: whether a compiler said so; otherwise by formula.
       changes: of the configuration, as flags, without which it would not run there.
@@ -64,8 +65,10 @@ class Plan:
       roofline: seconds by part.
       total_steps: of the run; None for a sampler.
       compile_seconds: what the compiler took.
+      others: plans of the run's other stages, which need no more memory.
     """
 
+    stage: str
     topology: Topology
     compiled: bool
     changes: tuple[str, ...]
@@ -81,6 +84,7 @@ class Plan:
     roofline: Roofline
     total_steps: int | None
     compile_seconds: float
+    others: tuple["Plan", ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -107,6 +111,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         return {
+            "stage": self.stage,
             "topology": self.topology.name,
             "chips": self.topology.chips,
             "mesh": dict(self.mesh),
@@ -131,6 +136,7 @@ class Plan:
             "examples_per_second": self.examples_per_second,
             "total_steps": self.total_steps,
             "hours": self.hours,
+            "others": [plan.to_dict() for plan in self.others],
         }
 
 
@@ -143,62 +149,78 @@ def make_plan(
     effort: float = 0.0,
     counted: Callable[[Program, Callable[[], Program] | None], Arithmetic] = count,
 ) -> Plan:
-    """Plans the step of a run, or its sampler.
+    """Plans the steps of a run, stage by stage, or its sampler.
 
     Args:
       config: of the run.
       topology: the chips; those of GPUs are always planned by formula.
-      sample: the sampler in place of the step.
+      sample: the sampler in place of the steps.
       compiled: False for formulas alone.
       effort: of the TPU compiler, from -1, quick, to 0, as for a run; see `measure`.
       counted: counts the operations.
+
+    Returns:
+      The plan of the stage that needs the most memory; the others are in it.
 
     Raises:
       ConfigError: the configuration does not fit the topology's number of chips, or has no step.
     """
     compiled = compiled and topology.kind != "gpu"
-    planned, plain, changes = _programs(config, topology, sample=sample, compiled=compiled)
-    begin = time.monotonic()
-    measured = measure(planned, topology, effort) if compiled else estimate(planned, topology)
-    seconds = time.monotonic() - begin
-    student, arithmetic = planned.config, counted(planned, plain)
-    return Plan(
-        topology=topology,
-        compiled=compiled,
-        changes=changes,
-        mesh=dict(planned.mesh.shape),
-        batch_size=student.batch_size,
-        remat=student.model.remat,
-        held=planned.bytes_by_kind(),
-        temporaries=measured.temporaries,
-        peak=measured.peak,
-        hbm=measured.hbm,
-        arithmetic=arithmetic,
-        exchanges=collectives.totals(measured.exchanges),
-        roofline=roofline(topology, arithmetic.flops, measured.hbm_bytes, measured.exchanges),
-        total_steps=None if sample else student.total_steps,
-        compile_seconds=seconds if compiled else 0.0,
-    )
+    plans = []
+    for planned, plain, changes in _programs(config, topology, sample=sample, compiled=compiled):
+        begin = time.monotonic()
+        measured = measure(planned, topology, effort) if compiled else estimate(planned, topology)
+        seconds = time.monotonic() - begin
+        arithmetic = counted(planned, plain)
+        plans.append(
+            Plan(
+                stage=planned.name,
+                topology=topology,
+                compiled=compiled,
+                changes=changes,
+                mesh=dict(planned.mesh.shape),
+                batch_size=planned.config.batch_size,
+                remat=planned.config.model.remat,
+                held=planned.bytes_by_kind(),
+                temporaries=measured.temporaries,
+                peak=measured.peak,
+                hbm=measured.hbm,
+                arithmetic=arithmetic,
+                exchanges=collectives.totals(measured.exchanges),
+                roofline=roofline(
+                    topology, arithmetic.flops, measured.hbm_bytes, measured.exchanges
+                ),
+                total_steps=None if sample else planned.config.total_steps,
+                compile_seconds=seconds if compiled else 0.0,
+            )
+        )
+    largest = max(reversed(plans), key=lambda plan: plan.peak)
+    others = tuple(plan for plan in plans if plan is not largest)
+    return dataclasses.replace(largest, others=others)
 
 
 def _programs(
     config: ConfigDict, topology: Topology, *, sample: bool, compiled: bool
-) -> tuple[Program, Callable[[], Program] | None, tuple[str, ...]]:
-    """The program, what makes it without its rematerialisation, and `divisible`'s flags."""
+) -> Iterator[tuple[Program, Callable[[], Program] | None, tuple[str, ...]]]:
+    """Of each stage the program, what makes it without its rematerialisation, `divisible`'s flags.
+
+    Of a sampler's run, the last stage alone.
+    """
     config, changes = divisible(config, topology.chips)
-    student, teacher = program.complete(config)
-    if compiled:
-        devices = jax.devices()[:1] if topology.kind == "cpu" else chips.tpu_devices(topology)
-        mesh = program.make_mesh(student, devices)
-    else:
-        mesh = formulas.abstract_mesh(parallel.mesh_shape(config.mesh, topology.chips))
-        program.check_batch(student, mesh)
-    make_program = program.sampling if sample else program.training
-    plain = None
-    if student.model.remat != "none" and not sample:
-        unsaved = _changed(student, {"model.remat": "none"})
-        plain = functools.partial(make_program, unsaved, teacher, mesh)
-    return make_program(student, teacher, mesh), plain, changes
+    every = program.run_stages(config)
+    for stage in every[-1:] if sample else every:
+        if compiled:
+            devices = jax.devices()[:1] if topology.kind == "cpu" else chips.tpu_devices(topology)
+            mesh = program.make_mesh(stage.config, devices)
+        else:
+            mesh = formulas.abstract_mesh(parallel.mesh_shape(config.mesh, topology.chips))
+            program.check_batch(stage.config, mesh)
+        make_program = program.sampling if sample else program.training
+        plain = None
+        if stage.config.model.remat != "none" and not sample:
+            unsaved = stage._replace(config=_changed(stage.config, {"model.remat": "none"}))
+            plain = functools.partial(make_program, unsaved, mesh)
+        yield make_program(stage, mesh), plain, changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +296,10 @@ def divisible(config: ConfigDict, count: int) -> tuple[ConfigDict, tuple[str, ..
     """
     if config.mesh.fsdp != -1 or config.mesh.tensor != 1 or config.mesh.data < 1:
         return config, ()
-    groups = math.gcd(config.batch_size // config.accumulate, count)
+    micro = config.batch_size // config.accumulate
+    if config.objective.name not in stages.FROM_SCRATCH and config.rescale.total_steps:
+        micro = math.gcd(micro, config.rescale.batch_size // config.accumulate)
+    groups = math.gcd(micro, count)
     tensor = count // groups
     if tensor == 1:
         return config, ()
@@ -296,11 +321,11 @@ def smallest_change(
         if topology is not plan.topology:
             words.append(f"--topology={topology.name}")
         try:
-            rough, *_ = _programs(candidate, topology, sample=sample, compiled=False)
+            programs = list(_programs(candidate, topology, sample=sample, compiled=False))
         except ValueError:
             continue  # it does not divide
-        measured = estimate(rough, topology)
-        if measured.peak <= measured.hbm:
+        peaks = [estimate(rough, topology).peak for rough, *_ in programs]
+        if max(peaks) <= topology.chip.hbm:
             options = {"sample": sample, "compiled": plan.compiled, "effort": effort}
             found = make_plan(candidate, topology, **options)
             if found.fits:
@@ -309,12 +334,16 @@ def smallest_change(
 
 
 def _remedies(config: ConfigDict, plan: Plan) -> Iterator[tuple[dict[str, Any], Topology]]:
-    remat = {} if plan.remat == "full" else {"model.remat": "full"}
+    """Changes that the configuration takes as flags, from small to large."""
+    remat = {"model.remat": "full"} if plan.remat != "full" and "remat" in config.model else {}
     if remat:
         yield remat, plan.topology
     groups = plan.mesh["data"] * plan.mesh["fsdp"]
     accumulate = 2 * config.accumulate
-    while config.batch_size % (accumulate * groups) == 0:
+    batches = [config.batch_size]
+    if plan.others:  # of the rescale stage
+        batches.append(config.rescale.batch_size)
+    while all(size % (accumulate * groups) == 0 for size in batches):
         yield {"accumulate": accumulate} | remat, plan.topology
         accumulate *= 2
     if config.ema_dtype == "float32":

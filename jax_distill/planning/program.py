@@ -1,6 +1,7 @@
 """The programs of a run, from shapes alone: nothing of the model is ever allocated."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jax_distill import build, experiment, parallel, preflight, train
+from jax_distill import adapters, build, frozen, parallel, preflight, rounding, stages, train
 from jax_distill import config as configuration
 from jax_distill.config import ConfigError
 from jax_distill.flops import count_flops
@@ -42,7 +43,9 @@ class Program:
       jitted: the same, with its shardings and donated arguments.
       arguments: shapes with shardings.
       kinds: the same, by what they are, such as "parameters".
+      weights: shapes of all that one evaluation of the trained network reads, frozen or not.
       gradients: whether it holds a gradient of every parameter.
+      name: of the stage, or "sampling".
     """
 
     config: ConfigDict
@@ -51,7 +54,9 @@ class Program:
     jitted: Any
     arguments: tuple
     kinds: dict[str, Any]
+    weights: Any
     gradients: bool
+    name: str
 
     def flops(self) -> int:
         """Exact operations of the matrix products of one call, on all chips together."""
@@ -62,9 +67,10 @@ class Program:
         return {kind: bytes_on_a_chip(tree) for kind, tree in self.kinds.items()}
 
 
-def training(config: ConfigDict, teacher: ConfigDict | None, mesh: Any) -> Program:
-    """The step of `train.fit` on a mesh; `complete` makes the configurations."""
-    objective = build.objective(config, teacher)
+def training(stage: stages.Stage, mesh: Any) -> Program:
+    """The step of `train.fit` on a mesh, given what the run gives it."""
+    config = stage.config
+    objective = build.objective(config, stage.teacher)
     optimizer = make_optimizer(config.optimizer, config.total_steps)
 
     def create():
@@ -74,10 +80,10 @@ def training(config: ConfigDict, teacher: ConfigDict | None, mesh: Any) -> Progr
     abstract = jax.eval_shape(create)
     shardings = parallel.shard_state(abstract, mesh)
     state = train.with_shardings(abstract, shardings)
-    frozen = {"null": text_like(config, 1)}
-    if teacher is not None:
-        frozen["teacher"] = _held(teacher, config.dtype)
-    frozen = train.with_shardings(frozen, parallel.shard_state(frozen, mesh))
+    held = {"null": text_like(config, 1)}
+    if stage.teacher is not None:
+        held["teacher"] = jax.eval_shape(functools.partial(_held, stage))
+    held = train.with_shardings(held, parallel.shard_state(held, mesh))
     batch = Batch(
         jax.ShapeDtypeStruct((config.batch_size, *build.token_shape(config)), jnp.float32),
         text_like(config, config.batch_size),
@@ -87,19 +93,26 @@ def training(config: ConfigDict, teacher: ConfigDict | None, mesh: Any) -> Progr
         "parameters": state.params,
         "optimizer": state.opt_state,
         "EMA": state.ema,
-        "teacher": frozen.get("teacher", {}),
-        "batch": (batch, frozen["null"]),
+        "teacher": held.get("teacher", {}),
+        "batch": (batch, held["null"]),
     }
+    whole = functools.partial(adapters.whole, config)
+    weights = jax.eval_shape(whole, held.get("teacher"), state.params)["network"]
     function = train.make_step(objective, optimizer, config)
     jitted = train.jit_step(objective, optimizer, config, shardings)
-    return Program(config, mesh, function, jitted, (state, frozen, batch), kinds, True)
+    arguments = (state, held, batch)
+    return Program(config, mesh, function, jitted, arguments, kinds, weights, True, name=stage.name)
 
 
-def sampling(config: ConfigDict, teacher: ConfigDict | None, mesh: Any) -> Program:
-    """The student's sampler, in the largest of `evaluation.student_steps`, on a mesh."""
-    del teacher
+def sampling(stage: stages.Stage, mesh: Any) -> Program:
+    """The sampler of what a stage trains, in the most of `evaluation.student_steps`, on a mesh."""
+    config = stage.config
     objective = build.objective(config)
-    params = {"network": _held(config, config.dtype)}
+
+    def create():
+        return {"network": rounding.narrow(build.initial_parameters(config), config.ema_dtype)}
+
+    params = jax.eval_shape(create)
     params = train.with_shardings(params, parallel.shard_state(params, mesh))
     count, steps = config.batch_size, sampling_steps(config)
     noise = jax.ShapeDtypeStruct((count, *build.token_shape(config)), jnp.float32)
@@ -115,11 +128,14 @@ def sampling(config: ConfigDict, teacher: ConfigDict | None, mesh: Any) -> Progr
 
     kinds = {"parameters": params, "batch": (inputs, null)}
     arguments = (params, null, inputs)
-    return Program(config, mesh, function, jax.jit(function), arguments, kinds, False)
+    jitted, weights = jax.jit(function), params["network"]
+    return Program(
+        config, mesh, function, jitted, arguments, kinds, weights, False, name="sampling"
+    )
 
 
-def complete(config: ConfigDict) -> tuple[ConfigDict, ConfigDict | None]:
-    """The student's whole configuration and its teacher's.
+def run_stages(config: ConfigDict) -> list[stages.Stage]:
+    """The stages of a run that have a step, in order.
 
     Without `teacher.checkpoint`, the teacher of FLUX's world is FLUX.1-lite-8B.
 
@@ -128,22 +144,24 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, ConfigDict | None]:
     """
     if config.objective.name == "autoencoder":
         raise ConfigError("objective.name: the autoencoder has no plan; give another --config")
-    if config.objective.name in preflight.FROM_SCRATCH:
-        return config, None
+    if config.objective.name in stages.FROM_SCRATCH:
+        return stages.of(config, None)
     if config.world == "flux" and not config.teacher.checkpoint:
         teacher = flux_lite(config)
     else:
         teacher = preflight.teacher_config(config)
-    student = experiment.student_config(config, teacher)
-    with student.unlocked():
-        if student.objective.get("time_shift", 0.0) is None:
-            student.objective.time_shift = 1.0  # only a ported folder knows; no cost depends on it
-    origin = teacher.copy_and_resolve_references()
-    if config.teacher.velocity == "rescaled" and experiment.needs_rescale(student, teacher):
-        origin = experiment.rescale_config(student)
-    with origin.unlocked():
-        origin.dtype = student.dtype
-    return student, origin
+    every = stages.of(_shifted(stages.student_config(config, teacher)), teacher)
+    every = [stage._replace(config=_shifted(stage.config)) for stage in every]
+    return [stage for stage in every if stage.config.total_steps]
+
+
+def _shifted(config: ConfigDict) -> ConfigDict:
+    """The configuration with a time shift, which only a ported folder knows: it costs nothing."""
+    settings = build.settings_of(build.OBJECTIVES[config.objective.name])
+    if {**settings, **config.objective}.get("time_shift", 0.0) is None:
+        with config.unlocked():
+            config.objective.time_shift = 1.0
+    return config
 
 
 def sampling_steps(config: ConfigDict) -> int:
@@ -218,8 +236,14 @@ def bytes_on_a_chip(tree: Any) -> int:
     )
 
 
-def _held(config: ConfigDict, dtype: str) -> dict:
-    return jax.eval_shape(lambda: experiment.held(build.initial_parameters(config), dtype))
+def _held(stage: stages.Stage) -> dict:
+    """The frozen network of a stage, as the run makes it; to be traced."""
+    network = frozen.hold(stage.config, build.initial_parameters(stage.teacher))
+    if stage.adapted:
+        beside = adapters.settings(stage.config)
+        network = beside.attach(network, beside.split(jax.random.key(0), network))
+        network = frozen.hold(stage.config, network)
+    return network
 
 
 def _split(tree: Any, mesh: Any) -> Any:

@@ -35,8 +35,21 @@ def describe(plan: Plan) -> str:
     lines.append(_row("MFU", f"{plan.mfu:9.1%} ({hfu:.1%} with what is computed twice)"))
     lines.append(_row("examples/s", f"{plan.examples_per_second:9.1f}"))
     if plan.hours is not None:
-        lines.append(_row("run", f"{plan.hours:9.1f} hours for {plan.total_steps} steps"))
+        lines.append(_row("stage", f"{plan.hours:9.1f} hours for {plan.total_steps} steps"))
+    if plan.others:
+        lines += ["", "the other stages"]
+        lines += [_row(other.stage, _in_short(other)) for other in plan.others]
+        hours = plan.hours + sum(other.hours for other in plan.others)
+        lines.append(_row("run", f"{hours:9.1f} hours"))
     return "\n".join(lines)
+
+
+def _in_short(plan: Plan) -> str:
+    """A plan in a line."""
+    return (
+        f"{plan.peak / GIB:9.2f} GiB at most; {plan.step_seconds:.3f} s a step,"
+        f" {plan.hours:.1f} hours for {plan.total_steps} steps"
+    )
 
 
 def compare(plans: Sequence[Plan]) -> str:
@@ -56,7 +69,8 @@ def compare(plans: Sequence[Plan]) -> str:
 
 def _title(plan: Plan) -> str:
     count = plan.topology.chips
-    title = f"{plan.topology.name}: {count} chip{'s' * (count > 1)}, mesh {_mesh(plan)}"
+    title = f"{plan.stage} on {plan.topology.name}: {count} chip{'s' * (count > 1)}, "
+    title += f"mesh {_mesh(plan)}"
     title += f" (data x fsdp x tensor), batch {plan.batch_size}, remat {plan.remat}"
     if plan.changes:
         title += f"\nwith {' '.join(plan.changes)}, since the batch does not divide otherwise"

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jax_distill import flow, parallel, ported
 from jax_distill.config import ConfigError, load
-from jax_distill.data.encoding import encode_folder
+from jax_distill.data.encoding import NULL_CAPTION, encode_folder
 from jax_distill.data.folder import find
 from jax_distill.data.pipeline import EmbeddedLatents
 from jax_distill.data.records import LatentRecords
@@ -47,7 +47,7 @@ class Flux:
 
     batch_size = 4
     scored = False
-    null = None
+    plain_guidance = "none"  # as FLUX.1-schnell
 
     def __init__(self, config: ConfigDict):
         self._config = config
@@ -98,6 +98,13 @@ class Flux:
     def encode(self, captions: Sequence[str]) -> Text:
         """Reads the text encoders, embeds, and lets go of them: 10 GB in FLUX's size."""
         return self.text_encoders().encode(captions)
+
+    @functools.cached_property
+    def null(self) -> Text:
+        """The empty caption: of `data.path`, where there is one, or embedded anew."""
+        if self._config.data.path:
+            return LatentRecords(Path(self._config.data.path)).null
+        return self.encode([NULL_CAPTION])
 
     def time_shift(self, tokens: int) -> float:
         """As the folder's scheduler has it: by the number of tokens, or constant (schnell)."""

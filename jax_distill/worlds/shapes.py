@@ -27,6 +27,7 @@ class Shapes:
     resolution = (shapes.IMAGE_SIZE, shapes.IMAGE_SIZE)
     batch_size = 60
     scored = True
+    plain_guidance = "cfg"
     text_widths = (SEQUENCE_DIM, POOLED_DIM)
 
     def __init__(self, config: ConfigDict):

@@ -28,14 +28,18 @@ class World(Protocol):
       resolution: height and width of its pictures in pixels.
       batch_size: pictures that are drawn at a time, where nothing else is said.
       scored: whether pictures can be judged: `scoring` knows this world's prompts.
-      null: the empty caption that plain networks are guided away from, with a leading axis of
-        length one; None where guidance is an input of the network or there is none.
+      plain_guidance: "cfg" or "none": what networks that take no guidance scale are taken to be
+        made for, where `teacher.guidance` does not say.
     """
 
     resolution: tuple[int, int]
     batch_size: int
     scored: bool
-    null: Text | None
+    plain_guidance: str
+
+    @property
+    def null(self) -> Text:
+        """The empty caption that networks are guided away from, with a leading axis of one."""
 
     @property
     def codec(self) -> LatentCodec:
