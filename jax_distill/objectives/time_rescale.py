@@ -70,20 +70,16 @@ def refit_embedder(
     index = int(np.clip(np.ceil(32 * np.log10(factor * upper) - 1e-9), 0, half - 1))
     frequency = factor * _FREQUENCIES[index]
     reach = np.sin(frequency * upper)
-
-    def progress(v):
-        return np.sin(frequency * v) / reach
-
-    knots = progress(np.linspace(0, upper, (hidden + 1) // 2))
+    knots = np.sin(frequency * np.linspace(0, upper, (hidden + 1) // 2)) / reach
     knots = np.concatenate([knots, knots])[:hidden]
     slope = np.where(np.arange(hidden) < (hidden + 1) // 2, sharpness, -sharpness)
+    steepness, bias = slope / reach, -slope * knots
     kernel = np.zeros((FEATURES, hidden))
-    kernel[half + index] = slope / reach
-    bias = -slope * knots
+    kernel[half + index] = steepness
 
     values = np.linspace(0, upper, points)
     target = np.asarray(embed(values.astype(np.float32)), np.float64)
-    ramp = progress(values)[:, None] * slope + bias
+    ramp = np.sin(frequency * values)[:, None] * steepness + bias
     ramp = np.concatenate([ramp / (1 + np.exp(-ramp)), np.ones((points, 1))], axis=1)
     normal = ramp.T @ ramp + ridge * points * np.eye(hidden + 1)
     solution = np.linalg.solve(normal, ramp.T @ target)
