@@ -32,9 +32,9 @@ def refit_embedder(
     *,
     factor: float = 1.0,
     upper: float = 1.0,
-    sharpness: float = 35.0,
+    sharpness: float = 40.0,
     points: int = 4096,
-    ridge: float = 3e-4,
+    ridge: float = 5e-4,
 ) -> dict:
     """An embedder of `factor` v that follows any function of v on [0, upper], by one linear solve.
 
@@ -69,17 +69,18 @@ def refit_embedder(
     half = FEATURES // 2
     index = int(np.clip(np.ceil(32 * np.log10(factor * upper) - 1e-9), 0, half - 1))
     frequency = factor * _FREQUENCIES[index]
-    reach = np.sin(frequency * upper)
-    knots = np.sin(frequency * np.linspace(0, upper, (hidden + 1) // 2)) / reach
+    knots = np.sin(frequency * np.linspace(0, upper, (hidden + 1) // 2))
     knots = np.concatenate([knots, knots])[:hidden]
-    slope = np.where(np.arange(hidden) < (hidden + 1) // 2, sharpness, -sharpness)
-    steepness, bias = slope / reach, -slope * knots
+    # A number that bfloat16 has: ramps do not all shift where the embedder is stored in it.
+    steepness = np.float64(jnp.bfloat16(sharpness / np.sin(frequency * upper)))
+    slope = np.where(np.arange(hidden) < (hidden + 1) // 2, steepness, -steepness)
+    bias = -slope * knots
     kernel = np.zeros((FEATURES, hidden))
-    kernel[half + index] = steepness
+    kernel[half + index] = slope
 
     values = np.linspace(0, upper, points)
     target = np.asarray(embed(values.astype(np.float32)), np.float64)
-    ramp = np.sin(frequency * values)[:, None] * steepness + bias
+    ramp = np.sin(frequency * values)[:, None] * slope + bias
     ramp = np.concatenate([ramp / (1 + np.exp(-ramp)), np.ones((points, 1))], axis=1)
     normal = ramp.T @ ramp + ridge * points * np.eye(hidden + 1)
     solution = np.linalg.solve(normal, ramp.T @ target)
