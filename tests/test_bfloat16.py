@@ -5,6 +5,7 @@ its 192 channels mixed into as many as the network has.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -52,20 +53,25 @@ def mixed_embedder(width: int) -> dict:
     }
 
 
-@pytest.fixture(scope="module", params=[SMALL, FLUX], ids=["192", "3072"])
-def pair(request):
-    """A teacher of 1000 t with random weights, and what the refit makes of it."""
-    config = request.param
+def random_teacher(config, seed: int = 0) -> dict:
+    """All weights random, but those of the time embedder."""
     shapes = jax.eval_shape(lambda: mmdit.initial_parameters(config, mmdit.nnx.Rngs(0)))
     leaves, structure = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
 
     def draw(key, leaf):
         scale = 1.0 if leaf.ndim < 2 else max(leaf.shape[-2], 1) ** -0.5
         return 0.5 * scale * jax.random.normal(key, leaf.shape)
 
     teacher = jax.tree.unflatten(structure, [draw(*pair) for pair in zip(keys, leaves)])
-    teacher["time_embedder"] = mixed_embedder(config.hidden_size)
+    return {**teacher, "time_embedder": mixed_embedder(config.hidden_size)}
+
+
+@pytest.fixture(scope="module", params=[SMALL, FLUX], ids=["192", "3072"])
+def pair(request):
+    """A teacher of 1000 t, and what the refit makes of it."""
+    config = request.param
+    teacher = random_teacher(config)
     rescaled = dataclasses.replace(config, time_scale=1.0)
     network = {**teacher, "time_embedder": refit(config, teacher["time_embedder"])}
     yield (config, teacher), (rescaled, network)
@@ -78,43 +84,52 @@ def refit(config, embedder):
     )
 
 
-def with_derivative(config, params, dtype):
-    """Velocity and its derivative by time at eight times, each (8, 16, C)."""
+@functools.cache
+def with_derivative(config, dtype):
+    """A function that gives velocity and its derivative by time at 16 times, each (16, 16, C)."""
     keys = jax.random.split(jax.random.key(1), 3)
-    x = jax.random.normal(keys[0], (8, 16, config.in_channels))
+    x = jax.random.normal(keys[0], (16, 16, config.in_channels))
     text = Text(
-        jax.random.normal(keys[1], (8, 4, config.joint_attention_dim)),
-        jax.random.normal(keys[2], (8, config.pooled_projection_dim)),
+        jax.random.normal(keys[1], (16, 4, config.joint_attention_dim)),
+        jax.random.normal(keys[2], (16, config.pooled_projection_dim)),
     )
     network = mmdit.as_network(config, dtype=dtype)
 
     @jax.jit
     def evaluate(params, t):
         def velocity(t):
-            return network.velocity(params, x, t, text, jnp.full(8, 4.5))
+            return network.velocity(params, x, t, text, jnp.full(16, 4.5))
 
         return jax.jvp(velocity, (t,), (jnp.ones_like(t),))
 
-    return evaluate(params, jnp.linspace(0.03, 0.97, 8))
+    return lambda params: evaluate(params, jnp.linspace(0.03, 0.97, 16))
 
 
 def rms(x) -> float:
     return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
 
 
-def losses(config, params) -> list[float]:
+def losses(config, params) -> np.ndarray:
     """What bfloat16 costs, relative: of the velocity, and of its derivative."""
-    exact = with_derivative(config, params, jnp.float32)
-    held = frozen.narrowed(params, "bfloat16")
-    rounded = with_derivative(config, held, jnp.bfloat16)
-    return [rms(r - e) / rms(e) for r, e in zip(rounded, exact)]
+    exact = with_derivative(config, "float32")(params)
+    rounded = with_derivative(config, "bfloat16")(frozen.narrowed(params, "bfloat16"))
+    return np.array([rms(r - e) / rms(e) for r, e in zip(rounded, exact)])
 
 
 def test_a_rescaled_student_loses_no_more_than_its_teacher(pair):
-    teacher, student = (losses(*network) for network in pair)
+    """Relative losses differ by a third from one small random network to another: take several."""
+    (config, teacher), (rescaled, network) = pair
+    teachers = [losses(config, teacher)]
+    students = [losses(rescaled, network)]
+    for seed in range(1, 6) if config is SMALL else ():
+        other = random_teacher(config, seed)
+        teachers.append(losses(config, other))
+        other["time_embedder"] = network["time_embedder"]
+        students.append(losses(rescaled, other))
+    teacher, student = np.mean(teachers, axis=0), np.mean(students, axis=0)
     print("velocity, d/dt lost to bfloat16: teacher", teacher, "student", student)
-    assert student[0] <= 1.2 * teacher[0] and student[1] <= 1.2 * teacher[1]
-    assert max(teacher) < 0.1
+    assert (student <= 1.2 * teacher).all()
+    assert (teacher < 0.02).all()
 
 
 def test_the_refit_survives_rounding(pair):
