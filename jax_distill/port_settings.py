@@ -227,10 +227,10 @@ def _scheduler(
     if base is not None:
         assumed.append("the schedule is that of --base")
         return base["scheduler"]
-    if own is None and not source.parts["network"].config.get("guidance_embeds", False):
+    if not source.parts["network"].config.get("guidance_embeds", False):
         where = source.parts["network"].where
         raise ValueError(
-            f"'{where}' has no guidance embedder and no scheduler; give --shift=1 (as"
+            f"'{where}' has no guidance embedder and no scheduler of FLUX's; give --shift=1 (as"
             " FLUX.1-schnell's) or --shift=dynamic (as FLUX.1-dev's)"
         )
     assumed.append("the schedule is shifted by the number of tokens, as FLUX.1-dev's is")

@@ -18,7 +18,7 @@ _KINDS = (
     ),
     (
         r".*\.lora_(A|B|down|up)\b.*|lora_(unet|te\d?|transformer)_.*|.*\.(alpha|dora_scale)"
-        r"|.*\.(hada|lokr)_w\d.*",
+        r"|.*\.(hada|lokr)_w\d.*|.*\.processor\.\w*lora\w*\..*",
         "is an adapter, not a network; fuse it into its network with diffusers (load_lora_weights,"
         " fuse_lora, save_pretrained) and give that folder",
     ),
