@@ -69,6 +69,7 @@ def port(
         weights.parts["network"] = part._replace(config={**part.config, **settings.factors})
         for note in (*weights.notes, *(f"assumed: {words}" for words in settings.assumed)):
             logging.info("%s", note)
+        config = _configuration(weights, DTYPES[dtype], settings, base)
         _check_space(output, weights, dtype)
         if weights.folder is not None:
             for name in diffusers_folder.TOKENIZERS:
@@ -76,7 +77,7 @@ def port(
         for name, part in weights.parts.items():
             count = write_part(part, partial / name, DTYPES[dtype])
             logging.info("%s: %d tensors, %.2f GB", name, len(part.tensors), count / 1e9)
-        configuration.save(_configuration(weights, DTYPES[dtype], settings, base), partial)
+        configuration.save(config, partial)
         description = {
             "source": {"layout": weights.layout},
             "dtype": dtype,

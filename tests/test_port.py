@@ -208,6 +208,20 @@ def test_a_whole_pipeline_takes_no_base(source, folder, tmp_path):
         port(source, tmp_path / "out", base=str(folder))
 
 
+def test_positions_that_older_folders_hold_are_passed_over(source, folder, tmp_path):
+    shutil.copytree(source, tmp_path / "older")
+    path = tmp_path / "older/text_encoder/model.safetensors"
+
+    def add(tensors):
+        [name] = [name for name in tensors if name.endswith("position_embedding.weight")]
+        tensors[name.replace("embedding.weight", "ids")] = np.arange(77)[None]
+
+    _edit(path, add)
+    port(tmp_path / "older", tmp_path / "out")
+    trees = (orbax_tree.open_tree(home / "clip") for home in (tmp_path / "out", folder))
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.read(), y.read()), *trees)
+
+
 def test_a_full_disk_makes_nothing(source, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
@@ -260,6 +274,15 @@ def test_a_source_from_the_hub(source, tmp_path, monkeypatch):
     asked = []
 
     def download(name, allow_patterns):
+        files = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+        wanted = huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns)
+        assert sorted(wanted) == sorted(files)
+        more = ["transformer/diffusion_pytorch_model.bin", "x.fp16.safetensors", "vae/x.msgpack"]
+        half = "text_encoder/model.fp16-00001-of-00002.safetensors"
+        wanted = huggingface_hub.utils.filter_repo_objects(
+            [*more, half], allow_patterns=allow_patterns
+        )
+        assert list(wanted) == [half]
         asked.append(name)
         return str(source)
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 import random_files
@@ -213,6 +216,14 @@ def test_what_does_not_fit_the_source_is_refused(base, tmp_path):
     _asked(inner, None, "--shift=base: there is no --base", shift="base")
 
 
+@pytest.mark.parametrize("factor", ["time_scale", "guidance_factor"])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_factors_are_positive_numbers(base, tmp_path, factor, value):
+    path = _file(tmp_path / "x.pt", wrapped=True)
+    flags = ONES | {factor: value}
+    _asked(path, base, f"{factor}: {value} is not a positive number", **flags)
+
+
 def test_the_text_length_of_a_pipeline_is_told(base, tmp_path):
     port(base.parent / "source", tmp_path / "out")
     assert config.load(tmp_path / "out").data.text_length == 256
@@ -265,3 +276,19 @@ def test_students_ported_before_the_guidance_factor_are_to_be_ported_again(base,
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="ported before the guidance factor was kept; port it ag"):
         ported_config(folder)
+
+
+def test_the_command_takes_what_it_asks_for(base, tmp_path):
+    path = _file(tmp_path / "x.safetensors", network=SCHNELL)
+    command = [sys.executable, "-m", "jax_distill.port", f"--source={path}", f"--base={base}"]
+    command.append(f"--output={tmp_path / 'out'}")
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 1 and not (tmp_path / "out").exists()
+    assert re.fullmatch(r"error: .*; give --shift=1 --text_length=256 .*\n", ran.stderr)
+    command += ["--shift=3", "--text_length=7", "--time_scale=2", "--objective=time_rescale"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert _shift(tmp_path / "out") == pytest.approx(math.log(3))
+    settings = config.load(tmp_path / "out")
+    assert settings.objective.name == "time_rescale" and settings.data.text_length == 7
+    assert settings.model.time_scale == 2.0
+    assert ported.describe(tmp_path / "out")["assumed"] == [] and "assumed" not in ran.stderr

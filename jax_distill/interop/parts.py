@@ -36,7 +36,8 @@ class Part(NamedTuple):
         """Raises ValueError when a tensor is missing, not expected or of another shape or type."""
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         self.table.check(shapes, self.like, self.where)
-        check_types(self.where, self.tensors)
+        used = {k: x for k, x in self.tensors.items() if k not in self.table.ignored}
+        check_types(self.where, used)
 
 
 def write_part(part: Part, folder: Path, dtype: np.dtype | None) -> int:

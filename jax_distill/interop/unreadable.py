@@ -13,8 +13,9 @@ _KINDS = (
         f"is quantised by bitsandbytes, which is not read here; {_PLAIN}",
     ),
     (
-        r".*\.(qweight|qzeros|wscales|smooth_factor(_orig)?)",
-        f"is quantised (as GPTQ, AWQ or SVDQuant do it), which is not read here; {_PLAIN}",
+        r".*\.(qweight|qzeros|wscales|smooth_factor(_orig)?|_data|weight_scale_(2|inv))",
+        "is quantised (as GPTQ, AWQ, SVDQuant, quanto or in blocks of small numbers), which is not"
+        f" read here; {_PLAIN}",
     ),
     (
         r".*\.lora_(A|B|down|up)\b.*|lora_(unet|te\d?|transformer)_.*|.*\.(alpha|dora_scale)"
