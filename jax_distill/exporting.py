@@ -22,7 +22,7 @@ from jax_distill.interop.safetensors_files import SHARD_BYTES
 from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.mmdit import MMDiTConfig
-from jax_distill.worlds.flux import parts_folder, ported_config
+from jax_distill.worlds.flux import parts_folder, ported_config, schedule_shift, scheduler_of
 from jax_distill.worlds.shapes import preview_captions
 
 EXAMPLES = 8  # captions whose embeddings stand beside the weights
@@ -74,18 +74,19 @@ def export(
         config, tree, residual = build.network_config(weights.config), weights.tree, None
         if scale is not None and scale != config.time_scale:
             config, tree, residual = _rescaled(config, tree, scale)
+        objective = weights.config.objective.name
         if layout == "lora":
             if weights.teacher is None:
                 raise ValueError(
                     f"--format=lora: '{source}' has no adapters, all of its parameters were"
                     " trained; use --format=diffusers"
                 )
-            exported.write_adapters(partial, config, tree, weights.config.lora.rank)
+            exported.write_adapters(partial, config, objective, tree, weights.config.lora.rank)
         else:
             if weights.teacher is not None:
                 tree = lora_weights.merged(tree, weights.config.lora.base == "int8")
             tensors = tensors_of(tree, TRANSFORMER_KEYS)
-            exported.write_transformer(partial, layout, config, tensors, shard_bytes)
+            exported.write_transformer(partial, layout, config, objective, tensors, shard_bytes)
         weights.check()
         if _world(weights.config) == "flux":
             card = _flux(weights, partial, layout, config, residual)
@@ -257,17 +258,18 @@ def _flux(
     """Writes what belongs to a network of FLUX's world; returns its card."""
     scheduler = None
     try:
+        scheduler = scheduler_of(str(weights.folder))
         home = parts_folder(str(weights.folder))
-    except configuration.ConfigError:  # a transformer alone, whose schedule is taken for FLUX's
+    except configuration.ConfigError:  # a transformer alone
         home = None
         method = weights.config.objective.name
         if "time_shift" in build.settings_of(build.OBJECTIVES[method]):
             tokens = build.token_shape(weights.config)[0]
             with weights.config.unlocked():
-                weights.config.objective.time_shift = flow.flux_shift(tokens)
+                weights.config.objective.time_shift = schedule_shift(scheduler, tokens)
     if home is not None:
         described = ported.describe(home)
-        parts, names, scheduler = (described[key] for key in ("parts", "names", "scheduler"))
+        parts, names = (described[key] for key in ("parts", "names"))
     if home is not None and layout != "lora":
         tree = open_tree(home / "autoencoder")
         exported.write_autoencoder(folder, parts["autoencoder"], tree)
@@ -286,4 +288,10 @@ def _flux(
         scheduler=scheduler,
         has_autoencoder=home is not None and layout != "lora",
         has_text=home is not None and layout == "diffusers",
+        assumed=_assumed(weights.folder),
     )
+
+
+def _assumed(folder: Path) -> list[str]:
+    """What was assumed of a network when it was ported."""
+    return ported.describe(folder).get("assumed", []) if ported.is_ported(folder) else []

@@ -15,34 +15,54 @@ _SOURCE = flags.DEFINE_string(
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to make.")
 _DTYPE = flags.DEFINE_enum("dtype", "keep", list(DTYPES), "Of the parameters on disk.")
-_TEXT_LENGTH = flags.DEFINE_integer(
-    "text_length",
-    256,
-    "Tokens of T5's sequences: 256 for FLUX.1-lite and schnell, 512 for dev.",
-    lower_bound=2,
-)
 _BASE = flags.DEFINE_string(
     "base",
     "",
     "For a transformer alone: the ported folder that has the text encoders and the autoencoder.",
 )
+_VARIANT = flags.DEFINE_string(
+    "variant", "", "Of the weights in a folder, such as fp16; default: the plain or the only ones."
+)
+_TEXT_LENGTH = flags.DEFINE_integer(
+    "text_length",
+    None,
+    "Tokens of T5's sequences: 256 (default) for FLUX.1-lite and schnell, 512 for dev.",
+    lower_bound=2,
+)
 _OBJECTIVE = flags.DEFINE_enum(
     "objective", "", ["", *build.OBJECTIVES], "What the network was trained for; default: told."
+)
+_TIME_SCALE = flags.DEFINE_float(
+    "time_scale",
+    None,
+    "What the network multiplies t with before it embeds it, where its files do not say: 1000 for"
+    " FLUX, 1 for T2I-Distill.",
+)
+_GUIDANCE_FACTOR = flags.DEFINE_float(
+    "guidance_factor", None, "Likewise the guidance scale: 1000 for FLUX, 1 for T2I-Distill."
+)
+_SHIFT = flags.DEFINE_string(
+    "shift",
+    "",
+    "Of the schedule of a transformer alone: base (that of --base), dynamic (FLUX.1-dev's) or a"
+    " number (1: FLUX.1-schnell's).",
 )
 
 
 def main(argv: list[str]) -> None:
     del argv
     output = Path(_OUTPUT.value)
-    if _BASE.value and _TEXT_LENGTH.present:
-        raise ValueError("--text_length: it is that of --base; leave it out")
     port(
         _SOURCE.value,
         output,
         dtype=_DTYPE.value,
-        text_length=_TEXT_LENGTH.value,
         base=_BASE.value,
+        variant=_VARIANT.value,
+        text_length=_TEXT_LENGTH.value,
         objective=_OBJECTIVE.value,
+        time_scale=_TIME_SCALE.value,
+        guidance_factor=_GUIDANCE_FACTOR.value,
+        shift=_SHIFT.value,
     )
     print(f"wrote {output}")
 

@@ -37,7 +37,9 @@ def describe(folder: Path) -> dict[str, Any]:
       "parts": for each one that is there its own config, under its library's names (diffusers' for
       the network, what `AutoencoderConfig`, `ClipConfig` and `T5Config` read for the others);
       "names": of tensors that tell under which of several names a part had its tensors;
-      "scheduler": diffusers' scheduler_config.json, or null; "text_length": of T5's sequences.
+      "scheduler": diffusers' scheduler_config.json, or null; "text_length": of T5's sequences;
+      "assumed": sentences about what the source did not say (folders of the first versions have
+      none).
 
     Raises:
       ValueError: it is no ported folder, or its description is damaged.

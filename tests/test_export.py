@@ -96,7 +96,7 @@ def test_a_transformer_alone_comes_back(tmp_path):
     network = dataclasses.replace(NETWORK, guidance_embeds=False)
     model = random_flux.reference(network).half()
     model.save_pretrained(tmp_path / "transformer", max_shard_size="40KB")
-    port(str(tmp_path / "transformer"), tmp_path / "ported")
+    port(str(tmp_path / "transformer"), tmp_path / "ported", shift="1")
     export(str(tmp_path / "ported"), tmp_path / "out")
     assert_identical(tensors(tmp_path / "out/transformer"), dict(model.state_dict()))
     card = (tmp_path / "out/README.md").read_text()

@@ -1,40 +1,23 @@
 """Ported weights are the source's, bit for bit, and a source that is not whole makes nothing."""
 
-import dataclasses
 import json
-import os
-import pickle
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import huggingface_hub
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
-import random_flux
 import random_pipeline
 import torch
-from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from random_files import NETWORK
 from safetensors.numpy import load_file, save_file
 
 from jax_distill import config, ported
-from jax_distill.interop import (
-    bfl_keys,
-    diffusers_folder,
-    orbax_tree,
-    safetensors_files,
-    sources,
-    torch_files,
-)
-from jax_distill.interop.parts import tensors_of
-from jax_distill.interop.tensors import Tensor
-from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
+from jax_distill.interop import diffusers_folder, orbax_tree, sources
 from jax_distill.porting import port
-
-NETWORK = dataclasses.replace(random_pipeline.TRANSFORMER, num_layers=2, num_single_layers=3)
 
 
 @pytest.fixture(scope="module")
@@ -113,141 +96,6 @@ def test_types_are_kept_or_chosen(tmp_path):
         theirs = part.table.to_jax(_tensors(source / "text_encoder_2"), part.like)
         theirs = jax.tree.map(lambda x, dtype=expected: x.astype(dtype), theirs)
         jax.tree.map(lambda x, leaf: np.testing.assert_array_equal(leaf.read(), x), theirs, tree)
-
-
-def _bfl_shapes(width=32, head=16, inner=None):
-    """Names and shapes of `flux1-*.safetensors`; `inner` in the place of all inputs' widths."""
-    shapes = {}
-
-    def linear(name, outputs, inputs):
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (outputs, inner or inputs), (outputs,)
-
-    linear("img_in", width, 16)
-    linear("txt_in", width, 24)
-    for name, inputs in (("time_in", 256), ("guidance_in", 256), ("vector_in", 16)):
-        linear(f"{name}.in_layer", width, inputs)
-        linear(f"{name}.out_layer", width, width)
-    for block in (f"double_blocks.{i}.{stream}" for i in range(2) for stream in ("img", "txt")):
-        linear(f"{block}_mod.lin", 6 * width, width)
-        linear(f"{block}_attn.qkv", 3 * width, width)
-        linear(f"{block}_attn.proj", width, width)
-        linear(f"{block}_mlp.0", 4 * width, width)
-        linear(f"{block}_mlp.2", width, 4 * width)
-        shapes[f"{block}_attn.norm.query_norm.scale"] = (head,)
-        shapes[f"{block}_attn.norm.key_norm.scale"] = (head,)
-    for block in (f"single_blocks.{i}" for i in range(3)):
-        linear(f"{block}.modulation.lin", 3 * width, width)
-        linear(f"{block}.linear1", 7 * width, width)
-        linear(f"{block}.linear2", width, 5 * width)
-        shapes[f"{block}.norm.query_norm.scale"] = shapes[f"{block}.norm.key_norm.scale"] = (head,)
-    linear("final_layer.linear", 16, width)
-    linear("final_layer.adaLN_modulation.1", 2 * width, width)
-    return shapes
-
-
-def _random(shapes):
-    rng = np.random.default_rng(0)
-    return {k: rng.standard_normal(v, np.float32) for k, v in shapes.items()}
-
-
-def test_bfls_names_are_those_of_diffusers_converter(tmp_path):
-    theirs = _random(_bfl_shapes(width=3072, head=128, inner=1))  # the width that it knows
-    save_file(theirs, tmp_path / "flux1.safetensors")
-    ours = bfl_keys.to_diffusers("", safetensors_files.read_file(tmp_path / "flux1.safetensors"))
-    tensors = {name: torch.from_numpy(array) for name, array in theirs.items()}
-    expected = convert_flux_transformer_checkpoint_to_diffusers(tensors)
-    assert ours.keys() == expected.keys()
-    for name, tensor in expected.items():
-        np.testing.assert_array_equal(ours[name].read(), tensor.numpy(), name)
-        assert ours[name].shape == tensor.shape
-
-
-@pytest.mark.parametrize("prefix", ["", bfl_keys.PREFIX])
-def test_bfls_layout_is_ported(folder, tmp_path, prefix):
-    path = tmp_path / "flux1-lite.safetensors"
-    save_file({prefix + k: v for k, v in _random(_bfl_shapes()).items()}, path)
-    port(str(path), tmp_path / "out", base=str(folder))
-    settings = config.load(tmp_path / "out")
-    assert settings.model == config.load(folder).model
-    assert settings.teacher.checkpoint == str(folder)
-    assert ported.describe(tmp_path / "out")["source"]["layout"] == "bfl"
-    expected = bfl_keys.to_diffusers("", safetensors_files.read_file(path))
-    _assert_same_tensors(tmp_path / "out", {k: x.read() for k, x in expected.items()})
-
-
-def _assert_same_tensors(folder, expected):
-    tree = orbax_tree.open_tree(folder / "network")
-    tensors = tensors_of(tree, TRANSFORMER_KEYS)
-    assert tensors.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(tensors[name].read(), array, name)
-
-
-def _student(path, method, dtype=torch.float32):
-    """Writes a student as T2I-Distill does; returns its tensors."""
-    state = random_flux.reference(NETWORK).to(dtype).state_dict()
-    width = NETWORK.hidden_size
-    if method == "meanflow":
-        second = {
-            "linear_1.weight": (width, 256),
-            "linear_1.bias": (width,),
-            "linear_2.weight": (width, width),
-            "linear_2.bias": (width,),
-        }
-        added = {f"timestep_embedder2.{k}": torch.randn(v).to(dtype) for k, v in second.items()}
-        state.update(added)
-    head = {"logvar_linear.weight": torch.randn(1, width), "logvar_linear.bias": torch.zeros(1)}
-    torch.save({"module": state | (head if method == "scm" else {})}, path)
-    return state
-
-
-@pytest.mark.parametrize("method", ["scm", "meanflow"])
-def test_t2i_distills_students_are_ported(folder, tmp_path, method):
-    state = _student(tmp_path / "student.pt", method)
-    port(str(tmp_path / "student.pt"), tmp_path / "out", base=str(folder))
-    settings = config.load(tmp_path / "out")
-    assert settings.objective.name == method
-    assert settings.model.time_scale == 1.0
-    assert settings.model.interval_embeds == (method == "meanflow")
-    _assert_same_tensors(tmp_path / "out", {k: v.numpy() for k, v in state.items()})
-
-
-def test_tensors_of_torch_files_are_what_torch_loads(tmp_path):
-    storage = torch.arange(24, dtype=torch.float32)
-    state = {
-        "turned": storage.view(4, 6).T,
-        "part": storage[5:11].view(2, 3),
-        "half": torch.randn(3).half(),
-        "brain": torch.nn.Parameter(torch.randn(2, 2).bfloat16()),
-        "scalar": torch.tensor(2.0),
-        "empty": torch.zeros(0, 3),
-    }
-    torch.save(state, tmp_path / "x.pt")
-    tensors = torch_files.read_file(tmp_path / "x.pt")
-    assert tensors.keys() == state.keys()
-    for name, tensor in state.items():
-        array = tensors[name].read()
-        assert str(array.dtype) == str(tensor.dtype).removeprefix("torch.")
-        np.testing.assert_array_equal(array.astype(np.float32), tensor.detach().float(), name)
-    np.testing.assert_array_equal(tensors["turned"].read(2, 4), state["turned"][2:4])
-
-
-def test_torch_loads_what_is_written_for_it(tmp_path):
-    rng = np.random.default_rng(0)
-    arrays = {
-        "a": rng.standard_normal((3, 5), np.float32),
-        "b.c": rng.standard_normal(300).astype(ml_dtypes.bfloat16),
-        "d": np.float16(2.5).reshape(()),
-        "e": rng.standard_normal((2, 1, 4), np.float32).T,
-    }
-    tensors = {k: Tensor(v.shape, v.dtype, lambda v=v: v) for k, v in arrays.items()}
-    torch_files.write_file(tmp_path / "x.pt", tensors)
-    for mmap in (False, True):
-        loaded = torch.load(tmp_path / "x.pt", weights_only=True, mmap=mmap)["module"]
-        assert loaded.keys() == arrays.keys()
-        for name, array in arrays.items():
-            assert str(array.dtype) == str(loaded[name].dtype).removeprefix("torch.")
-            np.testing.assert_array_equal(loaded[name].float(), array.astype(np.float32), name)
 
 
 def _edit(path, change):
@@ -355,69 +203,23 @@ def test_a_damaged_source_makes_nothing(source, tmp_path, damage, message):
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
-class _Code:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (os.mkdir, (str(self.path),))
-
-
-def test_code_in_a_pickle_is_refused_and_not_run(folder, tmp_path):
-    state = random_flux.reference(NETWORK).state_dict()
-    torch.save({"module": state, "code": _Code(tmp_path / "ran")}, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match="asks for posix.mkdir, .*; it was not run"):
-        port(str(tmp_path / "x.pt"), tmp_path / "out", base=str(folder))
-    (tmp_path / "bare.pt").write_bytes(pickle.dumps(_Code(tmp_path / "ran")))
-    with pytest.raises(ValueError, match="no file of torch.save"):
-        port(str(tmp_path / "bare.pt"), tmp_path / "out", base=str(folder))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.pt", "x.pt"]
-
-
-@pytest.mark.parametrize("layout", ["pt", "safetensors"])
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_pop, "tensor '.*' is missing"),
-        (_widen, "has shape .* where .* is expected"),
-        (_infinite, "holds NaN or infinity"),
-        (_extra, "tensor 'lora' is not expected"),
-    ],
-)
-def test_a_damaged_transformer_alone_makes_nothing(folder, tmp_path, layout, change, message):
-    tensors = {k: v.numpy() for k, v in random_flux.reference(NETWORK).state_dict().items()}
-    change(tensors, "proj_out.bias")
-    path = tmp_path / f"x.{layout}"
-    if layout == "pt":
-        torch.save({"module": {k: torch.from_numpy(v) for k, v in tensors.items()}}, path)
-    else:
-        save_file(tensors, path)
-    with pytest.raises(ValueError, match=message):
-        port(str(path), tmp_path / "out", base=str(folder))
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_student_cut_short_is_refused(folder, tmp_path):
-    _student(tmp_path / "x.pt", "scm")
-    whole = (tmp_path / "x.pt").read_bytes()
-    (tmp_path / "x.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="cut short"):
-        port(str(tmp_path / "x.pt"), tmp_path / "out", base=str(folder))
-    with zipfile.ZipFile(tmp_path / "y.pt", "w") as archive:
-        archive.writestr("a/b", "c")
-    with pytest.raises(ValueError, match="is a zip archive, but none of torch.save"):
-        port(str(tmp_path / "y.pt"), tmp_path / "out", base=str(folder))
-
-
-def test_without_a_base_only_flux_heads_are_known(tmp_path):
-    _student(tmp_path / "x.pt", "scm")
-    with pytest.raises(ValueError, match="heads are 16 wide .* give --base"):
-        port(str(tmp_path / "x.pt"), tmp_path / "out")
-
-
 def test_a_whole_pipeline_takes_no_base(source, folder, tmp_path):
     with pytest.raises(ValueError, match="an autoencoder of its own; leave it out"):
         port(source, tmp_path / "out", base=str(folder))
+
+
+def test_positions_that_older_folders_hold_are_passed_over(source, folder, tmp_path):
+    shutil.copytree(source, tmp_path / "older")
+    path = tmp_path / "older/text_encoder/model.safetensors"
+
+    def add(tensors):
+        [name] = [name for name in tensors if name.endswith("position_embedding.weight")]
+        tensors[name.replace("embedding.weight", "ids")] = np.arange(77)[None]
+
+    _edit(path, add)
+    port(tmp_path / "older", tmp_path / "out")
+    trees = (orbax_tree.open_tree(home / "clip") for home in (tmp_path / "out", folder))
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.read(), y.read()), *trees)
 
 
 def test_a_full_disk_makes_nothing(source, tmp_path, monkeypatch):
@@ -472,6 +274,15 @@ def test_a_source_from_the_hub(source, tmp_path, monkeypatch):
     asked = []
 
     def download(name, allow_patterns):
+        files = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+        wanted = huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns)
+        assert sorted(wanted) == sorted(files)
+        more = ["transformer/diffusion_pytorch_model.bin", "x.fp16.safetensors", "vae/x.msgpack"]
+        half = "text_encoder/model.fp16-00001-of-00002.safetensors"
+        wanted = huggingface_hub.utils.filter_repo_objects(
+            [*more, half], allow_patterns=allow_patterns
+        )
+        assert list(wanted) == [half]
         asked.append(name)
         return str(source)
 
@@ -493,7 +304,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     ran = subprocess.run([*command, f"--output={tmp_path}"], capture_output=True, text=True)
     assert ran.returncode == 1
     assert ran.stderr == f"error: --output: '{tmp_path}' exists; remove it or choose another\n"
-    command += [f"--output={tmp_path / 'new'}", "--base=x", "--text_length=77"]
+    command += [f"--output={tmp_path / 'new'}", "--base=x"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 1
-    assert ran.stderr == "error: --text_length: it is that of --base; leave it out\n"
+    assert ran.stderr.startswith("error: 'x' is no ported folder: it has no ported.json; make one")

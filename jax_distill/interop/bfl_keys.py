@@ -15,8 +15,6 @@ import numpy as np
 
 from jax_distill.interop.tensors import Tensor, Tensors
 
-PREFIX = "model.diffusion_model."  # in files that hold more than the transformer
-
 
 class _Rule(NamedTuple):
     """A tensor of theirs and the tensors of diffusers' that it is made of, rows upon rows.
@@ -108,11 +106,6 @@ _PATTERNS = [
 ]
 
 
-def is_bfl(tensors: Tensors) -> bool:
-    """Whether the names are theirs."""
-    return any(name.removeprefix(PREFIX).startswith("double_blocks.") for name in tensors)
-
-
 def to_diffusers(where: str, tensors: Tensors) -> Tensors:
     """The same tensors under diffusers' names; those that are parts are read as parts.
 
@@ -125,18 +118,17 @@ def to_diffusers(where: str, tensors: Tensors) -> Tensors:
     """
     result = {}
     for name, tensor in tensors.items():
-        bare = name.removeprefix(PREFIX)
-        found = ((pattern.fullmatch(bare), rule) for pattern, rule in _PATTERNS)
+        found = ((pattern.fullmatch(name), rule) for pattern, rule in _PATTERNS)
         match, rule = next((pair for pair in found if pair[0]), (None, None))
         if match is None:
             raise ValueError(f"{where}: tensor '{name}' is not expected in BFL's layout")
         rows = tensor.shape[0] if tensor.shape else 0
-        if rows % sum(rule.weights) or (bare.startswith(_LAST) and rows % 2):
+        if rows % sum(rule.weights) or (name.startswith(_LAST) and rows % 2):
             raise ValueError(
                 f"{where}: tensor '{name}' has {rows} rows, which are no multiple of"
                 f" {sum(rule.weights)}"
             )
-        if bare.startswith(_LAST):
+        if name.startswith(_LAST):
             result[rule.diffusers[0].format(**match.groupdict())] = _swapped(tensor)
             continue
         start = 0

@@ -3,14 +3,14 @@
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
-from jax_distill.interop import flux_config
+from jax_distill.interop import flux_config, unreadable, variants
 from jax_distill.interop.autoencoder_keys import AUTOENCODER_KEYS
 from jax_distill.interop.clip_keys import clip_keys
 from jax_distill.interop.key_table import KeyTable
@@ -45,13 +45,25 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"'{path}' is not valid JSON ({error}); download it again") from None
 
 
-def parts(folder: Path) -> dict[str, Part]:
+def _config(folder: Path) -> dict[str, Any]:
+    """A model's config.json; raises ValueError when its weights are quantised."""
+    values = read_json(folder / "config.json")
+    unreadable.check_config(folder / "config.json", values)
+    return values
+
+
+def parts(folder: Path, variant: str = variants.PLAIN) -> dict[str, Part]:
     """The four parts of a pipeline's folder, under their names in `ported.PARTS`.
 
+    Args:
+      folder: of the pipeline.
+      variant: of the weights, such as "fp16"; parts without it have their plain ones read.
+
     Raises:
-      ValueError: a part is missing, cut short, of another class, or its tensors do not fit.
+      ValueError: a part is missing, cut short, of another class, its tensors do not fit, or no part
+        has the variant.
     """
-    readers: dict[str, Callable[[Path], Part]] = {
+    readers: dict[str, Callable[[Path, str], Part]] = {
         "network": transformer,
         "autoencoder": autoencoder,
         "clip": clip_text,
@@ -62,13 +74,27 @@ def parts(folder: Path) -> dict[str, Part]:
             raise ValueError(
                 f"'{folder}' has no {subfolder}/; give a whole diffusers folder of FLUX"
             )
-    return {name: read(folder / SUBFOLDERS[name]) for name, read in readers.items()}
+    check_variant(folder, [folder / name for name in SUBFOLDERS.values()], variant)
+    return {name: read(folder / SUBFOLDERS[name], variant) for name, read in readers.items()}
 
 
-def transformer(folder: Path) -> Part:
+def check_variant(where: Path, folders: Sequence[Path], variant: str) -> None:
+    """Raises ValueError when none of the folders has weights of a variant."""
+    found = {
+        key
+        for folder in folders
+        for stem in (DIFFUSERS_STEM, TRANSFORMERS_STEM)
+        for key in variants.files([path.name for path in folder.iterdir()], stem)
+    }
+    if variant and variant not in found:
+        raise ValueError(f"--variant: '{where}' has no weights of variant {variant}; leave it out")
+
+
+def transformer(folder: Path, variant: str = variants.PLAIN) -> Part:
     """FLUX's transformer, or a student's with the second time embedder."""
-    tensors = read_folder(folder, DIFFUSERS_STEM)
-    return transformer_part(str(folder), read_json(folder / "config.json"), tensors)
+    values = _config(folder)
+    tensors = read_folder(folder, DIFFUSERS_STEM, variant)
+    return transformer_part(str(folder), values, tensors)
 
 
 def transformer_part(
@@ -101,24 +127,24 @@ def _shapes(config: Any) -> dict[str, Any]:
             return jax.eval_shape(lambda: t5.initial_parameters(config, nnx.Rngs(0)))
 
 
-def autoencoder(folder: Path) -> Part:
-    values = read_json(folder / "config.json")
+def autoencoder(folder: Path, variant: str = variants.PLAIN) -> Part:
+    values = _config(folder)
     config = AutoencoderConfig.from_dict(values)
-    tensors = read_folder(folder, DIFFUSERS_STEM)
+    tensors = read_folder(folder, DIFFUSERS_STEM, variant)
     return Part(str(folder), values, tensors, AUTOENCODER_KEYS, _shapes(config))
 
 
-def clip_text(folder: Path) -> Part:
-    values = read_json(folder / "config.json")
+def clip_text(folder: Path, variant: str = variants.PLAIN) -> Part:
+    values = _config(folder)
     config = clip.ClipConfig.from_dict(values)
-    tensors = read_folder(folder, TRANSFORMERS_STEM)
+    tensors = read_folder(folder, TRANSFORMERS_STEM, variant)
     return Part(str(folder), values, tensors, clip_keys(tensors), _shapes(config), (min(tensors),))
 
 
-def t5_encoder(folder: Path) -> Part:
-    values = read_json(folder / "config.json")
+def t5_encoder(folder: Path, variant: str = variants.PLAIN) -> Part:
+    values = _config(folder)
     config = t5.T5Config.from_dict(values)
-    tensors = read_folder(folder, TRANSFORMERS_STEM)
+    tensors = read_folder(folder, TRANSFORMERS_STEM, variant)
     names = tuple(name for name in EMBEDDING_NAMES if name in tensors)
     return Part(str(folder), values, tensors, t5_keys(tensors), _shapes(config), names)
 

@@ -34,7 +34,12 @@ _LIBRARIES = {
 
 
 def write_transformer(
-    folder: Path, layout: str, config: MMDiTConfig, tensors: Tensors, shard_bytes: int
+    folder: Path,
+    layout: str,
+    config: MMDiTConfig,
+    objective: str,
+    tensors: Tensors,
+    shard_bytes: int,
 ) -> None:
     """Writes the transformer as `layout` has it, its config in `transformer/` in any case.
 
@@ -42,7 +47,7 @@ def write_transformer(
       ValueError: the layout has no place for the network's time scale.
     """
     inner = folder / diffusers_folder.SUBFOLDERS["network"]
-    write_json(inner / "config.json", flux_config.to_diffusers(config))
+    write_json(inner / "config.json", flux_config.to_diffusers(config, objective))
     if layout == "diffusers":
         stem = diffusers_folder.DIFFUSERS_STEM
         safetensors_files.write_folder(inner, stem, tensors, shard_bytes)
@@ -59,30 +64,37 @@ def write_transformer(
             )
         torch_files.write_file(folder / "model.pt", tensors)
     else:
-        safetensors_files.write_file(folder / "model.safetensors", tensors, _factors(config))
+        safetensors_files.write_file(
+            folder / "model.safetensors", tensors, _own_values(config, objective)
+        )
 
 
-def write_adapters(folder: Path, config: MMDiTConfig, tree: Mapping[str, Any], rank: int) -> None:
+def write_adapters(
+    folder: Path, config: MMDiTConfig, objective: str, tree: Mapping[str, Any], rank: int
+) -> None:
     """Writes adapters, the embedders that they come with, and the configs of both.
 
     Args:
       folder: of the export.
       config: of the student.
+      objective: that it was trained for.
       tree: nested `StoredLeaf`s, or `models.lora.Adapted` of them.
       rank: of the adapters.
     """
     inner = folder / diffusers_folder.SUBFOLDERS["network"]
-    write_json(inner / "config.json", flux_config.to_diffusers(config))
+    write_json(inner / "config.json", flux_config.to_diffusers(config, objective))
     tensors = lora_weights.adapter_tensors(tree)
     safetensors_files.write_file(folder / lora_weights.WEIGHTS, tensors)
     write_json(folder / lora_weights.PEFT_CONFIG, lora_weights.peft_config(tensors, rank))
     embedders = lora_weights.embedder_tensors(tree)
-    safetensors_files.write_file(folder / lora_weights.EMBEDDERS, embedders, _factors(config))
+    safetensors_files.write_file(
+        folder / lora_weights.EMBEDDERS, embedders, _own_values(config, objective)
+    )
 
 
-def _factors(config: MMDiTConfig) -> dict[str, str]:
-    """The factors of the embedders' inputs, for the header of a file."""
-    return {name: str(getattr(config, name)) for name in flux_config.FACTORS}
+def _own_values(config: MMDiTConfig, objective: str) -> dict[str, str]:
+    """What names and shapes do not say of a network, for the header of a file."""
+    return {name: str(x) for name, x in flux_config.own_values(config, objective).items()}
 
 
 def write_autoencoder(folder: Path, config: Mapping[str, Any], tree: Mapping[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """diffusers' config of FLUX's transformer and ours.
 
 `time_scale` and `guidance_factor` are this program's own keys there: what t and the guidance scale
-are multiplied with before they are embedded, unless it is diffusers' 1000.
+are multiplied with before they are embedded; `objective` is what the network was trained for. All
+three are there unless they are those of diffusers' own networks: 1000, 1000, "flow_matching".
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ CLASS = "FluxTransformer2DModel"
 TIME_SCALE = GUIDANCE_FACTOR = 1000.0  # diffusers'
 FACTORS = {"time_scale": TIME_SCALE, "guidance_factor": GUIDANCE_FACTOR}
 """What a network's embedders multiply their inputs with, where its config does not say."""
+_STOCK = {**FACTORS, "objective": "flow_matching"}
+OWN_KEYS = tuple(_STOCK)
 FLUX_AXES = (16, 56, 56)
 _SHARED = (
     "in_channels",
@@ -58,22 +61,26 @@ def from_diffusers(values: Mapping[str, Any], *, interval_embeds: bool = False) 
         raise ValueError(f"transformer config: {error}") from None
 
 
-def to_diffusers(config: MMDiTConfig) -> dict[str, Any]:
+def to_diffusers(config: MMDiTConfig, objective: str = _STOCK["objective"]) -> dict[str, Any]:
     """The config.json that `FluxTransformer2DModel.from_pretrained` reads (JSON-able).
 
-    It warns of a `time_scale` or a `guidance_factor` and goes on without.
+    It warns of this program's own keys and goes on without.
+
+    Args:
+      config: of the network.
+      objective: what it was trained for.
     """
-    own = dataclasses.asdict(config)
+    shared = dataclasses.asdict(config)
     values = {"_class_name": CLASS, "patch_size": 1, "out_channels": None}
-    values |= {name: own[name] for name in _SHARED}
+    values |= {name: shared[name] for name in _SHARED}
     values["axes_dims_rope"] = list(config.axes_dims_rope)
-    return values | factors(config)
+    own = own_values(config, objective)
+    return values if own == _STOCK else values | own
 
 
-def factors(config: MMDiTConfig) -> dict[str, float]:
-    """The factors of the network's embedders that are not diffusers' own, by their names."""
-    found = {name: getattr(config, name) for name in FACTORS}
-    return {name: value for name, value in found.items() if value != FACTORS[name]}
+def own_values(config: MMDiTConfig, objective: str) -> dict[str, Any]:
+    """This program's own keys and their values."""
+    return {name: getattr(config, name) for name in FACTORS} | {"objective": objective}
 
 
 def has_interval(names: Iterable[str]) -> bool:
@@ -85,7 +92,6 @@ def from_shapes(
     where: str,
     shapes: Mapping[str, tuple[int, ...]],
     *,
-    factors: Mapping[str, float],
     axes_dims_rope: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """The config of a transformer whose file has none, from its tensors.
@@ -93,11 +99,10 @@ def from_shapes(
     Args:
       where: for messages.
       shapes: under diffusers' names.
-      factors: "time_scale" and "guidance_factor" of its embedders; the tensors do not say.
       axes_dims_rope: likewise not in the tensors; FLUX.1's by default.
 
     Returns:
-      What `from_diffusers` reads.
+      What `from_diffusers` reads, without this program's own keys.
 
     Raises:
       ValueError: tensors that say the sizes are missing, or have no such shape.
@@ -131,5 +136,4 @@ def from_shapes(
         "pooled_projection_dim": shape("time_text_embed.text_embedder.linear_1.weight", 2)[1],
         "guidance_embeds": any(".guidance_embedder." in name for name in shapes),
         "axes_dims_rope": list(axes_dims_rope or FLUX_AXES),
-        **factors,
     }

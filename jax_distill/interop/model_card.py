@@ -75,6 +75,7 @@ class Card:
       scheduler: the config of a teacher's own.
       scores: of the run's evaluation, by steps.
       base: what the adapters of the layout "lora" are beside.
+      assumed: sentences about what nothing told of a ported network.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Card:
     scheduler: Mapping[str, Any] | None = None
     scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
     base: Base | None = None
+    assumed: Sequence[str] = ()
 
 
 def scheduler_config(card: Card) -> dict[str, Any]:
@@ -223,6 +225,7 @@ def text(card: Card) -> str:
         f"- resolution: {card.resolution[0]} x {card.resolution[1]}",
         f"- time: the network embeds {card.time_scale:g} t" + _stock(card),
     ]
+    lines += [f"- assumed, for its source did not say: {words}" for words in card.assumed]
     if card.base is not None:
         lines += _beside(card.base)
     if card.residual is not None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jax_distill.interop.key_table import KeyTable, Place
 from jax_distill.interop.orbax_tree import Leaf, StoredLeaf, TreeWriter
-from jax_distill.interop.tensors import THREADS, Tensor, Tensors, check_finite
+from jax_distill.interop.tensors import THREADS, Tensor, Tensors, check_finite, check_types
 
 
 class Part(NamedTuple):
@@ -33,9 +33,11 @@ class Part(NamedTuple):
     names: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raises ValueError when a tensor is missing, not expected or of another shape."""
+        """Raises ValueError when a tensor is missing, not expected or of another shape or type."""
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         self.table.check(shapes, self.like, self.where)
+        used = {k: x for k, x in self.tensors.items() if k not in self.table.ignored}
+        check_types(self.where, used)
 
 
 def write_part(part: Part, folder: Path, dtype: np.dtype | None) -> int:

@@ -2,15 +2,28 @@
 
 import concurrent.futures
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from safetensors import SafetensorError, safe_open
 
-from jax_distill.interop.tensors import CODES, DTYPES, THREADS, Tensor, Tensors, merged
+from jax_distill.interop import unreadable, variants
+from jax_distill.interop.tensors import (
+    CODES,
+    DTYPES,
+    FLOAT8,
+    OTHER_DTYPES,
+    THREADS,
+    Tensor,
+    Tensors,
+    merged,
+)
 
+_READABLE = {**DTYPES, **FLOAT8, **OTHER_DTYPES}
 SHARD_BYTES = 10 * 10**9  # diffusers' max_shard_size
 _ALIGNMENT = 8  # of the first tensor
 
@@ -19,10 +32,14 @@ def read_file(path: Path) -> Tensors:
     """The tensors of one file.
 
     Raises:
-      ValueError: it is missing, cut short, damaged, or has a type that weights do not come in.
+      ValueError: it is missing, cut short, damaged, of another kind than plain weights, or has a
+        type that weights do not come in.
     """
 
-    def reader(name: str) -> Callable[..., np.ndarray]:
+    def reader(name: str, dtype: np.dtype, shape: list[int]) -> Callable[..., np.ndarray]:
+        if dtype in FLOAT8.values():
+            return _raw_reader(path, name, dtype, shape)
+
         def read(start: int | None = None, stop: int | None = None) -> np.ndarray:
             # Opened for each tensor: mapped pages of a whole file would count as memory.
             with safe_open(path, "np", backend="pread") as file:
@@ -35,11 +52,12 @@ def read_file(path: Path) -> Tensors:
     tensors = {}
     try:
         with safe_open(path, "np", backend="pread") as file:
-            for name in file.offset_keys():  # in the order of their bytes
+            names = file.offset_keys()  # in the order of their bytes
+            unreadable.check_names(str(path), names)
+            for name in names:
                 piece = file.get_slice(name)
-                tensors[name] = Tensor(
-                    tuple(piece.get_shape()), _dtype(path, name, piece.get_dtype()), reader(name)
-                )
+                shape, dtype = piece.get_shape(), _dtype(path, name, piece.get_dtype())
+                tensors[name] = Tensor(tuple(shape), dtype, reader(name, dtype, shape))
     except FileNotFoundError:
         raise ValueError(f"'{path}' is missing; download the folder again") from None
     except SafetensorError as error:
@@ -47,12 +65,29 @@ def read_file(path: Path) -> Tensors:
     return tensors
 
 
+def _raw_reader(
+    path: Path, name: str, dtype: np.dtype, shape: list[int]
+) -> Callable[..., np.ndarray]:
+    """Reads the bytes of a type that numpy does not have and the library cannot give it."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin = 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
+    row = math.prod(shape[1:]) * dtype.itemsize
+
+    def read(start: int | None = None, stop: int | None = None) -> np.ndarray:
+        if start is None:
+            return np.fromfile(path, dtype, math.prod(shape), offset=begin).reshape(shape)
+        flat = np.fromfile(path, dtype, (stop - start) * row, offset=begin + start * row)
+        return flat.reshape(stop - start, *shape[1:])
+
+    return read
+
+
 def _dtype(path: Path, name: str, code: str) -> np.dtype:
-    if code not in DTYPES:
-        raise ValueError(
-            f"'{path}': tensor '{name}' is of type {code}; only {', '.join(DTYPES)} can be read"
-        )
-    return DTYPES[code]
+    if code not in _READABLE:
+        known = ", ".join([*DTYPES, *FLOAT8])
+        raise ValueError(f"'{path}': tensor '{name}' is of type {code}; only {known} can be read")
+    return _READABLE[code]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -61,28 +96,31 @@ def read_metadata(path: Path) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def read_folder(folder: Path, stem: str) -> Tensors:
+def read_folder(folder: Path, stem: str, variant: str = variants.PLAIN) -> Tensors:
     """The tensors of `<stem>.safetensors`, or of the shards that its index names.
 
     Args:
       folder: of one model.
       stem: "diffusion_pytorch_model" (diffusers) or "model" (transformers).
+      variant: such as "fp16", see `variants.choose`.
 
     Raises:
-      ValueError: neither is there, or as `read_file`.
+      ValueError: neither is there, or as `read_file` and `variants.choose`.
     """
-    index = folder / f"{stem}.safetensors.index.json"
-    if not index.exists():
-        whole = folder / f"{stem}.safetensors"
-        if not whole.exists():
-            raise ValueError(f"'{folder}' has neither {whole.name} nor {index.name}")
-        return read_file(whole)
+    found = variants.files([path.name for path in folder.iterdir()], stem)
+    if not found:
+        whole = f"{stem}.safetensors"
+        raise ValueError(f"'{folder}' has neither {whole} nor {whole}.index.json")
+    chosen, note = variants.choose(str(folder), found, variant)
+    if note:
+        logging.info("%s", note)
+    path = folder / found[chosen]
+    if path.suffix == ".safetensors":
+        return read_file(path)
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"'{index}' is no index of shards ({error!r}); download it again"
-        ) from None
+        raise ValueError(f"'{path}' is no index of shards ({error!r}); download it again") from None
     return merged((folder / file, read_file(folder / file)) for file in files)
 
 

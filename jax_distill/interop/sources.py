@@ -5,12 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jax_distill.interop import (
-    bfl_keys,
     diffusers_folder,
+    float8,
     flux_config,
     safetensors_files,
+    single_file,
     torch_files,
+    unreadable,
+    variants,
 )
 from jax_distill.interop.key_table import KeyTable
 from jax_distill.interop.parts import Part
@@ -19,17 +24,17 @@ from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = [
     diffusers_folder.INDEX,
-    *(f"{folder}/*" for folder in diffusers_folder.SUBFOLDERS.values()),
+    *(f"{folder}/*.json" for folder in diffusers_folder.SUBFOLDERS.values()),
+    *(f"{folder}/*.safetensors" for folder in diffusers_folder.SUBFOLDERS.values()),
     *(f"{folder}/*" for folder in diffusers_folder.TOKENIZERS),
     f"{diffusers_folder.SCHEDULER}/*",
 ]
+_SAFETENSORS = (".safetensors", ".sft")
+_TORCH = (".pt", ".pth", ".bin", ".ckpt")
 
 # T2I-Distill's sCM students may hold the head of the loss's weight, which only training uses.
-_STUDENT_KEYS = KeyTable(
-    TRANSFORMER_KEYS.rules, ignored=("logvar_linear.weight", "logvar_linear.bias")
-)
-# Its networks embed t and the guidance scale w as they are.
-_STUDENT_FACTORS = {"time_scale": 1.0, "guidance_factor": 1.0}
+_LOSS_HEAD = ("logvar_linear.weight", "logvar_linear.bias")
+_STUDENT_KEYS = KeyTable(TRANSFORMER_KEYS.rules, ignored=_LOSS_HEAD)
 
 
 class Source(NamedTuple):
@@ -39,11 +44,19 @@ class Source(NamedTuple):
       layout: "diffusers", "t2i_distill" or "bfl".
       parts: under their names in `ported.PARTS`; "network" alone, or all.
       folder: of the pipeline that has all parts; None where there is the network alone.
+      told: those of `flux_config.OWN_KEYS` that the files themselves say.
+      kind: of the files: "pipeline", "transformer" (its folder), "safetensors" or "torch".
+      loss_head: whether tensors are there that only sCM's training uses.
+      notes: sentences about what was left aside or changed.
     """
 
     layout: str
     parts: dict[str, Part]
     folder: Path | None = None
+    told: Mapping[str, Any] = {}
+    kind: str = "pipeline"
+    loss_head: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def locate(source: str | Path) -> Path:
@@ -74,40 +87,88 @@ def locate(source: str | Path) -> Path:
         ) from None
 
 
-def read(path: Path, base: Mapping[str, Any] | None = None) -> Source:
+def read(
+    path: Path,
+    base: Mapping[str, Any] | None = None,
+    *,
+    dtype: np.dtype | None = None,
+    variant: str = variants.PLAIN,
+) -> Source:
     """The parts of a source; headers are read, no tensors.
 
     Args:
-      path: a diffusers folder, of a pipeline or of its transformer; a file of T2I-Distill; a
-        safetensors file with BFL's or diffusers' names.
+      path: a diffusers folder, of a pipeline or of its transformer; a file of PyTorch or a
+        safetensors file with BFL's or diffusers' names, of the transformer or of all parts.
       base: diffusers' config of a network like it, for what a single file does not say.
+      dtype: that tensors in float8 become, see `float8.widened`.
+      variant: of the weights in folders, see `variants.choose`.
 
     Raises:
       ValueError: it cannot be read, or is none of these.
     """
     if path.is_dir():
-        if (path / diffusers_folder.INDEX).exists():
-            return Source("diffusers", diffusers_folder.parts(path), path)
-        if (path / "config.json").exists():
-            return Source("diffusers", {"network": diffusers_folder.transformer(path)})
+        return _folder(path, dtype, variant)
+    if variant:
+        raise ValueError(f"--variant: '{path}' is one file, which has none; leave it out")
+    return _file(path, base["axes_dims_rope"] if base else None, dtype)
+
+
+def _folder(path: Path, dtype: np.dtype | None, variant: str) -> Source:
+    if (path / diffusers_folder.INDEX).exists():
+        parts, kind = diffusers_folder.parts(path, variant), "pipeline"
+    elif (path / "config.json").exists():
+        diffusers_folder.check_variant(path, [path], variant)
+        parts = {"network": diffusers_folder.transformer(path, variant)}
+        kind = "transformer"
+    else:
         raise ValueError(
             f"'{path}' is no diffusers folder: it has no {diffusers_folder.INDEX} (of a pipeline)"
             " and no config.json (of a transformer)"
         )
-    axes = base["axes_dims_rope"] if base else None
-    table = TRANSFORMER_KEYS
-    if path.suffix == ".safetensors":
-        layout, tensors = "diffusers", safetensors_files.read_file(path)
-        metadata = safetensors_files.read_metadata(path)
-        factors = {
-            name: float(metadata.get(name, stock)) for name, stock in flux_config.FACTORS.items()
-        }
-        if bfl_keys.is_bfl(tensors):
-            layout, tensors = "bfl", bfl_keys.to_diffusers(str(path), tensors)
+    notes = []
+    for name, part in parts.items():
+        tensors, more = float8.widened(part.where, part.tensors, dtype)
+        parts[name] = part._replace(tensors=tensors)
+        notes += more
+    folder = path if kind == "pipeline" else None
+    told = _told(str(path), parts["network"].config)
+    return Source("diffusers", parts, folder, told, kind, notes=tuple(notes))
+
+
+def _file(path: Path, axes: Any, dtype: np.dtype | None) -> Source:
+    unreadable.check_file(path)
+    told, wrapped = {}, False
+    if path.suffix in _SAFETENSORS:
+        tensors, kind = safetensors_files.read_file(path), "safetensors"
+        told = _told(str(path), safetensors_files.read_metadata(path))
+    elif path.suffix in _TORCH:
+        tensors, kind = torch_files.read_file(path), "torch"
+        wrapped = torch_files.has_key(path)
     else:
-        layout, tensors = "t2i_distill", torch_files.read_file(path)
-        table, factors = _STUDENT_KEYS, _STUDENT_FACTORS
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    config = flux_config.from_shapes(str(path), shapes, factors=factors, axes_dims_rope=axes)
-    part = diffusers_folder.transformer_part(str(path), config, tensors, table)
-    return Source(layout, {"network": part})
+        known = ", ".join((*_SAFETENSORS, *_TORCH))
+        raise ValueError(f"'{path}' is of no known kind; files that are read end with {known}")
+    found = single_file.transformer(str(path), tensors, dtype)
+    shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
+    config = flux_config.from_shapes(str(path), shapes, axes_dims_rope=axes)
+    part = diffusers_folder.transformer_part(str(path), config, found.tensors, _STUDENT_KEYS)
+    loss_head = any(name in found.tensors for name in _LOSS_HEAD)
+    student = wrapped or loss_head or flux_config.has_interval(found.tensors)
+    layout = "t2i_distill" if kind == "torch" and student else found.layout
+    notes = tuple(found.notes)
+    return Source(layout, {"network": part}, None, told, kind, loss_head, notes)
+
+
+def _told(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """This program's own keys among those of a config or of a header.
+
+    Raises:
+      ValueError: a factor is no number.
+    """
+    told = {name: values[name] for name in flux_config.OWN_KEYS if name in values}
+    for name in told.keys() & flux_config.FACTORS.keys():
+        try:
+            told[name] = float(told[name])
+        except (TypeError, ValueError):
+            message = f"'{where}': {name} is {told[name]!r}, no number; mend it there"
+            raise ValueError(message) from None
+    return told

@@ -14,6 +14,19 @@ DTYPES: Mapping[str, np.dtype] = {  # safetensors' names of the types that weigh
     "F32": np.dtype(np.float32),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+FLOAT8: Mapping[str, np.dtype] = {  # likewise; read, and widened by `float8`
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+OTHER_DTYPES: Mapping[str, np.dtype] = {  # likewise; in files, but not of weights
+    "F64": np.dtype(np.float64),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
 THREADS = 4  # that read and write; a tensor of each is in memory
 
 
@@ -47,6 +60,16 @@ def merged(parts: Iterable[tuple[Path, Tensors]]) -> Tensors:
             raise ValueError(f"'{path}': tensor '{min(twice)}' is in another shard too")
         tensors |= part
     return tensors
+
+
+def check_types(where: str, tensors: Tensors) -> None:
+    """Raises ValueError when a tensor is of none of `DTYPES`."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in CODES:
+            raise ValueError(
+                f"{where}: tensor '{name}' is of type {tensor.dtype}; only"
+                f" {', '.join(map(str, CODES))} can be read"
+            )
 
 
 def check_finite(where: str, name: str, array: np.ndarray) -> None:

@@ -2,8 +2,9 @@
 
 Such a file is a zip archive, not compressed: `data.pkl` holds the objects, in which a tensor is a
 call of `torch._utils._rebuild_tensor_v2` on a place in a storage, and `data/<key>` has a storage's
-bytes. Unpickling can run any code; here the objects may be dicts, lists, numbers, text and tensors,
-and whatever else the pickle names is refused.
+bytes; `_rebuild_tensor_v3` takes types for which there is no storage, such as float8. Unpickling
+can run any code; here the objects may be dicts, lists, numbers, text and tensors, and whatever else
+the pickle names is refused.
 
 Source: `torch.serialization`, version 3 of the format (PyTorch 1.6 and later).
 """
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jax_distill.interop.tensors import DTYPES, Tensor, Tensors
+from jax_distill.interop import unreadable
+from jax_distill.interop.tensors import FLOAT8, Tensor, Tensors
 
 _STORAGES = {
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
@@ -28,8 +30,13 @@ _STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
     "LongStorage": np.dtype(np.int64),
     "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
+_BYTES = "UntypedStorage"
+_NEW_TYPES = {str(dtype): dtype for dtype in FLOAT8.values()}  # PyTorch's names, and numpy's
 _STORAGE_NAMES = {dtype: name for name, dtype in _STORAGES.items()}
 _ARCHIVE = "archive"  # the folder in the zip; its name does not matter
 _ALIGNMENT = 64  # of storages, for torch.load(mmap=True)
@@ -66,6 +73,19 @@ class _RebuildTensor:
         return _View(storage, offset, shape, strides)
 
 
+class _RebuildTypedTensor:
+    __slots__ = ()
+
+    def __call__(self, storage, offset, shape, strides, gradient, hooks, dtype, *unused):
+        del unused  # metadata
+        untyped = isinstance(storage, _Storage) and storage.dtype == np.uint8
+        if not (untyped and type(dtype) is str and dtype in _NEW_TYPES):
+            raise _Refused("a tensor that is none")
+        dtype = _NEW_TYPES[dtype]
+        storage = _Storage(dtype, storage.key, storage.count // dtype.itemsize)
+        return _RebuildTensor()(storage, offset, shape, strides, gradient, hooks)
+
+
 class _RebuildParameter:
     __slots__ = ()
 
@@ -87,8 +107,10 @@ class _Unpickler(pickle.Unpickler):
     _KNOWN = {
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+        ("torch._utils", "_rebuild_tensor_v3"): _RebuildTypedTensor(),
         ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
-        **{("torch", name): name for name in _STORAGES},
+        ("torch.storage", _BYTES): _BYTES,
+        **{("torch", name): name for name in (*_STORAGES, *_NEW_TYPES)},
     }
 
     def find_class(self, module: str, name: str) -> Any:
@@ -98,10 +120,10 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, name, key, _, count = pid
-        known = kind == "storage" and type(name) is str and name in _STORAGES
+        known = kind == "storage" and type(name) is str and name in (*_STORAGES, _BYTES)
         if not (known and type(key) is str and _is_count(count)):
             raise _Refused("a storage that is none")
-        return _Storage(_STORAGES[name], key, count)
+        return _Storage(_STORAGES.get(name, np.dtype(np.uint8)), key, count)
 
 
 def read_file(path: Path, key: str = "module") -> Tensors:
@@ -112,23 +134,25 @@ def read_file(path: Path, key: str = "module") -> Tensors:
       key: of a dict that has the state dict; T2I-Distill's have {"module": state_dict}.
 
     Raises:
-      ValueError: it is cut short, of another format, or holds code or no state dict.
+      ValueError: it is cut short, of another format, of another kind than plain weights, or holds
+        code or no state dict.
     """
     objects, places = _open(path)
     state = objects.get(key, objects) if isinstance(objects, dict) else None
     if not isinstance(state, dict) or not any(isinstance(x, _View) for x in state.values()):
         raise ValueError(f"'{path}' holds no state dict, neither as it is nor under {key!r}")
+    unreadable.check_names(str(path), [name for name in state if isinstance(name, str)])
     tensors = {}
     for name, view in state.items():
         if not (isinstance(name, str) and isinstance(view, _View)):
             raise ValueError(f"'{path}': {name!r} is no tensor; the file is no student's")
-        if view.storage.dtype not in DTYPES.values():
-            raise ValueError(
-                f"'{path}': tensor '{name}' is of type {view.storage.dtype}; only"
-                f" {', '.join(map(str, DTYPES.values()))} can be read"
-            )
         tensors[name] = _tensor(path, name, view, places)
     return tensors
+
+
+def has_key(path: Path, key: str = "module") -> bool:
+    """Whether the state dict of a file that `read_file` can read is under a key."""
+    return key in _open(path)[0]
 
 
 def _open(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,8 @@ class Flux:
         return self.encode([NULL_CAPTION])
 
     def time_shift(self, tokens: int) -> float:
-        """As the folder's scheduler has it: by the number of tokens, or constant (schnell)."""
-        return schedule_shift(self._described["scheduler"], tokens)
+        """As the teacher's scheduler has it: by the number of tokens, or constant (schnell)."""
+        return schedule_shift(scheduler_of(self._config.teacher.checkpoint), tokens)
 
     def source(self, workdir: Path) -> EmbeddedLatents:
         """`data.path`, captions embedded, as `jax_distill.prepare` made it."""
@@ -172,16 +172,21 @@ class Flux:
 
 
 def ported_config(folder: Path) -> ConfigDict:
-    """The configuration of a ported folder, whose `teacher.checkpoint` leads to the parts.
+    """The configuration of a ported folder; its `teacher.checkpoint`, itself, leads to the parts.
 
     Raises:
-      ValueError: it is no ported folder.
+      ValueError: it is no ported folder, or an early one that lacks what it must say.
     """
-    ported.describe(folder)
+    described = ported.describe(folder)
     config = load(folder).copy_and_resolve_references()
+    student = described["source"]["layout"] == "t2i_distill"
+    if student and config.model.guidance_embeds and "guidance_factor" not in config.model:
+        raise ValueError(
+            f"'{folder}' was ported before the guidance factor was kept; port it again"
+        )
     with config.unlocked():
-        # A folder without the parts names the one that has them.
-        config.teacher.checkpoint = config.teacher.checkpoint or str(folder)
+        # A folder without the parts names the one that has them, but its schedule is its own.
+        config.teacher.checkpoint = str(folder)
     return config
 
 
@@ -194,25 +199,47 @@ def parts_folder(checkpoint: str) -> Path:
     Raises:
       ConfigError: there is none.
     """
-    passed: list[str] = []
-    while checkpoint and checkpoint not in passed:
-        if ported.is_ported(Path(checkpoint)):
-            if "autoencoder" in ported.describe(Path(checkpoint))["parts"]:
-                return Path(checkpoint)
-        passed.append(checkpoint)
-        try:
-            checkpoint = load(Path(checkpoint)).teacher.checkpoint
-        except ConfigError as error:
-            raise ConfigError(f"teacher.checkpoint: {error}") from None
-    if not passed:
+    for folder in _ported_folders(checkpoint):
+        if "autoencoder" in ported.describe(folder)["parts"]:
+            return folder
+    if not checkpoint:
         raise ConfigError(
             "teacher.checkpoint: missing; give a folder that python -m jax_distill.port made, or a"
             " run that began with one"
         )
     raise ConfigError(
-        f"teacher.checkpoint: '{passed[0]}' leads to no ported folder with text encoders and"
+        f"teacher.checkpoint: '{checkpoint}' leads to no ported folder with text encoders and"
         " autoencoder; make one of a whole diffusers folder with python -m jax_distill.port"
     )
+
+
+def scheduler_of(checkpoint: str) -> dict[str, Any] | None:
+    """The scheduler's config of the first ported folder that a teacher leads to.
+
+    Args:
+      checkpoint: as `parts_folder` takes it.
+
+    Returns:
+      diffusers' scheduler_config.json; None for FLUX's own schedule.
+
+    Raises:
+      ConfigError: it leads to none.
+    """
+    folder = next(_ported_folders(checkpoint), None) or parts_folder(checkpoint)
+    return ported.describe(folder)["scheduler"]
+
+
+def _ported_folders(checkpoint: str) -> Iterator[Path]:
+    """All ported folders that a teacher leads to, its own first."""
+    passed: list[str] = []
+    while checkpoint and checkpoint not in passed:
+        if ported.is_ported(Path(checkpoint)):
+            yield Path(checkpoint)
+        passed.append(checkpoint)
+        try:
+            checkpoint = load(Path(checkpoint)).teacher.checkpoint
+        except ConfigError as error:
+            raise ConfigError(f"teacher.checkpoint: {error}") from None
 
 
 def schedule_shift(scheduler: Mapping[str, Any] | None, tokens: int) -> float:
