@@ -47,6 +47,13 @@ _SHIFT = flags.DEFINE_string(
     "Of the schedule of a transformer alone: base (that of --base), dynamic (FLUX.1-dev's) or a"
     " number (1: FLUX.1-schnell's).",
 )
+_GUIDANCE = flags.DEFINE_enum(
+    "guidance",
+    "auto",
+    list(build.GUIDANCE),
+    "How a teacher is guided; cfg: by classifier-free guidance, where its network has no input for"
+    " the guidance scale and was not made to do without.",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -63,6 +70,7 @@ def main(argv: list[str]) -> None:
         time_scale=_TIME_SCALE.value,
         guidance_factor=_GUIDANCE_FACTOR.value,
         shift=_SHIFT.value,
+        guidance=_GUIDANCE.value,
     )
     print(f"wrote {output}")
 

@@ -36,6 +36,7 @@ class Flags(NamedTuple):
       time_scale, guidance_factor: what it multiplies t and the guidance scale with.
       shift: of the schedule: "base", "dynamic" or a number.
       text_length: of T5's sequences.
+      guidance: how it is guided as a teacher, one of `build.GUIDANCE`.
     """
 
     objective: str = ""
@@ -43,6 +44,7 @@ class Flags(NamedTuple):
     guidance_factor: float | None = None
     shift: str = ""
     text_length: int | None = None
+    guidance: str = "auto"
 
 
 class Settings(NamedTuple):
@@ -53,6 +55,7 @@ class Settings(NamedTuple):
       factors: of `flux_config.FACTORS`.
       scheduler: diffusers' config; None for FLUX's own.
       text_length: of T5's sequences.
+      guidance: how it is guided as a teacher, one of `build.GUIDANCE`.
       assumed: sentences about what nothing has told.
     """
 
@@ -60,6 +63,7 @@ class Settings(NamedTuple):
     factors: dict[str, float]
     scheduler: Mapping[str, Any] | None
     text_length: int
+    guidance: str
     assumed: list[str]
 
 
@@ -87,7 +91,9 @@ def settle(
     if source.folder is None and base is not None:
         _check_base(where, source, flags, base)
     scheduler = _scheduler(source, flags, base, scheduler, assumed)
-    return Settings(objective, factors, scheduler, _text_length(flags, base, assumed), assumed)
+    length = _text_length(flags, base, assumed)
+    guidance = _guidance(where, source, flags, objective, assumed)
+    return Settings(objective, factors, scheduler, length, guidance, assumed)
 
 
 def _contradiction(flag: str, where: str, told: Any, given: Any) -> ValueError:
@@ -260,3 +266,23 @@ def _text_length(flags: Flags, base: Mapping[str, Any] | None, assumed: list[str
         " with 512 (--text_length=512)"
     )
     return TEXT_LENGTH
+
+
+def _guidance(where: str, source: Source, flags: Flags, objective: str, assumed: list[str]) -> str:
+    """How the network is guided as a teacher."""
+    embeds = source.parts["network"].config.get("guidance_embeds", False)
+    if flags.guidance == "auto":
+        if objective == "flow_matching" and not embeds:
+            assumed.append(
+                "no guidance is applied, as to FLUX.1-schnell; for a teacher under classifier-free"
+                " guidance give --guidance=cfg"
+            )
+        return "auto"
+    if objective != "flow_matching":
+        raise ValueError(
+            f"--guidance={flags.guidance}: '{where}' is a student by {objective}; leave it out"
+        )
+    if embeds != (flags.guidance == "embedded"):
+        has = "has a guidance embedder" if embeds else "has no guidance embedder"
+        raise ValueError(f"--guidance={flags.guidance}: '{where}' {has}; leave it out")
+    return flags.guidance

@@ -33,6 +33,7 @@ def port(
     time_scale: float | None = None,
     guidance_factor: float | None = None,
     shift: str = "",
+    guidance: str = "auto",
 ) -> None:
     """Makes a ported folder (see `ported`), whole or not at all.
 
@@ -42,14 +43,16 @@ def port(
       dtype: "keep", "bfloat16" or "float32".
       base: for a source that is a transformer alone, the ported folder with the other parts.
       variant: of the weights in a folder, such as "fp16".
-      text_length, objective, time_scale, guidance_factor, shift: what the source does not say, see
-        `port_settings`.
+      text_length, objective, time_scale, guidance_factor, shift, guidance: what the source does not
+        say, see `port_settings`.
 
     Raises:
       ValueError: the source cannot be read or does not fit together, it does not say enough, the
         output exists, or the disk is full.
     """
-    flags = port_settings.Flags(objective, time_scale, guidance_factor, shift, text_length)
+    flags = port_settings.Flags(
+        objective, time_scale, guidance_factor, shift, text_length, guidance
+    )
     described = ported.describe(Path(base)) if base else None
     with made_whole(output) as partial:
         network = described["parts"]["network"] if described else None
@@ -126,6 +129,7 @@ def _configuration(
         config.teacher.checkpoint = str(Path(base).resolve()) if base else ""
         for key in config.model:
             config.model[key] = getattr(model, key)
+        config.teacher.guidance = settings.guidance
         config.data.text_length = settings.text_length
         resolution = configuration.load(Path(base)).data.resolution if base else _RESOLUTION
         config.data.resolution = tuple(resolution)

@@ -13,7 +13,7 @@ import torch
 from random_files import BASE_LENGTH, NETWORK, SCHNELL, factors
 from safetensors.torch import save_file
 
-from jax_distill import config, ported, worlds
+from jax_distill import build, config, ported, worlds
 from jax_distill.exporting import export
 from jax_distill.porting import port
 from jax_distill.worlds.flux import ported_config
@@ -292,3 +292,16 @@ def test_the_command_takes_what_it_asks_for(base, tmp_path):
     assert settings.objective.name == "time_rescale" and settings.data.text_length == 7
     assert settings.model.time_scale == 2.0
     assert ported.describe(tmp_path / "out")["assumed"] == [] and "assumed" not in ran.stderr
+
+
+def test_how_a_teacher_is_guided_is_told_or_said(base, tmp_path):
+    path = _file(tmp_path / "x.safetensors", network=SCHNELL)
+    told = {"base": str(base), "shift": "1", "text_length": 7}
+    port(path, tmp_path / "auto", **told)
+    assert any("no guidance is applied" in x for x in ported.describe(tmp_path / "auto")["assumed"])
+    assert build.guidance_of(config.load(tmp_path / "auto")) == "none"
+    port(path, tmp_path / "cfg", **told, guidance="cfg")
+    assert not any("guidance" in x for x in ported.describe(tmp_path / "cfg")["assumed"])
+    assert build.guidance_of(config.load(tmp_path / "cfg")) == "cfg"
+    del told["base"]  # as `_asked` gives it
+    _asked(path, base, "has no guidance embedder; leave it out", **told, guidance="embedded")
