@@ -124,7 +124,7 @@ def measure(kind: str, workdir: Path) -> dict[str, dict[str, int]]:
     train.fit = experiment.train.fit = watched_fit
     experiment.previewer = lambda *args: lambda *args: None
     experiment.conclude = lambda *args, **kwargs: None
-    experiment.compare_stages = lambda *args: None
+    experiment.compare_stages = lambda *args: {"refitted": {}}
     if hasattr(experiment, "reference_row"):
         experiment.reference_row = lambda *args: lambda: None
     try:

@@ -264,6 +264,7 @@ def rescale(
     rescaled = pipeline.Pipeline(config, read, teacher.world)
     if processes.agreed(not (workdir / "rescale.json").exists()):
         refitted = initial.make()
+        quality = stages.qualities(stage, teacher.params["network"], refitted)
         old = jax.tree.map(  # of the types of the new one: all stages but the last compile as one
             lambda leaf, like: jnp.asarray(leaf, like.dtype),
             teacher.params["network"]["time_embedder"],
@@ -274,18 +275,28 @@ def rescale(
             "refitted": refitted,
             "finetuned": rescaled.params["network"],
         }
-        compare_stages(workdir / "rescale.json", config, teacher, networks, source)
+        compared = compare_stages(config, teacher, networks, source)
+        for name, (error, condition) in quality.items():
+            logging.info(
+                "%s: refitted with an error of %.3f of its variation, condition %.1f",
+                name,
+                error,
+                condition,
+            )
+            values = {f"{name}_error": error, f"{name}_condition": condition}
+            compared["refitted"] |= values
+        if processes.is_leader():
+            write_json(workdir / "rescale.json", compared)
     return rescaled
 
 
 def compare_stages(
-    path: Path,
     config: ConfigDict,
     teacher: pipeline.Pipeline,
-    stages: dict[str, dict],
+    networks: dict[str, dict],
     source: Source,
-) -> None:
-    """Writes how near each stage of the rescale is to the teacher, and how smooth in time."""
+) -> dict[str, dict[str, float]]:
+    """How near the network of each stage of the rescale is to the teacher, how smooth in time."""
     # About 64 pictures, no more on a device than a step of training has there.
     mesh = parallel.make_mesh(config.mesh)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -311,7 +322,7 @@ def compare_stages(
         )
 
     stage_values = {}
-    for name, params in stages.items():
+    for name, params in networks.items():
         measured = measure(params, held, *points)
         values = {key: float(value) for key, value in measured._asdict().items()}
         stage_values[name] = values
@@ -322,8 +333,7 @@ def compare_stages(
             values["time_derivative"],
             values["old_time_derivative"],
         )
-    if processes.is_leader():
-        write_json(path, stage_values)
+    return stage_values
 
 
 def reference_row(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import logging
+import numpy as np
 from ml_collections import ConfigDict
 
 from jax_distill import adapters, build, parallel, pipeline
@@ -19,8 +19,6 @@ from jax_distill.objectives import time_rescale
 
 FROM_SCRATCH = ("autoencoder", "flow_matching")
 """Objectives without a teacher."""
-
-GUIDANCE_REACH = 10.0  # guidance scales that a refitted embedder follows, from 0
 
 
 class Stage(NamedTuple):
@@ -120,36 +118,72 @@ def needs_rescale(config: ConfigDict, teacher: ConfigDict) -> bool:
     return ours.guidance_embeds and ours.guidance_factor != theirs.guidance_factor
 
 
-Refit = Callable[..., dict]
-"""(old embedder, factor of the old one, of the new one, largest value, name) -> new embedder."""
+class Input(NamedTuple):
+    """A number that a network embeds.
+
+    Attributes:
+      embedder: name of its embedder.
+      factor: of the network's configuration, which multiplies it.
+      upper: its largest value; the smallest is 0.
+    """
+
+    embedder: str
+    factor: str
+    upper: float
 
 
-def refit(old: dict, factor: float, new_factor: float, upper: float, name: str) -> dict:
+INPUTS = (
+    Input("time_embedder", "time_scale", 1.0),
+    Input("interval_embedder", "time_scale", 1.0),
+    Input("guidance_embedder", "guidance_factor", 10.0),
+)
+
+
+def refit(old: dict, factor: float, new_factor: float, upper: float) -> dict:
     """An embedder made for another factor of its input, see `time_rescale.refit_embedder`."""
-    old = parallel.gather(old)
-
-    def embed(values):
-        return mmdit.scalar_embedding(old, factor * jnp.asarray(values))
-
+    embed = _embedding(parallel.gather(old), factor)
     hidden = old["linear_2"]["bias"].shape[0]
-    inputs = {"factor": new_factor, "upper": upper}
-    new = time_rescale.refit_embedder(embed, hidden, **inputs)
-    quality = time_rescale.fit_quality(
-        embed, lambda v: mmdit.scalar_embedding(new, new_factor * jnp.asarray(v)), new, **inputs
-    )
-    logging.info(
-        "%s refitted, factor %g for %g: error %.3f of its variation on [0, %g], condition %.1f",
-        name,
-        new_factor,
-        factor,
-        quality.error,
-        upper,
-        quality.condition,
-    )
-    return new
+    return time_rescale.refit_embedder(embed, hidden, factor=new_factor, upper=upper)
 
 
-def initial_network(stage: Stage, network: dict, refit: Refit = refit) -> dict:
+def refitted(stage: Stage) -> list[Input]:
+    """The inputs whose embedders a stage refits."""
+    old, new = build.network_config(stage.source), build.network_config(stage.config)
+    there = {"interval_embedder": old.interval_embeds, "guidance_embedder": old.guidance_embeds}
+    return [
+        x
+        for x in INPUTS
+        if there.get(x.embedder, True) and getattr(old, x.factor) != getattr(new, x.factor)
+    ]
+
+
+def qualities(stage: Stage, source: dict, network: dict) -> dict[str, time_rescale.FitQuality]:
+    """How well refitted embedders follow those of the source, by their names.
+
+    Args:
+      stage: with a source.
+      source: parameters of the source.
+      network: what `initial_network` has made of them.
+    """
+    old, new = build.network_config(stage.source), build.network_config(stage.config)
+    found = {}
+    for name, factor, upper in refitted(stage):
+        before, after = (parallel.gather(tree[name]) for tree in (source, network))
+        found[name] = time_rescale.fit_quality(
+            _embedding(before, getattr(old, factor)),
+            _embedding(after, getattr(new, factor)),
+            after,
+            factor=getattr(new, factor),
+            upper=upper,
+        )
+    return found
+
+
+def _embedding(embedder: dict, factor: float) -> Callable[[np.ndarray], jax.Array]:
+    return lambda values: mmdit.scalar_embedding(embedder, factor * jnp.asarray(values))
+
+
+def initial_network(stage: Stage, network: dict) -> dict:
     """The parameters that a stage starts from: those of another network, embedders refitted.
 
     Embedders that the other one does not have start as they are initialised: adding nothing. All
@@ -158,7 +192,6 @@ def initial_network(stage: Stage, network: dict, refit: Refit = refit) -> dict:
     Args:
       stage: with a source.
       network: parameters of the source.
-      refit: makes embedders for other factors; `plan`, which has shapes alone, gives its own.
     """
     old, new = build.network_config(stage.source), build.network_config(stage.config)
 
@@ -166,13 +199,8 @@ def initial_network(stage: Stage, network: dict, refit: Refit = refit) -> dict:
         created = build.initial_parameters(stage.config)
         return {name: leaf for name, leaf in created.items() if name not in network}
 
-    merged = {**jax.jit(fresh)(), **network}
-    for name, factor, upper in (
-        ("time_embedder", "time_scale", 1.0),
-        ("interval_embedder", "time_scale", 1.0),
-        ("guidance_embedder", "guidance_factor", GUIDANCE_REACH),
-    ):
-        factors = getattr(old, factor), getattr(new, factor)
-        if name in network and factors[0] != factors[1]:
-            merged[name] = refit(network[name], *factors, upper, name)
-    return merged
+    made = {
+        name: refit(network[name], getattr(old, factor), getattr(new, factor), upper)
+        for name, factor, upper in refitted(stage)
+    }
+    return {**jax.jit(fresh)(), **network, **made}

@@ -49,7 +49,7 @@ def distil(monkeypatch, tmp_path):
             ("pipeline.load", load),
             ("train.fit", fit),
             ("checkpoint.load_averaged", lambda workdir, mesh: saved[workdir]),
-            ("compare_stages", lambda *args: None),
+            ("compare_stages", lambda *args: {"refitted": {}}),
             ("previewer", lambda *args: lambda *args: None),
             ("reference_row", lambda *args: lambda: None),
             ("scoring.conclude", lambda *args, **kwargs: None),

@@ -124,6 +124,7 @@ def tpu_devices(topology: Topology) -> Any:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks the network for a TPU
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # and warns that it found none
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # plans beside plans: no chip is taken
     try:
         import libtpu  # noqa: F401
     except ImportError:
