@@ -173,7 +173,7 @@ def _refits(
             continue
         embedder = jax.tree.map(lambda leaf: leaf.read(), tree[name])
         if guidance and new < old:
-            refit = time_scale.interpolate(embedder, old, new, upper)
+            refit = time_scale.rebuild(embedder, old, new, upper)
         else:
             refit = time_scale.refit(embedder, old, new, upper)
         if refit.residual > _LARGEST_RESIDUAL:

@@ -5,18 +5,21 @@ import errno
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import random_flux
 import random_pipeline
 import torch
+from absl.testing import flagsaver
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.torch import load_file as load_torch_file
 from tiny_runs import RUNS, save_run
 from transformers import CLIPTextModel, T5EncoderModel
 
-from jax_distill import config, ported
+from jax_distill import commands, config, ported
+from jax_distill import export as export_command
 from jax_distill.exporting import export
 from jax_distill.interop import torch_files
 from jax_distill.porting import port
@@ -129,6 +132,34 @@ def test_one_safetensors_file_comes_back(student, folder, tmp_path):
     assert_identical(load_torch_file(path), torch.load(student)["module"])
     port(str(path), tmp_path / "again", base=str(folder))
     assert config.load(tmp_path / "again").model.time_scale == 1.0
+
+
+def command(*arguments):
+    """The command, in this process; returns its error, if any."""
+    with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
+        patch.setattr(sys, "argv", ["export", *arguments])
+        try:
+            commands.run(export_command.main)
+        except SystemExit as stop:
+            return stop.code
+
+
+def test_the_command_has_a_format_a_type_and_a_time_scale(run, tmp_path):
+    source = f"--checkpoint={run}"
+    assert not command(
+        source,
+        f"--output={tmp_path / 'out'}",
+        "--format=safetensors",
+        "--dtype=bfloat16",
+        "--time_scale=1000",
+    )
+    state = load_torch_file(tmp_path / "out/model.safetensors")
+    assert state["x_embedder.weight"].dtype == torch.bfloat16
+    assert state["time_text_embed.timestep_embedder.linear_1.weight"].dtype == torch.float32
+    assert "the network embeds 1000 t" in (tmp_path / "out/README.md").read_text()
+    stop = command(source, f"--output={tmp_path / 'none'}", "--time_scale=2")
+    assert "what reads --format=diffusers embeds 1000 t, not 2 t" in stop
+    assert not (tmp_path / "none").exists()
 
 
 def test_bad_sources_make_nothing(run, tmp_path, monkeypatch):

@@ -254,7 +254,15 @@ def test_exports_of_a_student_are_what_is_loaded(teacher, tmp_path, method, base
     )
     export(str(run), tmp_path / "merged", layout="safetensors")
     assert_close(theirs(tmp_path / "merged", text=text, noise=noise, t=0.4), ours, 1e-4)
-    if base:
+    if base:  # a student of t, merged and refitted for stock diffusers
+        export(str(run), tmp_path / "folder")
+        stock = FluxTransformer2DModel.from_pretrained(tmp_path / "folder/transformer")
+        own = run_program(tmp_path / "merged")
+        own["network"].__globals__.update(transformer=stock, TIME_SCALE=1000.0)
+        inputs = (torch.from_numpy(np.array(x)) for x in (text.sequence, text.pooled))
+        with torch.no_grad():
+            velocity = own["network"](torch.from_numpy(noise), 0.4, *inputs, GUIDANCE)
+        assert_close(velocity.numpy(), ours, 1e-3)
         return
     export(str(run), tmp_path / "adapters", layout="lora")
     export(str(teacher), tmp_path / "adapters/FLUX")

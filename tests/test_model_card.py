@@ -142,11 +142,6 @@ def test_two_time_embedders_can_be_refitted(runs, tmp_path, monkeypatch):
     assert card.count("embedder: refitted for 1000 t; it differs by at most") == 2
 
 
-def test_a_time_scale_that_readers_do_not_have_is_refused(runs, tmp_path):
-    with pytest.raises(ValueError, match="what reads --format=diffusers embeds 1000 t, not 1 t"):
-        export(str(runs["scm"]), tmp_path / "out", scale=1.0)
-
-
 def test_the_program_writes_pictures_of_the_captions(runs, tmp_path):
     export(str(runs["scm"]), tmp_path / "out", layout="safetensors")
     run_program(tmp_path / "out", name="__main__")

@@ -158,6 +158,13 @@ def test_code_of_a_folder_does_not_run_unasked(folders):
             kind.from_pretrained(folders("meanflow")[1])
 
 
+def test_a_flow_map_is_not_drawn_with_by_another_pipeline(folders):
+    """Which would not tell it how far a step goes."""
+    pipe = DiffusionPipeline.from_pretrained(folders("meanflow")[1], trust_remote_code=True)
+    with pytest.raises(ValueError, match="is told its steps by its own pipeline"):
+        draw(FluxPipeline(**pipe.components), 1)
+
+
 def test_a_flow_map_embeds_in_float32_whatever_its_type(folders):
     out = folders("meanflow")[1]
     kinds = torch.float32, torch.bfloat16

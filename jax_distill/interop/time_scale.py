@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from jax_distill.models import mmdit
@@ -22,7 +23,9 @@ RANGES = {"time_embedder": 1.0, "interval_embedder": 1.0, "guidance_embedder": 1
 """Largest values that the embedders are given."""
 _POINTS = 2048
 _HALF = mmdit.TIME_FREQUENCIES // 2
-_STEPS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # of `interpolate`, for a range of 1
+# Of `rebuild`: round values in a range, what they count, features of a bump, its height.
+_ROUND, _ROUND_WEIGHT, _WAVES, _PEAK = 20, 1e5, 12, 8.0
+_RIDGE = 1e-7
 
 
 class Refitted(NamedTuple):
@@ -67,34 +70,42 @@ def refit(embedder: Mapping[str, Any], factor: float, new: float, upper: float =
     return _compared(embedder, factor, {**embedder, "linear_1": first}, new, upper, 0.0)
 
 
-def interpolate(embedder: Mapping[str, Any], factor: float, new: float, upper: float) -> Refitted:
-    """An embedder that is the same at round values, and close to straight in between.
+def rebuild(embedder: Mapping[str, Any], factor: float, new: float, upper: float) -> Refitted:
+    """An embedder of two new layers that is the same at round values, and close if it can be.
 
-    Unit k of the first layer is silu(+-a (sin(g x) - sin(g c_k))), knots c_k even on [0, upper], g
-    the feature's frequency, near 1 / upper, and 1 / a half the distance of two knots: a ramp, up in
-    the upper half and down in the lower. The second layer is the smallest that meets the old
-    embedding at multiples of the step, the finest of `_STEPS` that has no more than the units.
+    Unit k of the first layer is a bump at c_k, centres even on [0, upper]: silu(b (K(x - c_k) - h))
+    where K(d) is the mean of cos(f d) over the fastest features f that turn by no more than 10 over
+    the range, and h is K a step away, so that a bump ends there. The second layer is a regression
+    on the old embedding in which multiples of the step, upper / 20, count most. Neighbouring bumps
+    share a value, none cancel: unlike sums of steep ramps, it stands evaluation in bfloat16.
 
     Args:
       embedder, factor, new, upper: as `refit` has them; `new` may be any.
     """
-    hidden = embedder["linear_2"]["bias"].shape[0]
-    step = upper * next(step for step in _STEPS if round(1 / step) < hidden)
-    x = np.linspace(0, upper, round(upper / step) + 1)
+    hidden, step = embedder["linear_2"]["bias"].shape[0], upper / _ROUND
     frequencies = _frequencies(new)
-    place = int(np.argmin(np.abs(np.log(frequencies * upper))))
-    knots = np.linspace(0, upper, hidden)
-    slope = np.where(knots > upper / 2, 2.0, -2.0) * hidden
-    bias = -slope * np.sin(frequencies[place] * knots)
+    chosen = np.flatnonzero(frequencies <= (1 + 1e-6) * 10 / upper)[:_WAVES]
+    phases = np.linspace(0, upper, hidden) * frequencies[chosen, None]
+    drop = np.mean(1 - np.cos(frequencies[chosen] * step))
+    height = _PEAK / drop
     kernel = np.zeros((2 * _HALF, hidden))
-    kernel[_HALF + place] = slope
-    ramps = np.sin(frequencies[place] * x)[:, None] * slope + bias
-    ramps = ramps / (1 + np.exp(-np.maximum(ramps, -700)))
-    ramps = np.concatenate([ramps, np.ones((len(x), 1))], axis=1)
-    target = _embed(embedder, factor, x).astype(np.float64)
-    gram = ramps @ ramps.T
-    gram += 1e-14 * np.trace(gram) / len(x) * np.eye(len(x))
-    solution = ramps.T @ np.linalg.solve(gram, target)
+    kernel[chosen] = height / len(chosen) * np.cos(phases)
+    kernel[_HALF + chosen] = height / len(chosen) * np.sin(phases)
+    # The differences of large numbers: whoever narrows them must not change them.
+    kernel, bias = (
+        leaf.astype(ml_dtypes.bfloat16).astype(np.float64)
+        for leaf in (kernel, np.full(hidden, -height * (1 - drop)))
+    )
+
+    x = np.linspace(0, upper, 100 * _ROUND + 1)
+    weight = np.where(np.arange(len(x)) % 100, 1.0, _ROUND_WEIGHT)
+    bumps = _features(x, frequencies) @ kernel + bias
+    bumps = bumps / (1 + np.exp(-np.maximum(bumps, -700)))
+    bumps = np.concatenate([bumps, np.ones((len(x), 1))], axis=1)
+    weighted = (bumps * weight[:, None]).T
+    normal = weighted @ bumps
+    normal += _RIDGE * np.trace(normal) / len(normal) * np.eye(len(normal))
+    solution = np.linalg.solve(normal, weighted @ _embed(embedder, factor, x).astype(np.float64))
     layers = {
         "linear_1": {"kernel": kernel, "bias": bias},
         "linear_2": {"kernel": solution[:-1], "bias": solution[-1]},
