@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 
+import diffusers.utils.dynamic_modules_utils as dynamic_modules
 import numpy as np
 import pytest
 import random_flux
@@ -15,7 +16,7 @@ import torch
 from absl.testing import flagsaver
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.torch import load_file as load_torch_file
-from tiny_runs import RUNS, save_run
+from tiny_runs import RUNS, run_program, save_run
 from transformers import CLIPTextModel, T5EncoderModel
 
 from jax_distill import commands, config, ported
@@ -123,6 +124,23 @@ def test_t2i_distills_file_comes_back(student, folder, tmp_path):
     port(str(tmp_path / "out/model.pt"), tmp_path / "again", base=str(folder))
     for name in ("time_scale", "guidance_factor"):
         assert config.load(tmp_path / "again").model[name] == 1.0
+
+
+def test_the_cards_program_draws_where_parts_are_of_several_types(
+    student, folder, tmp_path, monkeypatch
+):
+    """A float32 student beside bfloat16 text encoders."""
+    monkeypatch.setattr(dynamic_modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    port(str(student), tmp_path / "ported", base=str(folder))
+    export(str(tmp_path / "ported"), tmp_path / "out")
+    assert run_program(tmp_path / "out")["pictures"][0].size == (64, 64)
+
+
+def test_what_cannot_be_refitted_is_refused(tmp_path):
+    source = save_run(tmp_path / "teacher", RUNS["flow_matching"])
+    with pytest.raises(ValueError, match="1 t cannot be that of 1000 t.*model.time_scale=1"):
+        export(str(source), tmp_path / "out", layout="t2i_distill")
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_safetensors_file_comes_back(student, folder, tmp_path):

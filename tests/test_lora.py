@@ -269,6 +269,8 @@ def test_exports_of_a_student_are_what_is_loaded(teacher, tmp_path, method, base
     assert_close(theirs(tmp_path / "adapters", text=text, noise=noise, t=0.4), ours, 1e-4)
     card = (tmp_path / "adapters/README.md").read_text()
     assert "embedders.safetensors` has what adapters cannot express" in card
+    with pytest.raises(ValueError, match="--dtype: --format=lora has adapters in float32"):
+        export(str(run), tmp_path / "none", layout="lora", dtype="bfloat16")
     with pytest.raises(ValueError, match="--format=lora: '.*' has no adapters"):
         export(str(teacher), tmp_path / "none", layout="lora")
 
