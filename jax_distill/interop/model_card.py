@@ -339,7 +339,7 @@ def _refitted(name: str, refit: Refitted, card: Card) -> str:
     if refit.step:
         text += (
             f" at multiples of {refit.step:g}, which are the scales to draw with, and by up to"
-            f" {refit.between:.1e} in between"
+            f" {refit.between:.2g} times it in between"
         )
     if card.layout == "diffusers":
         text += "; as it was, it is in `transformer/own_embedders.safetensors`"
