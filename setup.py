@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["jax_distill", "jax_distill.*"]),
-    package_data={"jax_distill": ["weights/*/*"]},
+    package_data={"jax_distill": ["weights/*/*", "interop/flow_map/*.py"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",  # models: Flax NNX

@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from jax_distill import commands
-from jax_distill.exporting import export
+from jax_distill.exporting import DTYPES, export
 from jax_distill.interop.exported import LAYOUTS
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -24,16 +24,28 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder to make.")
 _TIME_SCALE = flags.DEFINE_float(
     "time_scale",
     None,
-    "1000: refit the time embedder so that the network embeds 1000 t, as stock diffusers does."
-    " Default: the network's own.",
+    "Refit the time embedders so that the network embeds this many t. Default: what the format's"
+    " readers embed, 1000 t in stock diffusers and t in T2I-Distill; else the network's own.",
     lower_bound=1e-3,
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "keep",
+    list(DTYPES),
+    "Type of the network's tensors; embedders of time, guidance and interval are not narrowed.",
 )
 
 
 def main(argv: list[str]) -> None:
     del argv
     output = Path(_OUTPUT.value)
-    export(_CHECKPOINT.value, output, layout=_FORMAT.value, scale=_TIME_SCALE.value)
+    export(
+        _CHECKPOINT.value,
+        output,
+        layout=_FORMAT.value,
+        scale=_TIME_SCALE.value,
+        dtype=_DTYPE.value,
+    )
     print(f"wrote {output}; its README.md says how to draw with it")
 
 

@@ -1,12 +1,14 @@
 """From our networks to PyTorch's weights, with what it takes to draw with them."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
 import safetensors.numpy
 from absl import logging
@@ -26,7 +28,13 @@ from jax_distill.worlds.flux import parts_folder, ported_config, schedule_shift,
 from jax_distill.worlds.shapes import preview_captions
 
 EXAMPLES = 8  # captions whose embeddings stand beside the weights
-_LARGEST_RESIDUAL = 0.02  # bfloat16 leaves a few thousandths
+DTYPES = {"keep": None, "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_LARGEST_RESIDUAL = 0.02  # of refitted embedders, relative to their variation
+_FLUX_SCHEDULE = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": True,
+}
 _STEPS = {"scm": 2, "meanflow": 4, "imm": 4}  # that the card's program takes
 
 
@@ -54,6 +62,7 @@ def export(
     *,
     layout: str = "diffusers",
     scale: float | None = None,
+    dtype: str = "keep",
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a network for PyTorch, with a README.md, whole or not at all.
@@ -62,40 +71,47 @@ def export(
       source: a workdir, a ported folder, or "embedded".
       output: must not exist.
       layout: one of `exported.LAYOUTS`.
-      scale: time scale of the exported network; by default its own.
+      scale: time scale of the exported network; by default as `exported.factors` has it.
+      dtype: of the network's tensors, a key of `DTYPES`.
       shard_bytes: of the files of a diffusers folder.
 
     Raises:
-      ValueError: the source has no network, it is damaged, the output exists, or the disk
-        is full.
+      ValueError: the source has no network, it is damaged, it cannot be what the layout's readers
+        need, the output exists, or the disk is full.
     """
     with made_whole(output) as partial:
         weights = _open(source)
-        config, tree, residual = build.network_config(weights.config), weights.tree, None
-        if scale is not None and scale != config.time_scale:
-            config, tree, residual = _rescaled(config, tree, scale)
+        own, tree = build.network_config(weights.config), weights.tree
         objective = weights.config.objective.name
+        if layout == "lora" and weights.teacher is None:
+            raise ValueError(
+                f"--format=lora: '{source}' has no adapters, all of its parameters were trained;"
+                " use --format=diffusers"
+            )
+        if layout == "lora" and DTYPES[dtype] is not None:
+            raise ValueError("--dtype: --format=lora has adapters in float32; leave it out")
+        config = dataclasses.replace(own, **exported.factors(layout, own, scale))
+        refits = _refits(own, tree, config)
+        embedders = {name: refit.embedder for name, refit in refits.items()}
+        tree = {**tree, **jax.tree.map(StoredLeaf, embedders)}
         if layout == "lora":
-            if weights.teacher is None:
-                raise ValueError(
-                    f"--format=lora: '{source}' has no adapters, all of its parameters were"
-                    " trained; use --format=diffusers"
-                )
             exported.write_adapters(partial, config, objective, tree, weights.config.lora.rank)
+            tensors = {}
         else:
             if weights.teacher is not None:
                 tree = lora_weights.merged(tree, weights.config.lora.base == "int8")
-            tensors = tensors_of(tree, TRANSFORMER_KEYS)
+            tensors = exported.in_type(tensors_of(tree, TRANSFORMER_KEYS), DTYPES[dtype])
             exported.write_transformer(partial, layout, config, objective, tensors, shard_bytes)
+        if layout == "diffusers" and refits:
+            exported.write_own_embedders(partial, own, objective, weights.tree)
         weights.check()
-        if _world(weights.config) == "flux":
-            card = _flux(weights, partial, layout, config, residual)
-        else:
-            card = _shapes(weights, partial, layout, config, residual)
+        write = _flux if _world(weights.config) == "flux" else _shapes
+        card = write(weights, partial, layout, config, refits=refits, dtype=exported.types(tensors))
         exported.write_scheduler(partial, card)
         if layout == "diffusers":
-            kind = model_card.scheduler_config(card)["_class_name"]
-            exported.write_index(partial, kind)
+            if config.interval_embeds:
+                exported.write_flow_map(partial, card.sampler.get("time_max", 1.0))
+            exported.write_index(partial, flow_map=config.interval_embeds)
         (partial / "README.md").write_text(model_card.text(card))
 
 
@@ -142,34 +158,40 @@ def _open(source: str) -> Weights:
     return Weights(config, whole, check_both, folder, teacher)
 
 
-def _rescaled(
-    config: MMDiTConfig, tree: dict[str, Any], scale: float
-) -> tuple[MMDiTConfig, dict[str, Any], float]:
-    """The network with its time embedders refitted for another scale, and the largest residual.
+def _refits(
+    own: MMDiTConfig, tree: Mapping[str, Any], wanted: MMDiTConfig
+) -> dict[str, time_scale.Refitted]:
+    """The embedders that other factors change, by their names.
 
     Raises:
-      ValueError: that scale is too small for the embedders' functions.
+      ValueError: an embedder cannot be had at the factor that is wanted.
     """
-    residuals = []
-    for name in time_scale.EMBEDDERS:
-        if name in tree:
-            old = jax.tree.map(lambda leaf: leaf.read(), tree[name])
-            refitted = time_scale.refit(config, old, scale)
-            if refitted.residual > _LARGEST_RESIDUAL:
-                raise ValueError(
-                    f"--time_scale: an embedder of {scale:g} t cannot be that of"
-                    f" {config.time_scale:g} t (it would differ by {refitted.residual:.1e}); only a"
-                    " larger scale can be had"
-                )
-            residuals.append(refitted.residual)
-            logging.info("%s: refitted for %g t, residual %.1e", name, scale, refitted.residual)
-            tree = {**tree, name: jax.tree.map(StoredLeaf, refitted.embedder)}
-    return dataclasses.replace(config, time_scale=scale), tree, max(residuals)
+    refits = {}
+    for name, upper in time_scale.RANGES.items():
+        guidance = name == "guidance_embedder"
+        factor = "guidance_factor" if guidance else "time_scale"
+        old, new = getattr(own, factor), getattr(wanted, factor)
+        if name not in tree or old == new:
+            continue
+        embedder = jax.tree.map(lambda leaf: leaf.read(), tree[name])
+        if guidance and new < old:
+            refit = time_scale.rebuild(embedder, old, new, upper)
+        else:
+            refit = time_scale.refit(embedder, old, new, upper)
+        if refit.residual > _LARGEST_RESIDUAL:
+            scalar = "w" if guidance else "t"
+            raise ValueError(
+                f"{name}: an embedder of {new:g} {scalar} cannot be that of {old:g} {scalar}, it"
+                f" would differ by {refit.residual:.1e} of its variation; train the network with"
+                f" --config.model.{factor}={new:g}"
+            )
+        message = "%s: refitted from factor %g to %g, residual %.1e, in between %.1e"
+        logging.info(message, name, old, new, refit.residual, refit.between)
+        refits[name] = refit
+    return refits
 
 
-def _card(
-    weights: Weights, layout: str, config: MMDiTConfig, residual: float | None, **world: Any
-) -> model_card.Card:
+def _card(weights: Weights, layout: str, config: MMDiTConfig, **more: Any) -> model_card.Card:
     objective = build.objective(weights.config)
     resolution = worlds.of(weights.config).resolution
     shift = objective.time_shift if hasattr(objective, "time_shift") else 0.0
@@ -181,7 +203,6 @@ def _card(
         layout=layout,
         time_scale=config.time_scale,
         guidance_factor=config.guidance_factor,
-        residual=residual,
         guidance=weights.config.evaluation.guidance,
         guidance_embeds=config.guidance_embeds,
         interval_embeds=config.interval_embeds,
@@ -192,13 +213,19 @@ def _card(
         time_shift=shift,
         sampler={
             name: getattr(objective, name)
-            for name in ("data_scale", "middle_angle", "time_max", "sampler")
+            for name in ("middle_angle", "time_max", "sampler")
             if hasattr(objective, name)
         },
         scores=_scores(weights),
         base=_base(weights) if layout == "lora" else None,
-        **world,
+        **more,
     )
+
+
+def _follows_world(config: ConfigDict) -> bool:
+    """Whether the sampler's schedule is shifted as its world says."""
+    settings = build.settings_of(build.OBJECTIVES[config.objective.name]) | dict(config.objective)
+    return settings.get("time_shift", 0.0) is None
 
 
 def _base(weights: Weights) -> model_card.Base:
@@ -229,7 +256,7 @@ def _scores(weights: Weights) -> dict[str, float]:
 
 
 def _shapes(
-    weights: Weights, folder: Path, layout: str, config: MMDiTConfig, residual: float | None
+    weights: Weights, folder: Path, layout: str, config: MMDiTConfig, **more: Any
 ) -> model_card.Card:
     """Writes what belongs to a network of the shapes world; returns its card."""
     if layout != "lora":
@@ -246,27 +273,34 @@ def _shapes(
     }
     examples = {name: np.ascontiguousarray(x, np.float32) for name, x in examples.items()}
     write_atomically(folder / "examples.safetensors", safetensors.numpy.save(examples))
-    has_autoencoder = layout != "lora"  # which stands beside the base's weights
+    # Of the methods that leave their shift to the world, this one has FLUX's where that has none.
+    follows = weights.config.objective.name == "meanflow" and _follows_world(weights.config)
     return _card(
-        weights, layout, config, residual, captions=captions, has_autoencoder=has_autoencoder
+        weights,
+        layout,
+        config,
+        captions=captions,
+        has_autoencoder=layout != "lora",  # which stands beside the base's weights
+        scheduler=_FLUX_SCHEDULE if follows else None,
+        **more,
     )
 
 
 def _flux(
-    weights: Weights, folder: Path, layout: str, config: MMDiTConfig, residual: float | None
+    weights: Weights, folder: Path, layout: str, config: MMDiTConfig, **more: Any
 ) -> model_card.Card:
     """Writes what belongs to a network of FLUX's world; returns its card."""
-    scheduler = None
-    try:
-        scheduler = scheduler_of(str(weights.folder))
+    scheduler = _FLUX_SCHEDULE if _follows_world(weights.config) else None
+    home = theirs = None
+    with contextlib.suppress(configuration.ConfigError):  # a transformer alone
+        theirs = scheduler_of(str(weights.folder))
         home = parts_folder(str(weights.folder))
-    except configuration.ConfigError:  # a transformer alone
-        home = None
-        method = weights.config.objective.name
-        if "time_shift" in build.settings_of(build.OBJECTIVES[method]):
-            tokens = build.token_shape(weights.config)[0]
-            with weights.config.unlocked():
-                weights.config.objective.time_shift = schedule_shift(scheduler, tokens)
+    if scheduler and theirs and theirs.get("_class_name") == scheduler["_class_name"]:
+        scheduler = theirs
+    if home is None and scheduler is not None:
+        tokens = build.token_shape(weights.config)[0]
+        with weights.config.unlocked():
+            weights.config.objective.time_shift = schedule_shift(scheduler, tokens)
     if home is not None:
         described = ported.describe(home)
         parts, names = (described[key] for key in ("parts", "names"))
@@ -283,12 +317,12 @@ def _flux(
         weights,
         layout,
         config,
-        residual,
         text_length=weights.config.data.text_length,
         scheduler=scheduler,
         has_autoencoder=home is not None and layout != "lora",
         has_text=home is not None and layout == "diffusers",
         assumed=_assumed(weights.folder),
+        **more,
     )
 
 

@@ -5,26 +5,24 @@ import errno
 import json
 import os
 import shutil
+import sys
 
-import jax
-import jax.numpy as jnp
+import diffusers.utils.dynamic_modules_utils as dynamic_modules
 import numpy as np
 import pytest
 import random_flux
 import random_pipeline
 import torch
+from absl.testing import flagsaver
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from random_text import jit
 from safetensors.torch import load_file as load_torch_file
-from tiny_runs import GUIDANCE, RUNS, assert_same_pictures, random_parameters, run_program, save_run
+from tiny_runs import RUNS, run_program, save_run
 from transformers import CLIPTextModel, T5EncoderModel
 
-from jax_distill import build, config, ported
+from jax_distill import commands, config, ported
+from jax_distill import export as export_command
 from jax_distill.exporting import export
-from jax_distill.flow import Text
-from jax_distill.interop import sources, torch_files
-from jax_distill.models.autoencoder import AutoencoderConfig
-from jax_distill.models.latents import LatentCodec
+from jax_distill.interop import torch_files
 from jax_distill.porting import port
 
 NETWORK = dataclasses.replace(random_pipeline.TRANSFORMER, num_layers=2, num_single_layers=3)
@@ -100,8 +98,7 @@ def test_a_transformer_alone_comes_back(tmp_path):
     export(str(tmp_path / "ported"), tmp_path / "out")
     assert_identical(tensors(tmp_path / "out/transformer"), dict(model.state_dict()))
     card = (tmp_path / "out/README.md").read_text()
-    assert 'AutoencoderKL.from_pretrained("FLUX", subfolder="vae")' in card
-    assert 'FluxPipeline.from_pretrained("FLUX", ' in card
+    assert 'FluxPipeline.from_pretrained("FLUX", transformer=None' in card
 
 
 @pytest.fixture(scope="module")
@@ -118,36 +115,32 @@ def student(tmp_path_factory):
     return path
 
 
-def test_t2i_distills_file_comes_back_and_draws(student, folder, tmp_path):
+def test_t2i_distills_file_comes_back(student, folder, tmp_path):
     port(str(student), tmp_path / "ported", base=str(folder))
     export(str(tmp_path / "ported"), tmp_path / "out", layout="t2i_distill")
     back = torch.load(tmp_path / "out/model.pt", weights_only=True)["module"]
     assert_identical(back, torch.load(student)["module"])
 
-    export(str(tmp_path / "ported"), tmp_path / "folder")
-    settings = config.load(tmp_path / "ported")
-    params = ported.load_part(tmp_path / "ported", "network", random_parameters(settings))
-    parts = ported.describe(folder)["parts"]
-    shapes = sources.read(tmp_path / "folder").parts["autoencoder"].like
-    codec = LatentCodec(
-        AutoencoderConfig.from_dict(parts["autoencoder"]),
-        jax.tree.map(
-            lambda x: x.astype(jnp.float32), ported.load_part(folder, "autoencoder", shapes)
-        ),
-    )
-    rng = np.random.default_rng(0)
-    noise, sequence, pooled = (
-        rng.standard_normal(shape, np.float32) for shape in ((2, 16, 16), (2, 5, 24), (2, 16))
-    )
-    guidance = jnp.full(2, GUIDANCE)
-    sample = jit(build.objective(settings, resolution=(64, 64)).sample, static_argnums=6)
-    tokens = sample({"network": params}, noise, Text(sequence, pooled), None, guidance, None, 2)
-    defined = run_program(tmp_path / "folder")
-    defined["vae"].float()
-    inputs = map(torch.from_numpy, (noise, sequence, pooled))
-    theirs = defined["draw"](*inputs, steps=2, guidance=GUIDANCE)
-    ours = codec.decode(tokens, 64, 64)
-    assert_same_pictures(np.stack([np.asarray(x) for x in theirs]), ours)
+    port(str(tmp_path / "out/model.pt"), tmp_path / "again", base=str(folder))
+    for name in ("time_scale", "guidance_factor"):
+        assert config.load(tmp_path / "again").model[name] == 1.0
+
+
+def test_the_cards_program_draws_where_parts_are_of_several_types(
+    student, folder, tmp_path, monkeypatch
+):
+    """A float32 student beside bfloat16 text encoders."""
+    monkeypatch.setattr(dynamic_modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    port(str(student), tmp_path / "ported", base=str(folder))
+    export(str(tmp_path / "ported"), tmp_path / "out")
+    assert run_program(tmp_path / "out")["pictures"][0].size == (64, 64)
+
+
+def test_what_cannot_be_refitted_is_refused(tmp_path):
+    source = save_run(tmp_path / "teacher", RUNS["flow_matching"])
+    with pytest.raises(ValueError, match="1 t cannot be that of 1000 t.*model.time_scale=1"):
+        export(str(source), tmp_path / "out", layout="t2i_distill")
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_safetensors_file_comes_back(student, folder, tmp_path):
@@ -157,6 +150,34 @@ def test_one_safetensors_file_comes_back(student, folder, tmp_path):
     assert_identical(load_torch_file(path), torch.load(student)["module"])
     port(str(path), tmp_path / "again", base=str(folder))
     assert config.load(tmp_path / "again").model.time_scale == 1.0
+
+
+def command(*arguments):
+    """The command, in this process; returns its error, if any."""
+    with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
+        patch.setattr(sys, "argv", ["export", *arguments])
+        try:
+            commands.run(export_command.main)
+        except SystemExit as stop:
+            return stop.code
+
+
+def test_the_command_has_a_format_a_type_and_a_time_scale(run, tmp_path):
+    source = f"--checkpoint={run}"
+    assert not command(
+        source,
+        f"--output={tmp_path / 'out'}",
+        "--format=safetensors",
+        "--dtype=bfloat16",
+        "--time_scale=1000",
+    )
+    state = load_torch_file(tmp_path / "out/model.safetensors")
+    assert state["x_embedder.weight"].dtype == torch.bfloat16
+    assert state["time_text_embed.timestep_embedder.linear_1.weight"].dtype == torch.float32
+    assert "the network embeds 1000 t" in (tmp_path / "out/README.md").read_text()
+    stop = command(source, f"--output={tmp_path / 'none'}", "--time_scale=2")
+    assert "what reads --format=diffusers embeds 1000 t, not 2 t" in stop
+    assert not (tmp_path / "none").exists()
 
 
 def test_bad_sources_make_nothing(run, tmp_path, monkeypatch):

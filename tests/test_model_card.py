@@ -1,12 +1,11 @@
-"""The program of a model card draws our pictures, with torch and diffusers alone."""
+"""The programs of model cards draw our pictures, with torch and diffusers alone."""
 
 import functools
 import json
-import re
 
 import diffusers.pipelines.flux.pipeline_flux as flux_pipeline
 import diffusers.schedulers.scheduling_flow_match_euler_discrete as euler
-import diffusers.schedulers.scheduling_scm as scheduling_scm
+import diffusers.utils.dynamic_modules_utils as dynamic_modules
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,84 +65,85 @@ class Drawing:
         return self.known[self.workdir, steps]
 
     def theirs(self, folder, steps, monkeypatch):
-        counter = iter(range(steps + 1))
-        same = lambda shape, **_: self.fresh(next(counter), shape)  # noqa: E731
+        """Of the program that makes the network itself."""
         defined = run_program(folder)
         with monkeypatch.context() as patch:
-            patch.setattr(scheduling_scm, "randn_tensor", same)
-            patch.setattr(torch, "randn", same)
+            self.renoise(patch)
             inputs = (self.noise, self.text.sequence, self.text.pooled)
             pictures = defined["draw"](*map(as_torch, inputs), steps=steps, guidance=GUIDANCE)
         return np.stack([np.asarray(picture) for picture in pictures])
 
+    def renoise(self, patch):
+        """Our noise for diffusers' scheduler."""
+        counter = iter(range(1000))
+        same = lambda shape, **_: self.fresh(next(counter), shape)  # noqa: E731
+        patch.setattr(euler, "randn_tensor", same)
 
-@pytest.mark.parametrize("layout", ["diffusers", "t2i_distill", "safetensors"])
-def test_a_consistency_students_card_draws_our_pictures(runs, tmp_path, layout, monkeypatch):
-    export(str(runs["scm"]), tmp_path / "out", layout=layout)
-    drawing = Drawing(runs["scm"])
-    for steps in (1, 2, 4) if layout == "diffusers" else (2,):
-        theirs = drawing.theirs(tmp_path / "out", steps, monkeypatch)
-        assert_same_pictures(theirs, drawing.ours(steps))
+    def of_pipeline(self, folder, monkeypatch):
+        """Of the program with a pipeline of diffusers, for our captions and noise."""
+        examples = {
+            "sequence": self.text.sequence,
+            "pooled": self.text.pooled,
+            "null_sequence": self.pipe.world.null.sequence,
+            "null_pooled": self.pipe.world.null.pooled,
+        }
+        examples = {name: np.array(x) for name, x in examples.items()}
+        save_file(examples, folder / "examples.safetensors")
+        # The pipeline packs 2x2 patches itself.
+        latents = as_torch(self.noise).reshape(2, 4, 4, 16, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        latents = latents.reshape(2, 16, 8, 8)
+        with monkeypatch.context() as patch:
+            patch.setattr(flux_pipeline, "randn_tensor", lambda *_, **__: latents)
+            patch.setattr(dynamic_modules, "HF_MODULES_CACHE", str(folder / "modules"))
+            self.renoise(patch)
+            pictures = run_program(folder)["pictures"]
+        return np.stack([np.asarray(x) for x in pictures])
 
 
-@pytest.mark.parametrize("name", ["meanflow", "imm", "imm_restart", "time_rescale"])
-def test_other_cards_draw_our_pictures(runs, tmp_path, name, monkeypatch):
+@pytest.mark.parametrize("name", RUNS)
+def test_the_program_of_a_folder_draws_our_pictures(runs, tmp_path, name, monkeypatch):
+    """In the card's own number of steps, its guidance, and with the scheduler of the folder."""
     export(str(runs[name]), tmp_path / "out", shard_bytes=100_000)
-    assert len(list((tmp_path / "out/transformer").glob("*.safetensors"))) > 2
+    assert len(list((tmp_path / "out/transformer").glob("diffusion*.safetensors"))) > 2
     drawing = Drawing(runs[name])
-    for steps in (1, 3) if name == "meanflow" else (3,):
+    steps = {"scm": 2, "time_rescale": 50, "flow_matching": 50}.get(name, 4)
+    assert f"num_inference_steps={steps}," in programs(tmp_path / "out")[0]
+    theirs = drawing.of_pipeline(tmp_path / "out", monkeypatch)
+    assert_same_pictures(theirs, drawing.ours(steps))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_program_of_a_single_file_draws_our_pictures(runs, tmp_path, name, monkeypatch):
+    export(str(runs[name]), tmp_path / "out", layout="safetensors")
+    drawing = Drawing(runs[name])
+    for steps in {"scm": (1, 2, 4), "time_rescale": (50,), "flow_matching": (50,)}.get(name, (4,)):
         theirs = drawing.theirs(tmp_path / "out", steps, monkeypatch)
         assert_same_pictures(theirs, drawing.ours(steps))
-
-
-def test_a_plain_teachers_card_draws_our_pictures(runs, tmp_path, monkeypatch):
-    export(str(runs["flow_matching"]), tmp_path / "out")
-    drawing = Drawing(runs["flow_matching"])
-    theirs = drawing.theirs(tmp_path / "out", 3, monkeypatch)
-    assert_same_pictures(theirs, drawing.ours(3))
-
-
-@pytest.mark.parametrize("layout", ["t2i_distill", "safetensors"])
-def test_two_time_embedders_are_in_every_layout(runs, tmp_path, layout, monkeypatch):
-    export(str(runs["meanflow"]), tmp_path / "out", layout=layout)
-    drawing = Drawing(runs["meanflow"])
-    theirs = drawing.theirs(tmp_path / "out", 1, monkeypatch)
-    assert_same_pictures(theirs, drawing.ours(1))
 
 
 @pytest.mark.parametrize("name", ["scm", "meanflow"])
-def test_refitted_for_1000_t_it_draws_the_same(runs, tmp_path, name, monkeypatch):
-    export(str(runs[name]), tmp_path / "out", scale=1000.0)
-    drawing, steps = Drawing(runs[name]), {"scm": 2, "meanflow": 3}[name]
+def test_a_student_of_1000_w_is_one_of_w_at_round_scales(runs, tmp_path, name, monkeypatch):
+    export(str(runs[name]), tmp_path / "out", layout="t2i_distill")
+    drawing, steps = Drawing(runs[name]), {"scm": 2, "meanflow": 4}[name]
     theirs = drawing.theirs(tmp_path / "out", steps, monkeypatch)
     assert_same_pictures(theirs, drawing.ours(steps))
-    assert "TIME_SCALE = 1000.0" in programs(tmp_path / "out")[0]
     card = (tmp_path / "out/README.md").read_text()
-    assert float(re.search(r"differs by at most\s(\S+) of", card)[1]) < 1e-3
+    assert "guidance embedder: refitted for 1 w; it differs by at most" in card
+    assert "at multiples of 0.5, which are the scales to draw with, and by up to" in card
 
 
-def test_diffusers_own_pipeline_draws_our_pictures(runs, tmp_path, monkeypatch):
-    export(str(runs["scm"]), tmp_path / "out", scale=1000.0)
-    drawing = Drawing(runs["scm"])
-    examples = {"sequence": drawing.text.sequence, "pooled": drawing.text.pooled}
-    save_file(
-        {k: np.asarray(x) for k, x in examples.items()}, tmp_path / "out/examples.safetensors"
-    )
-    # The pipeline packs 2x2 patches itself.
-    latents = as_torch(drawing.noise).reshape(2, 4, 4, 16, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    latents = latents.reshape(2, 16, 8, 8)
-    monkeypatch.setattr(flux_pipeline, "randn_tensor", lambda *_, **__: latents)
-    counter = iter(range(2))
-    same = lambda shape, **_: drawing.fresh(next(counter), shape)  # noqa: E731
-    monkeypatch.setattr(euler, "randn_tensor", same)
-    program = programs(tmp_path / "out")[1]
-    assert "guidance_scale=3.0," in program and "num_inference_steps=2," in program
-    pictures = run_program(tmp_path / "out", 1)["pictures"]
-    assert_same_pictures(np.stack([np.asarray(x) for x in pictures]), drawing.ours(2))
+def test_two_time_embedders_can_be_refitted(runs, tmp_path, monkeypatch):
+    export(str(runs["meanflow"]), tmp_path / "out", layout="safetensors", scale=1000.0)
+    drawing = Drawing(runs["meanflow"])
+    theirs = drawing.theirs(tmp_path / "out", 4, monkeypatch)
+    assert_same_pictures(theirs, drawing.ours(4))
+    card = (tmp_path / "out/README.md").read_text()
+    assert "TIME_SCALE = 1000.0" in card
+    assert card.count("embedder: refitted for 1000 t; it differs by at most") == 2
 
 
 def test_the_program_writes_pictures_of_the_captions(runs, tmp_path):
-    export(str(runs["scm"]), tmp_path / "out")
+    export(str(runs["scm"]), tmp_path / "out", layout="safetensors")
     run_program(tmp_path / "out", name="__main__")
     assert len(list((tmp_path / "out").glob("*.png"))) == 8
 
@@ -155,11 +155,13 @@ def test_the_card_says_how_to_draw(runs, tmp_path):
     for line in (
         "method: scm",
         "steps: 2",
-        "guidance: 3.0, embedded",
-        "time: the network embeds 1 t",
+        "guidance: 3.0, embedded: the network embeds 1000 w",
+        "time: the network embeds 1000 t, as diffusers has it",
+        "type: float32",
+        "time embedder: refitted for 1000 t; it differs by at most",
+        "score by steps: 0.500 in 2",
     ):
         assert f"- {line}" in card
-    assert "--time_scale=1000" in card and "score by steps: 0.500 in 2" in card
     assert set(METHODS) == set(build.OBJECTIVES)
 
 

@@ -15,7 +15,7 @@ from jax_distill.interop.autoencoder_keys import AUTOENCODER_KEYS
 from jax_distill.interop.clip_keys import clip_keys
 from jax_distill.interop.key_table import KeyTable
 from jax_distill.interop.parts import Part
-from jax_distill.interop.safetensors_files import read_folder
+from jax_distill.interop.safetensors_files import read_file, read_folder, read_metadata
 from jax_distill.interop.t5_keys import EMBEDDING_NAMES, t5_keys
 from jax_distill.interop.tensors import Tensors
 from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
@@ -33,6 +33,8 @@ SUBFOLDERS = {
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 SCHEDULER = "scheduler"
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+OWN_EMBEDDERS = "own_embedders.safetensors"  # of a network that was refitted for stock diffusers
+FLOW_MAP_CLASS = "FlowMapTransformer2DModel"  # of exported networks with two time embedders
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -91,9 +93,16 @@ def check_variant(where: Path, folders: Sequence[Path], variant: str) -> None:
 
 
 def transformer(folder: Path, variant: str = variants.PLAIN) -> Part:
-    """FLUX's transformer, or a student's with the second time embedder."""
+    """FLUX's transformer, or a student's with the second time embedder, embedders as they were."""
     values = _config(folder)
     tensors = read_folder(folder, DIFFUSERS_STEM, variant)
+    if values.get("_class_name") == FLOW_MAP_CLASS:
+        values["_class_name"] = flux_config.CLASS
+    own = folder / OWN_EMBEDDERS
+    if own.exists():
+        tensors |= read_file(own)
+        metadata = read_metadata(own)
+        values |= {name: metadata[name] for name in flux_config.OWN_KEYS if name in metadata}
     return transformer_part(str(folder), values, tensors)
 
 

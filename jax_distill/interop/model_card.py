@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_distill.interop import flux_config, snippets
+from jax_distill.interop.time_scale import RANGES, Refitted
 
 METHODS: Mapping[str, str] = {
     "flow_matching": "A teacher, made by flow matching",
@@ -15,13 +16,8 @@ METHODS: Mapping[str, str] = {
     "meanflow": "A student by MeanFlow (arXiv:2505.13447)",
     "imm": "A student by IMM (inductive moment matching, arXiv:2503.07565)",
 }
-_SCHEDULERS = {
-    "scm": "SCMScheduler",
-    "meanflow": "FlowMapEulerDiscreteScheduler",
-    "imm": "FlowMapEulerDiscreteScheduler",
-}
 _FILES = {
-    "diffusers": "`transformer/` loads with diffusers' `FluxTransformer2DModel.from_pretrained`",
+    "diffusers": "The folder loads with diffusers' `DiffusionPipeline.from_pretrained`",
     "t2i_distill": '`model.pt` is `{"module": state_dict}`, as T2I-Distill has it',
     "safetensors": "`model.safetensors` has the transformer under diffusers' names",
     "lora": "`pytorch_lora_weights.safetensors` has adapters for diffusers' `load_lora_weights`",
@@ -55,9 +51,10 @@ class Card:
       name: of the run.
       method: one of `METHODS`.
       layout: "diffusers", "t2i_distill", "safetensors" or "lora".
+      dtype: of the network's tensors, in words.
       time_scale, guidance_factor: what the exported network multiplies t and the guidance scale
         with before it embeds them.
-      residual: of the refitted time embedders; None when they are as they were.
+      refits: the embedders that are no longer as they were, by name.
       guidance: scale to draw with.
       guidance_embeds: whether the network takes the scale as an input.
       interval_embeds: whether it has the second time embedder.
@@ -66,13 +63,13 @@ class Card:
       patch: pixels that a token spans along each axis.
       channels: of a token.
       time_shift: mu of the schedule at this resolution.
-      sampler: what the method's objective says of its sampler: sCM's data_scale and middle_angle,
-        IMM's time_max and sampler.
+      sampler: what the method's objective says of its sampler: sCM's middle_angle, IMM's time_max
+        and sampler.
       captions: whose embeddings are in examples.safetensors; none where there are text encoders.
       text_length: of T5's sequences.
       has_autoencoder: whether it is exported too.
       has_text: whether the text encoders are.
-      scheduler: the config of a teacher's own.
+      scheduler: the config of one that diffusers has, where `time_shift` is not the method's own.
       scores: of the run's evaluation, by steps.
       base: what the adapters of the layout "lora" are beside.
       assumed: sentences about what nothing told of a ported network.
@@ -81,9 +78,10 @@ class Card:
     name: str
     method: str
     layout: str
+    dtype: str
     time_scale: float
     guidance_factor: float
-    residual: float | None
+    refits: Mapping[str, Refitted]
     guidance: float
     guidance_embeds: bool
     interval_embeds: bool
@@ -104,50 +102,87 @@ class Card:
 
 
 def scheduler_config(card: Card) -> dict[str, Any]:
-    """The scheduler_config.json that fits the method, of a class that diffusers has."""
-    if card.method not in _SCHEDULERS and card.scheduler is not None:
+    """The scheduler_config.json of the schedule that stock `FluxPipeline` is to walk.
+
+    In linear coordinates a restart from predicted data, sCM's step, is the Euler scheduler's with
+    stochastic sampling. sCM's middle angle is where its shift moves 1/2 to, so that one and two
+    steps are those of sCM.
+    """
+    if card.method not in ("scm", "imm") and card.scheduler is not None:
         return dict(card.scheduler)
-    kind = _SCHEDULERS.get(card.method, "FlowMatchEulerDiscreteScheduler")
-    config: dict[str, Any] = {"_class_name": kind, "num_train_timesteps": 1000}
+    config = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": _shift(card),
+    }
+    return config | ({"stochastic_sampling": True} if _restarts(card) else {})
+
+
+def _shift(card: Card) -> float:
+    """Of the scheduler, s in t' = s t / (1 + (s - 1) t)."""
     if card.method == "scm":
-        return config | {"prediction_type": "trigflow", "sigma_data": card.sampler["data_scale"]}
-    # IMM's times do not begin at 1: the program makes them itself.
-    return config | {"shift": 1.0 if card.method == "imm" else math.exp(card.time_shift)}
+        return math.tan(card.sampler["middle_angle"])
+    return math.exp(card.time_shift)
+
+
+def _restarts(card: Card) -> bool:
+    """Whether each step goes to data, and from there back with fresh noise."""
+    return card.method == "scm" or card.sampler.get("sampler") == "restart"
 
 
 def program(card: Card) -> str:
     """Python that draws with the exported files, to be run beside them."""
-    head, load = snippets.HEAD, []
+    return _pipeline_program(card) if card.layout == "diffusers" else _own_program(card)
+
+
+def _pipeline_program(card: Card) -> str:
+    """Draws with diffusers' pipeline as it is, or with the one that the folder has."""
+    pipelines, options, head = "DiffusionPipeline", "", ""
+    prompt = snippets.PROMPT
+    if card.captions:
+        head, options = snippets.PARTS_EXAMPLES, ", **parts"
+        prompt = snippets.PROMPT_GUIDED if _guided(card) else snippets.PROMPT_EXAMPLES
+    elif not card.has_text:
+        pipelines, options = "DiffusionPipeline, FluxPipeline", ", **parts"
+        head = snippets.PARTS_TEACHER
+    if card.interval_embeds:
+        options += ", trust_remote_code=True"
+    # Parts of several types, as transformers reads them, do not go together.
+    narrow = card.dtype.startswith("bfloat16") and (card.interval_embeds or not card.refits)
+    dtype = "bfloat16" if narrow else "float32"
+    text = snippets.PIPELINE.lstrip("\n")
+    for name, piece in (("head", head), ("prompt", prompt)):
+        text = text.replace(f"${name}", piece)
+    return _filled(text, card, pipelines=pipelines, options=options, dtype=dtype)
+
+
+def _guided(card: Card) -> bool:
+    """Whether it is a plain teacher that an empty caption guides."""
+    return card.method == "flow_matching" and not card.guidance_embeds and bool(card.captions)
+
+
+def _own_program(card: Card) -> str:
+    """Makes the network, whatever it embeds, and walks the schedule."""
+    head, load = snippets.HEAD, [snippets.STATE[card.layout]]
     if card.interval_embeds:
         head = head.replace("from safetensors", snippets.IMPORT_EMBEDDING + "from safetensors")
-        load = [snippets.STATE[card.layout], snippets.SECOND, snippets.FROM_STATE]
-        load += [snippets.ADAPTERS] if card.base else []
+        load += [snippets.SECOND]
+    load += [snippets.FROM_STATE]
+    load += [snippets.ADAPTERS] if card.base else []
+    if card.interval_embeds:
         load += [snippets.TWO_TIMES, snippets.USE_TWO_TIMES]
-    elif card.base:
-        load = [snippets.STATE[card.layout], snippets.FROM_STATE, snippets.ADAPTERS]
-    elif card.layout == "diffusers":
-        load = [snippets.FROM_PRETRAINED]
-    else:
-        load = [snippets.STATE[card.layout], snippets.FROM_STATE]
-    if card.method == "imm" and card.sampler["sampler"] == "restart":
-        draw = snippets.DRAW_IMM_RESTART
-    else:
-        draw = {
-            "scm": snippets.DRAW_SCM,
-            "meanflow": snippets.DRAW_MEANFLOW,
-            "imm": snippets.DRAW_IMM,
-        }.get(card.method, snippets.DRAW_TEACHER)
-    # A plain teacher is guided by an empty caption, where one is at hand.
-    guided = card.method == "flow_matching" and not card.guidance_embeds and card.captions
+    schedules = {"scm": snippets.SCM_SCHEDULE, "imm": snippets.IMM_SCHEDULE}
+    interval = snippets.INTERVAL if card.interval_embeds else ""
+    draw = snippets.DRAW.replace("$schedule", schedules.get(card.method, ""))
     pieces = [
         head,
         *load,
         snippets.REST,
         *([snippets.EXAMPLES] if card.captions else []),
         snippets.NETWORK,
-        snippets.GUIDED if guided else snippets.PLAIN,
+        snippets.GUIDED if _guided(card) else snippets.PLAIN,
         snippets.DECODE,
-        draw,
+        draw.replace("$interval", interval),
         snippets.DRAW_EXAMPLES if card.captions else snippets.DRAW_PROMPT,
     ]
     embeds = "None"
@@ -158,7 +193,8 @@ def program(card: Card) -> str:
     text = _joined(pieces)
     if "load_file(" not in text:
         text = text.replace("from safetensors.torch import load_file\n", "")
-    return _filled(text, card, guidance_input=embeds)
+    length = "t" if _restarts(card) else "t - s"
+    return _filled(text, card, guidance_input=embeds, length=length)
 
 
 def _joined(pieces: Sequence[str]) -> str:
@@ -185,9 +221,7 @@ def _filled(text: str, card: Card, **more: str) -> str:
         guidance=card.guidance,
         steps=card.steps,
         mu=card.time_shift,
-        shift=math.exp(card.time_shift),
-        scheduler=scheduler_config(card)["_class_name"],
-        middle=card.sampler.get("middle_angle"),
+        shift=_shift(card),
         time_max=card.sampler.get("time_max"),
         text_length=card.text_length,
         folder="." if card.has_text else TEACHER,
@@ -199,20 +233,21 @@ def _filled(text: str, card: Card, **more: str) -> str:
 
 def _schedule(card: Card) -> str:
     """The times of the sampler, in words."""
-    shifted = f"t' = e^mu / (e^mu + 1/t - 1) with mu = {card.time_shift:.4g}"
     if card.method == "scm":
-        middle = f"pi/2, {card.sampler['middle_angle']} and 0 at two steps"
-        return f"TrigFlow's angles: {middle}, otherwise even from pi/2 to 0; fresh noise each step"
+        angle = card.sampler["middle_angle"]
+        return (
+            f"TrigFlow's angles pi/2, {angle} and 0 at two steps, otherwise even from pi/2 to 0;"
+            " fresh noise each step"
+        )
+    shifted = f"shifted: t' = e^mu / (e^mu + 1/t - 1) with mu = {card.time_shift:.4g}"
     if card.method == "imm":
-        time_max = card.sampler["time_max"]
-        return f"{time_max} times even times from 1 to 0, shifted: {shifted}"
-    return f"even times from 1 to 0, shifted: {shifted}"
+        return f"{card.sampler['time_max']} times even times from 1 to 0, {shifted}"
+    dynamic = scheduler_config(card).get("use_dynamic_shifting", False)
+    return f"even times from 1 to 0, {shifted}" + (" at this resolution" if dynamic else "")
 
 
 def text(card: Card) -> str:
     """The README.md of the exported folder."""
-    python = "```python\n{}```\n"
-    scheduler = scheduler_config(card)["_class_name"]
     lines = [
         f"# {card.name}",
         "",
@@ -220,19 +255,16 @@ def text(card: Card) -> str:
         "",
         f"- method: {card.method}",
         f"- steps: {card.steps}",
-        f"- schedule: {_schedule(card)}; diffusers' `{scheduler}` in `scheduler/`",
+        f"- schedule: {_schedule(card)}",
         f"- guidance: {card.guidance}" + _embedded_guidance(card),
         f"- resolution: {card.resolution[0]} x {card.resolution[1]}",
         f"- time: the network embeds {card.time_scale:g} t" + _stock(card),
+        f"- type: {card.dtype}",
+        *(_refitted(name, refit, card) for name, refit in card.refits.items()),
     ]
     lines += [f"- assumed, for its source did not say: {words}" for words in card.assumed]
     if card.base is not None:
         lines += _beside(card.base)
-    if card.residual is not None:
-        lines.append(
-            f"- time embedder: refitted for {card.time_scale:g} t; the embedding differs by at most"
-            f" {card.residual:.1e} of its root mean square"
-        )
     if card.scores:
         scores = ", ".join(f"{score:.3f} in {steps}" for steps, score in card.scores.items())
         lines.append(f"- score by steps: {scores}")
@@ -244,13 +276,77 @@ def text(card: Card) -> str:
     if f'"{TEACHER}"' in code:
         teacher = card.base.where if card.base else "the diffusers folder of the teacher"
         lines += [f'Where it says "{TEACHER}", put {teacher}.', ""]
-    lines.append(python.format(code))
-    whole = card.layout == "diffusers" and (card.captions or card.has_text)
-    whole = whole or (card.base is not None and card.base.same_inputs and not card.captions)
-    if card.method == "scm" and card.time_scale == 1000 and whole:
+    lines.append(_python(code))
+    if card.layout == "diffusers":
+        lines += _of_pipelines(card)
+    elif card.base is not None and _stock_adapters(card):
         lines += ["## Drawing, with diffusers' pipeline as it is", ""]
-        lines.append(python.format(pipeline_program(card)))
+        lines.append(_python(_filled(snippets.PIPELINE_ADAPTERS.lstrip("\n"), card)))
     return "\n".join(lines)
+
+
+def _python(code: str) -> str:
+    return f"```python\n{code}```\n"
+
+
+def _stock_adapters(card: Card) -> bool:
+    """Whether the teacher's own pipeline can draw with the adapters."""
+    return card.base.same_inputs and not card.captions and not card.interval_embeds
+
+
+def _of_pipelines(card: Card) -> list[str]:
+    """What a reader must know of the folder's pipeline."""
+    lines = []
+    if card.interval_embeds:
+        lines += [
+            "The network has a second time embedder, of the length of a step, which diffusers'"
+            " class does not have: `flow_map_pipeline.py` and `transformer/flow_map_transformer.py`"
+            " do it, and `trust_remote_code=True` runs them. diffusers' own"
+            " `FluxTransformer2DModel.from_pretrained` would leave that embedder out, and draw"
+            " something else. With `dtype=torch.bfloat16` time, interval and guidance are still"
+            " embedded in float32.",
+            "",
+        ]
+    if card.method == "scm":
+        lines += [
+            "The scheduler's shift gives the schedule at one and two steps; at four add"
+            f" `sigmas={_four_sigmas(card)}`.",
+            "",
+        ]
+    if card.refits and not card.interval_embeds:
+        lines += [
+            "## In bfloat16",
+            "",
+            "`dtype=torch.bfloat16` narrows the refitted embedders, too: at FLUX's width that takes"
+            " 0.17 of what tells one time from another, and computing in it 0.38. This keeps them"
+            " in float32; give what it makes to `DiffusionPipeline.from_pretrained` as"
+            " `transformer=transformer`, with the same `dtype`.",
+            "",
+            _python(snippets.BFLOAT16.lstrip("\n")),
+        ]
+    return lines
+
+
+def _four_sigmas(card: Card) -> list[float]:
+    """sCM's four angles, before the scheduler's shift."""
+    tangents = [math.tan(math.pi / 2 * (1 - step / 4)) for step in range(4)]
+    return [round(x / (x + _shift(card)), 6) for x in tangents]
+
+
+def _refitted(name: str, refit: Refitted, card: Card) -> str:
+    """What has become of an embedder."""
+    guidance = name == "guidance_embedder"
+    what = f"{card.guidance_factor:g} w" if guidance else f"{card.time_scale:g} t"
+    text = f"- {name.replace('_', ' ')}: refitted for {what}; it differs by at most"
+    text += f" {refit.residual:.1e} of its variation over [0, {RANGES[name]:g}]"
+    if refit.step:
+        text += (
+            f" at multiples of {refit.step:g}, which are the scales to draw with, and by up to"
+            f" {refit.between:.2g} times it in between"
+        )
+    if card.layout == "diffusers":
+        text += "; as it was, it is in `transformer/own_embedders.safetensors`"
+    return text
 
 
 def _embedded_guidance(card: Card) -> str:
@@ -280,19 +376,4 @@ def _beside(base: Base) -> list[str]:
 
 
 def _stock(card: Card) -> str:
-    if card.time_scale == 1000:
-        return ", as diffusers has it"
-    return "; diffusers' pipelines embed 1000 t: export with --time_scale=1000 for them"
-
-
-def pipeline_program(card: Card) -> str:
-    """Python that draws by sCM with diffusers' own `FluxPipeline`.
-
-    In linear coordinates sCM's step is that of the Euler scheduler with stochastic sampling.
-    """
-    angles = [math.pi / 2, card.sampler["middle_angle"]] if card.steps == 2 else None
-    angles = angles or [math.pi / 2 * (1 - step / card.steps) for step in range(card.steps)]
-    times = [min(1.0, math.sin(a) / (math.sin(a) + math.cos(a))) for a in angles]
-    prompt = snippets.PIPELINE_EXAMPLES if card.captions else snippets.PIPELINE_PROMPT
-    prompt = snippets.PIPELINE_ADAPTERS if card.base else prompt
-    return _filled(prompt.lstrip("\n"), card, sigmas=str(times))
+    return ", as diffusers has it" if card.time_scale == flux_config.TIME_SCALE else ""

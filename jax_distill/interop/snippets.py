@@ -1,13 +1,14 @@
-"""The program of a model card: it draws with exported weights, and needs torch and diffusers alone.
+"""The programs of a model card: they draw with exported weights, with torch and diffusers alone.
 
-Pieces of Python text; `$names` stand for values of the card.
+Pieces of Python text; `$names` stand for values of the card. Folders of diffusers are for its own
+pipelines; for single files and adapters a program makes the network and walks the schedule.
 """
 
 HEAD = """
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel, $scheduler
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.image_processor import VaeImageProcessor
 from safetensors.torch import load_file
 
@@ -16,17 +17,9 @@ ROWS, COLUMNS, CHANNELS = $rows, $columns, $channels  # tokens of a picture, $pa
 TIME_SCALE = $time_scale  # the network embeds TIME_SCALE t; diffusers' multiplies by 1000
 """
 
-FROM_PRETRAINED = """
-transformer = FluxTransformer2DModel.from_pretrained(FOLDER / "transformer")
-"""
-
 IMPORT_EMBEDDING = "from diffusers.models.embeddings import TimestepEmbedding\n"
 
 STATE = {
-    "diffusers": """
-files = sorted((FOLDER / "transformer").glob("*.safetensors"))
-state = {name: x for file in files for name, x in load_file(file).items()}
-""",
     "t2i_distill": """
 state = torch.load(FOLDER / "model.pt", weights_only=True)["module"]
 """,
@@ -79,7 +72,7 @@ transformer.time_text_embed = TwoTimes(transformer.time_text_embed, second)
 
 REST = """
 vae = AutoencoderKL.from_pretrained($vae)
-scheduler = $scheduler.from_pretrained(FOLDER / "scheduler")
+scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(FOLDER / "scheduler")
 axes = torch.zeros(1), torch.arange(0.0, ROWS), torch.arange(0.0, COLUMNS)
 places = torch.cartesian_prod(*axes)
 """
@@ -120,66 +113,30 @@ def velocity(x, t, sequence, pooled, guidance):
     return empty + guidance * (network(x, t, sequence, pooled, guidance) - empty)
 '''
 
-DRAW_TEACHER = """
+DRAW = """
 @torch.no_grad()
-def draw(noise, sequence, pooled, steps=$steps, guidance=$guidance):
-    scheduler.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], mu=$mu)
+def draw(noise, sequence, pooled, steps=$steps, guidance=$guidance, generator=None):
+    sigmas = [1 - i / steps for i in range(steps)]$schedule
+    scheduler.set_timesteps(sigmas=sigmas, mu=$mu)
     x = noise
-    for t, timestep in zip(scheduler.sigmas, scheduler.timesteps):
+    for t, s, timestep in zip(scheduler.sigmas, scheduler.sigmas[1:], scheduler.timesteps):$interval
         v = velocity(x, t, sequence, pooled, guidance)
-        x = scheduler.step(v, timestep, x, return_dict=False)[0]
+        x = scheduler.step(v, timestep, x, generator=generator, return_dict=False)[0]
     return decode(x)
 """
 
-DRAW_SCM = """
-@torch.no_grad()
-def draw(noise, sequence, pooled, steps=$steps, guidance=$guidance, generator=None):
-    middle = $middle if steps == 2 else None
-    scheduler.set_timesteps(steps, max_timesteps=torch.pi / 2, intermediate_timesteps=middle)
-    scale = scheduler.config.sigma_data
-    y = scale * noise
-    for angle in scheduler.timesteps[:-1]:
-        # TrigFlow's point and output from those of the linear path.
-        cos, sin = angle.cos(), angle.sin()
-        t, x = (sin / (sin + cos)).clamp(max=1), y / scale / (sin + cos)
-        v = velocity(x, t, sequence, pooled, guidance)
-        output = ((1 - 2 * t) * x + (1 - 2 * t + 2 * t**2) * v) * (sin + cos)
-        output = scale * output
-        y, data = scheduler.step(output, angle, y, generator=generator, return_dict=False)
-    return decode(data / scale)
-"""
+SCM_SCHEDULE = """
+    if steps > 2:  # even angles of TrigFlow; the scheduler's shift is undone
+        tangents = torch.tan(torch.pi / 2 * torch.tensor(sigmas, dtype=torch.float64)).tolist()
+        sigmas = [x / (x + $shift) for x in tangents]"""
 
-_PUSH = """
-@torch.no_grad()
-def draw(noise, sequence, pooled, steps=$steps, guidance=$guidance):
-    {set_timesteps}
-    x = noise
-    for t, s, timestep in zip(scheduler.sigmas, scheduler.sigmas[1:], scheduler.timesteps):
-        transformer.time_text_embed.interval = float(t - s)
-        v = velocity(x, t, sequence, pooled, guidance)
-        x = scheduler.step(v, timestep, x, return_dict=False)[0]
-    return decode(x)
-"""
-DRAW_MEANFLOW = _PUSH.format(set_timesteps="scheduler.set_timesteps(steps)")
-_IMM_TIMES = """# From $time_max on: at 1 it was not trained.
-    uniform = [1 - i / steps for i in range(steps)]
-    times = [$time_max * $shift / ($shift + 1 / t - 1) for t in uniform]
-    scheduler.set_timesteps(sigmas=times)"""
-DRAW_IMM = _PUSH.format(set_timesteps=_IMM_TIMES)
+IMM_SCHEDULE = """
+    # From $time_max on, at 1 it was not trained; the scheduler's shift is undone.
+    times = [$time_max * $shift * u / (1 + ($shift - 1) * u) for u in sigmas]
+    sigmas = [t / ($shift - ($shift - 1) * t) for t in times]"""
 
-DRAW_IMM_RESTART = f"""
-@torch.no_grad()
-def draw(noise, sequence, pooled, steps=$steps, guidance=$guidance, generator=None):
-    {_IMM_TIMES}
-    x = noise
-    for t, s, timestep in zip(scheduler.sigmas, scheduler.sigmas[1:], scheduler.timesteps):
-        transformer.time_text_embed.interval = float(t)  # to data, and back to s
-        v = velocity(x, t, sequence, pooled, guidance)
-        data = scheduler.step(v, timestep, x, r_timestep=0.0, return_dict=False)[0]
-        fresh = torch.randn(x.shape, generator=generator)
-        x = scheduler.scale_noise(data, 1000 * s.reshape(1), fresh)
-    return decode(data)
-"""
+INTERVAL = """
+        transformer.time_text_embed.interval = float($length)"""
 
 EXAMPLES = """
 # What jax_distill's caption encoder makes of the captions above.
@@ -207,19 +164,67 @@ if __name__ == "__main__":
     draw(noise.to(sequence.dtype), sequence, pooled)[0].save("0.png")
 """
 
+PIPELINE = """
+import torch
+from diffusers import $pipelines
+$head
+pipe = DiffusionPipeline.from_pretrained("."$options, dtype=torch.$dtype)
+pictures = pipe(
+    $prompt,
+    num_inference_steps=$steps,
+    guidance_scale=$guidance,
+    height=$height,
+    width=$width,
+    generator=torch.Generator().manual_seed(0),
+).images
+"""
+
+PARTS_EXAMPLES = """from safetensors.torch import load_file
+
+parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+examples = load_file("examples.safetensors")
+"""
+
+PARTS_TEACHER = """
+parts = FluxPipeline.from_pretrained("$teacher", transformer=None, scheduler=None).components
+parts = {name: parts[name] for name in parts if name not in ("transformer", "scheduler")}
+"""
+
+PROMPT_EXAMPLES = """prompt_embeds=examples["sequence"],
+    pooled_prompt_embeds=examples["pooled"]"""
+
+PROMPT_GUIDED = """prompt_embeds=examples["sequence"],
+    pooled_prompt_embeds=examples["pooled"],
+    negative_prompt_embeds=examples["null_sequence"].expand_as(examples["sequence"]),
+    negative_pooled_prompt_embeds=examples["null_pooled"].expand_as(examples["pooled"]),
+    true_cfg_scale=$guidance"""
+
+PROMPT = """"a red circle above a blue square",
+    max_sequence_length=$text_length"""
+
+BFLOAT16 = """
+import torch
+from diffusers import FluxTransformer2DModel
+
+FluxTransformer2DModel._keep_in_fp32_modules = ["time_text_embed"]
+transformer = FluxTransformer2DModel.from_pretrained("transformer", dtype=torch.bfloat16)
+embed = transformer.time_text_embed
+embed.register_forward_pre_hook(lambda module, inputs: (*inputs[:-1], inputs[-1].float()))
+embed.register_forward_hook(lambda module, inputs, output: output.bfloat16())
+"""
+
 PIPELINE_ADAPTERS = """
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import load_file
 
-pipe = FluxPipeline.from_pretrained("$teacher")
-pipe.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+pipe = FluxPipeline.from_pretrained("$teacher", dtype=torch.float32)
+pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("scheduler")
 pipe.transformer.load_state_dict(load_file("embedders.safetensors"), strict=False)
 pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")  # needs peft
 pictures = pipe(
     "a red circle above a blue square",
     max_sequence_length=$text_length,
-    sigmas=$sigmas,
     num_inference_steps=$steps,
     guidance_scale=$guidance,
     height=$height,
@@ -227,37 +232,3 @@ pictures = pipe(
     generator=torch.Generator().manual_seed(0),
 ).images
 """
-
-_PIPELINE = """
-import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-{more}
-scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-pipe = FluxPipeline.from_pretrained(".", {parts}scheduler=scheduler)
-pictures = pipe(
-    {prompt},
-    sigmas=$sigmas,
-    num_inference_steps=$steps,
-    guidance_scale=$guidance,
-    height=$height,
-    width=$width,
-    generator=torch.Generator().manual_seed(0),
-).images
-"""
-
-PIPELINE_EXAMPLES = _PIPELINE.format(
-    more="""from safetensors.torch import load_file
-
-parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-examples = load_file("examples.safetensors")""",
-    parts="**dict.fromkeys(parts), ",
-    prompt="""prompt_embeds=examples["sequence"],
-    pooled_prompt_embeds=examples["pooled"]""",
-)
-
-PIPELINE_PROMPT = _PIPELINE.format(
-    more="",
-    parts="",
-    prompt="""\"a red circle above a blue square\",
-    max_sequence_length=$text_length""",
-)
