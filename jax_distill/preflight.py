@@ -97,7 +97,9 @@ def check_objective(config: ConfigDict) -> None:
         )
 
 
-def check_batches(config: ConfigDict, keys: Sequence[str], examples: int) -> None:
+def check_batches(
+    config: ConfigDict, keys: Sequence[str], examples: int, rows_per_example: int = 1
+) -> None:
     """Checks that batches divide among processes, micro-batches and devices, and can be filled."""
     mesh = parallel.make_mesh(config.mesh)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -112,7 +114,7 @@ def check_batches(config: ConfigDict, keys: Sequence[str], examples: int) -> Non
                 f" on {devices} device{'s' * (devices > 1)} (mesh.data x mesh.fsdp); make it a"
                 f" multiple of {config.accumulate * devices}" + f", or mesh.tensor {tensor}" * fits
             )
-        check_batch_size(size, examples, key)
+        check_batch_size(size, examples, key, rows_per_example)
 
 
 def teacher_config(config: ConfigDict) -> ConfigDict:
@@ -218,8 +220,9 @@ def check_data(config: ConfigDict) -> None:
             )
     world.check(records)
     examples = config.data.examples if records is None else len(records)
-    distils = config.objective.name not in FROM_SCRATCH
-    check_batches(config, ("batch_size", "rescale.batch_size")[: 1 + distils], examples)
+    check_batches(config, ("batch_size",), examples, build.objective(config).rows_per_example)
+    if config.objective.name not in FROM_SCRATCH:
+        check_batches(config, ("rescale.batch_size",), examples)
 
 
 def check_loss(config: ConfigDict, teacher: ConfigDict | None) -> None:

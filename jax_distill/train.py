@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jax_distill import parallel, processes, rounding
 from jax_distill.checkpoint import Checkpoints
-from jax_distill.data.pipeline import batches
+from jax_distill.data.pipeline import batches, example_of_row
 from jax_distill.objectives.objective import Batch, Objective
 from jax_distill.optimizer import learning_rate, make_optimizer, trained
 from jax_distill.progress import Report
@@ -204,7 +204,8 @@ def fit(
         Report(workdir, total, config.batch_size) as report,
     ):
         rows = parallel.local_rows(config.batch_size, mesh)
-        iterator = batches(source, config.batch_size, config.seed, rows)
+        layout = example_of_row(config.batch_size, config.accumulate, objective.rows_per_example)
+        iterator = batches(source, config.batch_size, config.seed, rows, layout)
         found = checkpoints.restore_latest(with_shardings(abstract, shardings))
         if found is None:
             start, window = 0, {}

@@ -125,6 +125,7 @@ def one_sentence(error):
         ([TEACHER, "--config.mesh.fsdp=3"], "mesh.fsdp: 3 does not divide 1 device; make it 1$"),
         ([TEACHER, "--config.mesh.tensor=-1"], "mesh: only one of"),
         ([TEACHER, "--config.data.examples=5"], "batch_size: 128 is more than the 5 examples"),
+        ([IMM, "--config.data.examples=15"], "batch_size: 64 is more than 4 times the 15 examples"),
         ([TEACHER, "--config.data.text_length=2"], "data.text_length: caption .* the limit is 2"),
         ([SCM, "--config.data.text_length=3"], "data.text_length: 3 differs from the teacher's"),
         ([SCM, "--config.evaluation.prompts=7"], "evaluation.prompts: 7 is not a multiple of 6"),

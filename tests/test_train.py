@@ -238,6 +238,25 @@ def uninterrupted(tmp_path_factory):
     return workdir
 
 
+class Pairs(Regression):
+    """Of examples that have two rows each, which it compares."""
+
+    rows_per_example = 2
+
+    def loss(self, params, frozen, batch, draws, step):
+        loss, metrics = super().loss(params, frozen, batch, draws, step)
+        apart = jnp.max(jnp.abs(batch.x[::2] - batch.x[1::2]))
+        alike = jnp.max(jnp.abs(draws.noise[::2] - draws.noise[1::2]))
+        return loss, {**metrics, "apart": apart, "noise_apart": alike}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_rows_of_one_example_meet_in_a_micro_batch(tmp_path, accumulate):
+    config = small_config(total_steps=6, accumulate=accumulate, batch_size=8)
+    train.fit(config, tmp_path, Pairs(), parameters(), frozen(), Source())
+    assert all(line["apart"] == 0 < line["noise_apart"] for line in logged(tmp_path))
+
+
 @pytest.mark.parametrize(
     "interruptions",
     [

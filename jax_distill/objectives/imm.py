@@ -90,7 +90,7 @@ class IMM:
     Attributes:
       network: the student, with a second time embedder.
       teacher: the velocity it learns from.
-      particles: M; divides a (micro-)batch. Of every M pictures of a batch the first is used.
+      particles: M; divides a (micro-)batch, of which M rows in turn are one picture.
       guidance_scales: the scales w that are drawn, uniformly, one a group.
       gap: k; r is (eta_max - eta_min) / 2^k before t in eta = t / (1 - t), or s if that is later.
       time_min, time_max: of t, uniform; sampling begins at time_max.
@@ -124,6 +124,10 @@ class IMM:
                 f"objective.time_max: {self.time_max} must be above time_min {self.time_min} and"
                 " below 1, where eta = t / (1 - t) is infinite"
             )
+
+    @property
+    def rows_per_example(self) -> int:
+        return self.particles
 
     def init(self, key: jax.Array, params: dict) -> dict:
         del key

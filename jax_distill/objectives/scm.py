@@ -98,6 +98,8 @@ class SCM:
       middle_angle: of the sampler's two-step schedule.
     """
 
+    rows_per_example = 1
+
     network: Network
     teacher: TeacherVelocity
     data_scale: float = 0.5
