@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from ml_collections import ConfigDict
 
 from jax_distill import (
@@ -28,6 +29,7 @@ from jax_distill.config import ConfigError, base, load
 from jax_distill.data.pipeline import check_batch_size
 from jax_distill.data.records import LatentRecords
 from jax_distill.models.autoencoder import AutoencoderConfig
+from jax_distill.objectives import imm
 from jax_distill.objectives.autoencoder import AutoencoderObjective
 from jax_distill.optimizer import make_optimizer
 
@@ -88,6 +90,13 @@ def check_objective(config: ConfigDict) -> None:
         raise ConfigError(
             "objective.discrete_warmup: finite intervals compare velocities that bfloat16 rounds to"
             " the same; set dtype=float32, or discrete_warmup=0 for the derivative"
+        )
+    if config.dtype == "bfloat16" and given.get("gap", 0) > imm.BFLOAT16_GAP:
+        logging.warning(
+            "objective.gap: %d sets the two groups so near each other that bfloat16 hides much of"
+            " their difference; set objective.gap=%d or less, or dtype=float32",
+            given["gap"],
+            imm.BFLOAT16_GAP,
         )
     untrained = 1 - given.get("omega", 1) - given.get("kappa", 0)
     if abs(untrained) > 1e-6 and given.get("drop_rate") == 0:
