@@ -38,11 +38,11 @@ MESH_AXES: Mapping[str | None, tuple[str, ...]] = {
 }
 BATCH = PartitionSpec(("data", "fsdp"))
 
-# Axes of activations, of what flows through the networks. Without a rule of its own, "tokens" is
-# not split: they meet in attention.
+# Axes of activations, of what flows through the networks, and of parts of kernels, by the names of
+# parameters' axes. Without a rule of its own, "tokens" is not split: they meet in attention.
 ACTIVATION_AXES: Mapping[str, tuple[str, ...]] = {
+    **{name: axes for name, axes in MESH_AXES.items() if name},
     "batch": ("data", "fsdp"),
-    "heads": ("tensor",),
     "tokens": (),
 }
 
