@@ -11,9 +11,8 @@ FLUX.1-lite-8B at 512 px on a pod; not run at that size yet. The presets `:lora`
 `:flux_lite_lora` train adapters, as those of configs/scm.py do.
 
 FLUX's presets compute in bfloat16, which does not tell groups as near as those of the paper's gap
-of 12: there the gradient's cosine with that in float32 was 0.83 to 0.86 on the embedded teacher
-after 60 to 150 steps, at the gap of 10 that they have 0.94 to 0.95, and 0.96 at most
-(`benchmarks/imm_gap.py`).
+of 12: with the embedded teacher, after 60 steps, the gradient's cosine with that in float32 was
+0.88 there, 0.96 at the gap of 10 that they have, and at most 0.98 (`benchmarks/imm_gap.py`).
 """
 
 from jax_distill.build import objective_settings

@@ -96,8 +96,8 @@ class IMM:
       guidance_scales: the scales w that are drawn, uniformly, one a group.
       gap: k; r is (eta_max - eta_min) / 2^k before t in eta = t / (1 - t), or s if that is later.
         At the paper's 12 the difference of a and b is near the rounding errors of bfloat16: after
-        60 steps of configs/imm.py the gradient's cosine with that in float32 was 0.83, and 0.91 at
-        11, 0.94 at 10, 0.96 to 0.97 up to 8 (`benchmarks/imm_gap.py`).
+        60 steps of configs/imm.py the gradient's cosine with that in float32 was 0.88, and 0.94 at
+        11, 0.96 at 10, 0.97 to 0.98 up to 9 (`benchmarks/imm_gap.py`).
       time_min, time_max: of t, uniform; sampling begins at time_max.
       data_std: s_x.
       weight_power, weight_offset: a and b of w(t).
