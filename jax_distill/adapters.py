@@ -55,6 +55,10 @@ class AdapterObjective:
     objective: Objective
     lora: lora.LoRA
 
+    @property
+    def rows_per_example(self) -> int:
+        return self.objective.rows_per_example
+
     def init(self, key: jax.Array, params: dict) -> dict:
         key_adapters, key_objective = jax.random.split(key)
         whole = self.objective.init(key_objective, params)

@@ -76,22 +76,40 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
         optimizer = rounding.in_bfloat16(optimizer)
     if not config.frozen:
         return optimizer
-    try:
-        frozen = re.compile(config.frozen)
-    except re.error as error:
-        raise ConfigError(f"optimizer.frozen: {config.frozen!r} is no pattern: {error}") from None
+    _frozen(config)  # is a pattern
 
     def labels(params):
-        def label(path, leaf):
-            name = "/".join(str(key.key) for key in path)
-            return "frozen" if frozen.search(name) else "trained"
-
-        found = jax.tree_util.tree_map_with_path(label, params)
-        if "frozen" not in jax.tree.leaves(found):
-            raise ConfigError(f"optimizer.frozen: {config.frozen!r} matches no parameter")
-        return found
+        names = {True: "trained", False: "frozen"}
+        return jax.tree.map(names.get, trained(config, params))
 
     return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+
+def trained(config: ConfigDict, params: dict) -> dict:
+    """Whether each parameter is trained, a tree of bools: `config.frozen` has no match in its path.
+
+    Raises:
+      ConfigError: no pattern, or it matches no parameter.
+    """
+    if not config.frozen:
+        return jax.tree.map(lambda _: True, params)
+    frozen = _frozen(config)
+
+    def is_trained(path, leaf):
+        del leaf
+        return not frozen.search("/".join(str(key.key) for key in path))
+
+    found = jax.tree_util.tree_map_with_path(is_trained, params)
+    if all(jax.tree.leaves(found)):
+        raise ConfigError(f"optimizer.frozen: {config.frozen!r} matches no parameter")
+    return found
+
+
+def _frozen(config: ConfigDict) -> re.Pattern:
+    try:
+        return re.compile(config.frozen)
+    except re.error as error:
+        raise ConfigError(f"optimizer.frozen: {config.frozen!r} is no pattern: {error}") from None
 
 
 def _matrices_of_blocks(params: dict) -> dict:

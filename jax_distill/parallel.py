@@ -16,23 +16,33 @@ from jax_distill.ops import placement
 AXES = ("data", "fsdp", "tensor")
 
 # Logical axes of a parameter by its path; the first pattern that matches decides. Leading layer
-# axes of stacked blocks are never split.
+# axes of stacked blocks are never split. An adapter's long axis is always split over `fsdp`, within
+# its kernel's part: what a layer gathers of it lies where the kernel does.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(query|key|value|mlp_in|modulation|linear_1)/kernel$", ("embed", "heads")),
     (r"(attention_out|mlp_out|out|linear_2)/kernel$", ("heads", "embed")),
     (r"/kernel$", ("embed", "heads")),
+    (r"(attention_out|mlp_out|out|linear_2)/lora_a$", ("long_heads", None)),
+    (r"(attention_out|mlp_out|out|linear_2)/lora_b$", (None, "embed")),
+    (r"/lora_a$", ("embed", None)),
+    (r"/lora_b$", (None, "long_heads")),
     (r"token_embedding$", ("embed",)),  # of the text encoders: (vocabulary, width)
     (r"", ()),
 )
 ALL_FSDP: Mapping[str, int] = {"data": 1, "fsdp": -1, "tensor": 1}  # for drawing, on any machine
-MESH_AXES: Mapping[str, str] = {"embed": "fsdp", "heads": "tensor"}
+MESH_AXES: Mapping[str | None, tuple[str, ...]] = {
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "long_heads": ("tensor", "fsdp"),
+    None: (),
+}
 BATCH = PartitionSpec(("data", "fsdp"))
 
-# Axes of activations, of what flows through the networks. Without a rule of its own, "tokens" is
-# not split: they meet in attention.
+# Axes of activations, of what flows through the networks, and of parts of kernels, by the names of
+# parameters' axes. Without a rule of its own, "tokens" is not split: they meet in attention.
 ACTIVATION_AXES: Mapping[str, tuple[str, ...]] = {
+    **{name: axes for name, axes in MESH_AXES.items() if name},
     "batch": ("data", "fsdp"),
-    "heads": ("tensor",),
     "tokens": (),
 }
 
@@ -122,11 +132,15 @@ def slice_shape(shape: Sequence[int], slices: int) -> tuple[int, ...]:
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Where a parameter lives: axes that the mesh does not divide are kept whole."""
     names = next(axes for pattern, axes in PARAMETER_AXES if re.search(pattern, path))
-    spec: list[str | None] = [None] * len(shape)
-    for offset, name in enumerate(reversed(names), start=1):
-        axis = MESH_AXES[name]
-        if len(shape) >= offset and shape[-offset] % mesh.shape[axis] == 0:
-            spec[-offset] = axis
+    spec: list[str | tuple[str, ...] | None] = [None] * len(shape)
+    for offset, (name, left) in enumerate(zip(reversed(names), reversed(shape)), start=1):
+        axes = []
+        for axis in MESH_AXES[name]:
+            if left % mesh.shape[axis] == 0:
+                axes.append(axis)
+                left //= mesh.shape[axis]
+        if axes:
+            spec[-offset] = axes[0] if len(axes) == 1 else tuple(axes)
     return PartitionSpec(*spec)
 
 
@@ -148,6 +162,7 @@ def shard_state(state: Any, mesh: Mesh) -> Any:
     def place(path, leaf):
         name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
         name = re.sub(r"/kernel(/(base|values|scale))+$", "/kernel", name)  # see models/lora.py
+        name = re.sub(r"/kernel(/lora_[ab])$", r"\1", name)
         return NamedSharding(mesh, parameter_spec(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, state)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from ml_collections import ConfigDict
 
 from jax_distill import (
@@ -28,6 +29,7 @@ from jax_distill.config import ConfigError, base, load
 from jax_distill.data.pipeline import check_batch_size
 from jax_distill.data.records import LatentRecords
 from jax_distill.models.autoencoder import AutoencoderConfig
+from jax_distill.objectives import imm
 from jax_distill.objectives.autoencoder import AutoencoderObjective
 from jax_distill.optimizer import make_optimizer
 from jax_distill.stages import FROM_SCRATCH
@@ -87,6 +89,13 @@ def check_objective(config: ConfigDict) -> None:
             "objective.discrete_warmup: finite intervals compare velocities that bfloat16 rounds to"
             " the same; set dtype=float32, or discrete_warmup=0 for the derivative"
         )
+    if config.dtype == "bfloat16" and given.get("gap", 0) > imm.BFLOAT16_GAP:
+        logging.warning(
+            "objective.gap: %d sets the two groups so near each other that bfloat16 hides much of"
+            " their difference; set objective.gap=%d or less, or dtype=float32",
+            given["gap"],
+            imm.BFLOAT16_GAP,
+        )
     untrained = 1 - given.get("omega", 1) - given.get("kappa", 0)
     if abs(untrained) > 1e-6 and given.get("drop_rate") == 0:
         raise ConfigError(
@@ -95,7 +104,9 @@ def check_objective(config: ConfigDict) -> None:
         )
 
 
-def check_batches(config: ConfigDict, keys: Sequence[str], examples: int) -> None:
+def check_batches(
+    config: ConfigDict, keys: Sequence[str], examples: int, rows_per_example: int = 1
+) -> None:
     """Checks that batches divide among processes, micro-batches and devices, and can be filled."""
     mesh = parallel.make_mesh(config.mesh)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -110,7 +121,7 @@ def check_batches(config: ConfigDict, keys: Sequence[str], examples: int) -> Non
                 f" on {devices} device{'s' * (devices > 1)} (mesh.data x mesh.fsdp); make it a"
                 f" multiple of {config.accumulate * devices}" + f", or mesh.tensor {tensor}" * fits
             )
-        check_batch_size(size, examples, key)
+        check_batch_size(size, examples, key, rows_per_example)
 
 
 def teacher_config(config: ConfigDict) -> ConfigDict:
@@ -216,8 +227,9 @@ def check_data(config: ConfigDict) -> None:
             )
     world.check(records)
     examples = config.data.examples if records is None else len(records)
-    distils = config.objective.name not in FROM_SCRATCH
-    check_batches(config, ("batch_size", "rescale.batch_size")[: 1 + distils], examples)
+    check_batches(config, ("batch_size",), examples, build.objective(config).rows_per_example)
+    if config.objective.name not in FROM_SCRATCH:
+        check_batches(config, ("rescale.batch_size",), examples)
 
 
 def check_loss(config: ConfigDict, teacher: ConfigDict | None) -> None:

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 
 from jax_distill import checkpoint, parallel, processes, rounding
 from jax_distill.checkpoint import Checkpoints
-from jax_distill.data.pipeline import batches
+from jax_distill.data.pipeline import batches, example_of_row
 from jax_distill.objectives.objective import Batch, Objective
-from jax_distill.optimizer import learning_rate, make_optimizer
+from jax_distill.optimizer import learning_rate, make_optimizer, trained
 from jax_distill.progress import Report
 
 INIT_STREAM = 2**32 - 1  # apart from the streams of the steps
@@ -60,24 +60,46 @@ def init_state(
     return TrainState(zero, params, average, optimizer.init(params), zero)
 
 
+def partition(tree: Any, chosen: Any) -> tuple[Any, Any]:
+    """The chosen leaves of a tree and the others: None, which is no leaf, in a leaf's place."""
+    return (
+        jax.tree.map(lambda leaf, is_chosen: leaf if is_chosen else None, tree, chosen),
+        jax.tree.map(lambda leaf, is_chosen: None if is_chosen else leaf, tree, chosen),
+    )
+
+
+def combine(chosen: Any, others: Any) -> Any:
+    """The tree that `partition` took apart."""
+
+    def is_none(leaf):
+        return leaf is None
+
+    return jax.tree.map(lambda a, b: b if a is None else a, chosen, others, is_leaf=is_none)
+
+
 def make_step(
     objective: Objective, optimizer: optax.GradientTransformation, config: ConfigDict
 ) -> Callable[[TrainState, dict, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The training step, (state, frozen, batch) -> (state, metrics), to be jitted.
 
     Its randomness is a function of (seed, step). A step whose loss or gradient is not finite
-    changes nothing but the counters.
+    changes nothing but the counters. The gradient is that of the trained parameters alone.
     """
 
     def step(state: TrainState, frozen: dict, batch: Batch):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         frozen = {**frozen, "average": state.ema}
+        is_trained = trained(config.optimizer, state.params)
+        learned, constant = partition(state.params, is_trained)
 
         def loss_and_gradient(batch, key):
             draws = objective.draw(key, batch)
-            (loss, metrics), gradient = jax.value_and_grad(objective.loss, has_aux=True)(
-                state.params, frozen, batch, draws, state.step
-            )
+
+            def loss_of(learned):
+                params = combine(learned, constant)
+                return objective.loss(params, frozen, batch, draws, state.step)
+
+            (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(learned)
             return {"loss": loss, **metrics}, gradient
 
         if config.accumulate == 1:
@@ -99,6 +121,7 @@ def make_step(
 
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        gradient = combine(gradient, jax.tree.map(jnp.zeros_like, constant))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
@@ -201,7 +224,8 @@ def fit(
         Report(workdir, total, config.batch_size) as report,
     ):
         rows = parallel.local_rows(config.batch_size, mesh)
-        iterator = batches(source, config.batch_size, config.seed, rows)
+        layout = example_of_row(config.batch_size, config.accumulate, objective.rows_per_example)
+        iterator = batches(source, config.batch_size, config.seed, rows, layout)
         found = checkpoints.restore_latest(with_shardings(abstract, shardings))
         if found is None:
             start, window = 0, {}

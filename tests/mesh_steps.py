@@ -1,8 +1,9 @@
 """One training step on meshes of eight virtual devices beside the step on one.
 
 `python tests/mesh_steps.py scm adamw 8x1x1,2x2x2` prints a JSON object of each mesh: how far the
-loss, the gradient's norm and the parameters are from those of one device, relatively, and which of
-the collectives gather a stack of layers. A mesh such as `1x4x2+tokens` splits tokens over `tensor`.
+loss, the gradient's norm and the parameters are from those of one device, relatively, which of the
+collectives gather a stack of layers, and the share of the state of adapters that a device holds. A
+mesh such as `1x4x2+tokens` splits tokens over `tensor`; `scm_lora` trains adapters.
 """
 
 import json
@@ -21,6 +22,7 @@ import numpy as np
 from tiny_runs import PAIR, STUDENT, random_parameters, settings
 
 from jax_distill import build, parallel, train
+from jax_distill.models import lora
 from jax_distill.objectives.objective import Batch
 from jax_distill.optimizer import make_optimizer
 
@@ -35,7 +37,9 @@ METHODS = {
     "scm": ({"name": "scm"}, STUDENT),
     "meanflow": ({"name": "meanflow"}, PAIR),
     "imm": ({"name": "imm", "particles": 2}, PAIR),
+    "scm_lora": ({"name": "scm"}, STUDENT),
 }
+RANK = 2  # of adapters
 ROWS = 8
 GATHER = re.compile(r"= (\(?[^=]*?) all-gather(?:-start)?\(")
 
@@ -49,6 +53,7 @@ def prepare(method: str, optimizer: str):
         config.batch_size, config.optimizer.name = ROWS, optimizer
         # Adam's first step is the gradient's sign, where that is no more than rounding too.
         config.optimizer.epsilon = 1e-4
+        config.lora.rank = RANK if method.endswith("_lora") else 0
     rng = np.random.default_rng(0)
     text = jax.tree.map(
         lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32),
@@ -60,14 +65,37 @@ def prepare(method: str, optimizer: str):
         config,
         build.objective(config, teacher),
         make_optimizer(config.optimizer, 10),
-        random_parameters(config),
+        student(config),
         frozen,
         Batch(x, text),
     )
 
 
+def student(config) -> dict:
+    """Random parameters, those of adapters too: none of them starts as zeros."""
+    params = random_parameters(config)
+    if not config.lora.rank:
+        return params
+    adapters = lora.LoRA(RANK, config.lora.alpha, config.lora.targets)
+    state = adapters.split(jax.random.key(0), params)
+    state = jax.tree.map(
+        lambda leaf: leaf + 0.1 * jnp.cos(jnp.arange(leaf.size)).reshape(leaf.shape), state
+    )
+    return adapters.attach(params, state)
+
+
+def held_share(state) -> float:
+    """The share of the adapters, their averages and moments that lies on the first device."""
+    whole = held = 0
+    for path, leaf in jax.tree.leaves_with_path(state):
+        if "lora_" in jax.tree_util.keystr(path):
+            whole += leaf.size
+            held += leaf.addressable_shards[0].data.size
+    return held / max(whole, 1)
+
+
 def take(sizes, split_tokens, config, objective, optimizer, params, frozen, batch):
-    """The state and the metrics after a step on a mesh, in host memory, and the program."""
+    """Parameters and metrics after a step on a mesh, the program, and `held_share` of the state."""
     devices = jax.devices()[: math.prod(sizes)]
     mesh = parallel.make_mesh(dict(zip(parallel.AXES, sizes)), devices)
     state = train.init_state(objective, optimizer, params, 0)
@@ -79,8 +107,10 @@ def take(sizes, split_tokens, config, objective, optimizer, params, frozen, batc
         config.mesh.split_tokens = split_tokens
     step = train.jit_step(objective, optimizer, config, places)
     program = step.lower(state, frozen, batch).compile({"xla_backend_optimization_level": 0})
-    state, metrics = jax.device_get(program(state, frozen, batch))
-    return state.params, metrics, program.as_text()
+    state, metrics = program(state, frozen, batch)
+    share = held_share(state)
+    state, metrics = jax.device_get((state, metrics))
+    return state.params, metrics, program.as_text(), share
 
 
 def gathered_stacks(program: str, params: dict) -> tuple[int, list[str]]:
@@ -95,11 +125,12 @@ def gathered_stacks(program: str, params: dict) -> tuple[int, list[str]]:
 
 def main(method: str, optimizer: str, meshes: str) -> None:
     prepared = prepare(method, optimizer)
-    expected, reference, _ = take((1, 1, 1), False, *prepared)
+    expected, reference, *_ = take((1, 1, 1), False, *prepared)
     report = {}
     for name in meshes.split(","):
         sizes, _, tokens = name.partition("+")
-        found, metrics, program = take(tuple(map(int, sizes.split("x"))), bool(tokens), *prepared)
+        sizes = tuple(map(int, sizes.split("x")))
+        found, metrics, program, share = take(sizes, bool(tokens), *prepared)
         gathers, whole = gathered_stacks(program, expected)
         leaves = zip(jax.tree.leaves(expected), jax.tree.leaves(found))
         report[name] = {
@@ -108,6 +139,7 @@ def main(method: str, optimizer: str, meshes: str) -> None:
             "gradient_norm": abs(float(metrics["gradient_norm"] / reference["gradient_norm"]) - 1),
             "gathers": gathers,
             "whole": whole,
+            "adapters_held": share,
         }
         print(name, report[name], file=sys.stderr, flush=True)
     print(json.dumps(report))

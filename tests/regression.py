@@ -21,6 +21,8 @@ class Draws(NamedTuple):
 class Regression:
     """mean |x W + b - noise_scale noise|^2; infinite at the steps in frozen["bad"]."""
 
+    rows_per_example = 1
+
     noise_scale: float = 1.0
 
     def init(self, key, params):

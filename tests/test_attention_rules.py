@@ -217,7 +217,7 @@ def test_under_shard_map(implementation):
 
 def test_the_mesh_axes_are_those_of_parallel():
     assert attention_lowering.MESH_AXES["b"] == parallel.BATCH[0]
-    assert attention_lowering.MESH_AXES["h"] == (parallel.MESH_AXES["heads"],)
+    assert attention_lowering.MESH_AXES["h"] == parallel.MESH_AXES["heads"]
 
 
 def test_flops():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from jax_distill import commands, experiment, main, train
+from jax_distill import commands, experiment, main, preflight, train
 from jax_distill.data import records
 
 ROOT = Path(__file__).parents[1]
@@ -125,6 +126,7 @@ def one_sentence(error):
         ([TEACHER, "--config.mesh.fsdp=3"], "mesh.fsdp: 3 does not divide 1 device; make it 1$"),
         ([TEACHER, "--config.mesh.tensor=-1"], "mesh: only one of"),
         ([TEACHER, "--config.data.examples=5"], "batch_size: 128 is more than the 5 examples"),
+        ([IMM, "--config.data.examples=15"], "batch_size: 64 is more than 4 times the 15 examples"),
         ([TEACHER, "--config.data.text_length=2"], "data.text_length: caption .* the limit is 2"),
         ([SCM, "--config.data.text_length=3"], "data.text_length: 3 differs from the teacher's"),
         ([SCM, "--config.evaluation.prompts=7"], "evaluation.prompts: 7 is not a multiple of 6"),
@@ -144,6 +146,30 @@ def one_sentence(error):
 def test_what_is_wrong_is_said_in_one_sentence(run, arguments, expected):
     error = run(*arguments)
     assert one_sentence(error) and re.search(expected, error), error
+
+
+@pytest.mark.parametrize(
+    ("preset", "dtype", "gap", "warned"),
+    [
+        ("", "float32", 12, False),
+        ("", "bfloat16", 12, True),
+        ("", "bfloat16", 10, False),
+        ("flux_lite", "bfloat16", None, False),
+        ("flux_lite", "float32", 12, False),
+        ("flux_lite_lora", "bfloat16", None, False),
+        ("flux_lite_lora", "bfloat16", 11, True),
+    ],
+)
+def test_a_gap_that_bfloat16_does_not_see_is_warned_of(preset, dtype, gap, warned, monkeypatch):
+    found = []
+    monkeypatch.setattr(preflight.logging, "warning", lambda text, *args: found.append(text % args))
+    config = runpy.run_path(f"{ROOT}/configs/imm.py")["get_config"](preset)
+    config.dtype = dtype
+    if gap is not None:
+        config.objective.gap = gap
+    preflight.check_objective(config)
+    assert len(found) == warned
+    assert all(f"objective.gap: {gap} " in text and "gap=10 or less" in text for text in found)
 
 
 @pytest.mark.parametrize(

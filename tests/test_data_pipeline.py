@@ -5,7 +5,7 @@ import pytest
 
 from jax_distill.data import pipeline, records, shapes
 from jax_distill.data.captions import CaptionEncoder
-from jax_distill.data.pipeline import CaptionedLatents, Pictures, batches
+from jax_distill.data.pipeline import CaptionedLatents, Pictures, batches, example_of_row
 from jax_distill.objectives.objective import Batch
 
 
@@ -18,6 +18,18 @@ class Numbers:
 
     def __getitem__(self, index):
         return Batch(np.float32(index))
+
+
+class Watched(Numbers):
+    """Notes what is read."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(int(index))
+        return super().__getitem__(index)
 
 
 def take(iterator, count):
@@ -66,21 +78,65 @@ def test_processes_read_the_rows_of_one_stream(shares):
 
 
 def test_no_row_of_another_process_is_read():
-    read = []
-
-    class Watched(Numbers):
-        def __getitem__(self, index):
-            read.append(int(index))
-            return super().__getitem__(index)
-
+    source = Watched(24)
     whole = take(batches(Numbers(24), 6, seed=0), 4)  # an epoch
-    take(batches(Watched(24), 6, seed=0, rows=[4, 5]), 4)
-    assert set(read[:8]) == set(whole[:, 4:].ravel())
+    take(batches(source, 6, seed=0, rows=[4, 5]), 4)
+    assert set(source.read[:8]) == set(whole[:, 4:].ravel())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+@pytest.mark.parametrize("rows_per_example", [1, 2, 4])
+def test_rows_of_one_example_are_neighbours_in_its_micro_batch(accumulate, rows_per_example):
+    layout = example_of_row(24, accumulate, rows_per_example)
+    micro = layout.reshape(-1, accumulate).T  # as the training step takes them
+    groups = micro.reshape(accumulate, -1, rows_per_example)
+    assert (groups == groups[..., :1]).all()
+    assert sorted(groups[..., 0].ravel()) == list(range(24 // rows_per_example))
+
+
+LAYOUT = example_of_row(12, 2, 3)
+
+
+def test_an_example_of_several_rows_is_read_once_and_once_an_epoch():
+    source = Watched(20)
+    found = take(batches(source, 12, seed=0, layout=LAYOUT), 10)  # of four examples: two epochs
+    firsts = [np.flatnonzero(LAYOUT == example)[0] for example in range(4)]
+    np.testing.assert_array_equal(found, found[:, firsts][:, LAYOUT])
+    order = found[:, firsts].reshape(2, 20)
+    assert all(set(epoch) == set(range(20)) for epoch in order)
+    np.testing.assert_array_equal(source.read[:40], order.ravel())
+    # The same as of a batch of four, each of whose examples has one row.
+    np.testing.assert_array_equal(order.reshape(10, 4), take(batches(Numbers(20), 4, seed=0), 10))
+
+
+def test_a_stream_of_several_rows_goes_on_from_its_saved_position():
+    whole = take(batches(Numbers(20), 12, seed=0, layout=LAYOUT), 12)
+    iterator = batches(Numbers(20), 12, seed=0, layout=LAYOUT)
+    take(iterator, 7)
+    restored = batches(Numbers(20), 12, seed=0, layout=LAYOUT)
+    restored.set_state(iterator.get_state())
+    np.testing.assert_array_equal(take(restored, 5), whole[7:])
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [2, 3, 4], [5, 6, 7, 8, 9, 10, 11]])
+def test_a_process_reads_the_examples_that_its_rows_are_of(rows):
+    """Groups may lie on two processes: then both read their example."""
+    whole = take(batches(Numbers(20), 12, seed=0, layout=LAYOUT), 5)
+    source = Watched(20)
+    part = batches(source, 12, seed=0, rows=rows, layout=LAYOUT)
+    np.testing.assert_array_equal(take(part, 5), whole[:, rows])
+    needed = len(set(LAYOUT[rows]))
+    read = np.reshape(source.read[: 5 * needed], (5, needed))
+    for batch, expected in zip(read, whole[:, rows]):
+        assert sorted(batch) == sorted(set(expected))
 
 
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="batch_size: 9 is more than the 8 examples there are"):
         batches(Numbers(8), 9, seed=0)
+    with pytest.raises(ValueError, match="batch_size: 12 is more than 3 times the 3 examples"):
+        batches(Numbers(3), 12, seed=0, layout=LAYOUT)
+    assert take(batches(Numbers(4), 12, seed=0, layout=LAYOUT), 1).size == 12
     with pytest.raises(ValueError, match="rescale.batch_size: 9 is more than"):
         pipeline.check_batch_size(9, 8, "rescale.batch_size")
 

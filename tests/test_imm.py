@@ -9,6 +9,7 @@ import pytest
 from smooth import SHAPE, TEXT, smooth_network, smooth_params
 
 from jax_distill import flow
+from jax_distill.data import pipeline
 from jax_distill.flow import GaussianOracle
 from jax_distill.objectives import teacher
 from jax_distill.objectives.imm import IMM, laplace_kernel, moment_weight
@@ -211,6 +212,23 @@ def test_particles_of_a_group_share_times_guidance_and_picture():
     other = batch._replace(x=batch.x.at[1::2].add(1.0))  # pictures that are not used
     a, _ = objective.groups(params, FROZEN, batch, draws)
     np.testing.assert_array_equal(a, objective.groups(params, FROZEN, other, draws)[0])
+
+
+def test_pictures_come_as_often_as_there_are_particles():
+    """Of what the loader makes for it, IMM uses all."""
+    x = batch_for().x
+    for particles, accumulate in ((2, 1), (2, 2), (4, 2)):
+        objective = imm(particles=particles)
+        layout = pipeline.example_of_row(8, accumulate, objective.rows_per_example)
+        used = [layout[turn::accumulate][::particles] for turn in range(accumulate)]
+        assert sorted(np.concatenate(used)) == list(range(8 // particles))
+    batch = Batch(x[layout], jax.tree.map(lambda leaf: leaf[layout], TEXT))
+    micro = jax.tree.map(lambda leaf: leaf[1::2], batch)
+    draws, params = objective.draw(jax.random.key(0), micro), {"network": smooth_params()}
+    a, b = objective.groups(params, FROZEN, micro, draws)
+    single = Batch(jnp.repeat(x[1:2], 4, 0), jax.tree.map(lambda t: jnp.repeat(t[1:2], 4, 0), TEXT))
+    for found, expected in zip((a, b), objective.groups(params, FROZEN, single, draws)):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_r_is_a_constant_step_in_eta_before_t():

@@ -102,6 +102,31 @@ def test_every_objective_trains_the_adapters_and_what_it_has_besides(method):
     assert flat(arguments[0]["network"]).keys() == flat(state_of(settings)).keys()
 
 
+@pytest.mark.parametrize("kind", ["plain", "quantized", "adapted", "adapted_quantized"])
+def test_a_product_of_parts_is_that_of_the_parts_side_by_side(kind):
+    """And so are its derivatives by the parts."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    kernel = normal(9, 6)
+    if "quantized" in kind:
+        kernel = lora.quantize(kernel)
+    if "adapted" in kind:
+        kernel = lora.Adapted(kernel, normal(9, 2), normal(2, 6), 0.5)
+    parts = normal(2, 5, 3), normal(2, 5, 4), normal(2, 5, 2)
+
+    def whole(*parts):
+        inputs = jnp.concatenate(parts, -1)
+        return lora.dot_general(inputs, kernel, (((2,), (0,)), ((), ())))
+
+    def in_parts(*parts):
+        return lora.dot_side_by_side(parts, kernel)
+
+    (expected, expected_d), (found, found_d) = (
+        jax.jvp(function, parts, parts[:2] + (parts[2] * 2,)) for function in (whole, in_parts)
+    )
+    assert_close((found, found_d), (expected, expected_d), 1e-5)
+
+
 def test_loss_and_gradient_are_those_of_merged_kernels():
     """Through the jvp of sCM."""
     settings = student("scm")

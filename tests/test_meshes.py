@@ -16,7 +16,8 @@ from mesh_steps import gathered_stacks
 
 ROOT = Path(__file__).parents[1]
 MESHES = ("2x2x2", "8x1x1", "1x8x1", "1x4x2", "1x4x2+tokens")
-METHODS = (("scm", "adamw"), ("meanflow", "adamw"), ("imm", "adamw"), ("scm", "muon"))
+METHODS = tuple((name, "adamw") for name in ("scm", "meanflow", "imm", "scm_lora"))
+METHODS += (("scm", "muon"),)
 # Orthogonalisation makes rounding errors a hundred times larger, and takes matrices whole.
 MUON = 2e-4
 ALL = "JAX_DISTILL_SLOW_TESTS" in os.environ
@@ -45,6 +46,9 @@ def test_a_step_is_that_of_one_device(method, optimizer):
         assert found["parameters"] <= (MUON if optimizer == "muon" else 1e-5), (mesh, found)
         assert not found["whole"] or optimizer == "muon", (mesh, found)
         assert found["gathers"] or mesh == "8x1x1"  # parts of parameters are, where they are split
+        if method == "scm_lora":  # over fsdp all of it, over tensor what is on the kernel's side
+            fsdp = int(mesh.split("x")[1])
+            assert found["adapters_held"] <= 1 / fsdp, (mesh, found)
 
 
 @pytest.mark.parametrize(

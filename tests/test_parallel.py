@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import textwrap
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 from regression import Regression, Source, frozen, parameters, small_config
+from tiny_runs import STUDENT, settings
 
-from jax_distill import checkpoint, preflight, train
+from jax_distill import build, checkpoint, preflight, train
 from jax_distill.config import ConfigError
+from jax_distill.models import lora
 from jax_distill.ops.placement import constrain
 from jax_distill.parallel import (
     AXES,
@@ -40,6 +43,15 @@ MESH = AbstractMesh((2, 4, 2), AXES)
         ("params/network/single_blocks/mlp_in/kernel", (6, 32, 64), (None, "f", "t")),
         ("params/network/single_blocks/out/kernel", (6, 64, 32), (None, "t", "f")),
         ("params/network/image_in/kernel", (32, 64), ("f", "t")),
+        # An adapter's long axis is split over fsdp, and over tensor where its kernel's is; no rank.
+        ("params/network/single_blocks/mlp_in/lora_a", (6, 32, 8), (None, "f", None)),
+        ("params/network/single_blocks/mlp_in/lora_b", (6, 8, 64), (None, None, "tf")),
+        ("params/network/single_blocks/out/lora_a", (6, 64, 8), (None, "tf", None)),
+        ("params/network/single_blocks/out/lora_b", (6, 8, 32), (None, None, "f")),
+        ("params/network/single_blocks/out/lora_a", (6, 12, 8), (None, "t", None)),
+        ("params/network/single_blocks/out/lora_a", (6, 20, 8), (None, "t", None)),
+        ("params/network/single_blocks/out/lora_a", (6, 9, 8), (None, None, None)),
+        ("ema/network/image_in/lora_b", (8, 64), (None, "tf")),
         # Vectors and scalars are kept whole, and so are axes that the mesh does not divide.
         ("params/network/image_in/bias", (64,), (None,)),
         ("params/network/single_blocks/heads/query_norm/scale", (6, 64), (None, None)),
@@ -52,11 +64,44 @@ MESH = AbstractMesh((2, 4, 2), AXES)
     ],
 )
 def test_a_parameter_lives_where_its_path_says(path, shape, expected):
-    names = {"f": "fsdp", "t": "tensor", None: None}
+    names = {"f": "fsdp", "t": "tensor", "tf": ("tensor", "fsdp"), None: None}
     spec = parameter_spec(path, shape, MESH)
     assert tuple(spec) == tuple(names[axis] for axis in expected)
     for size, axis in zip(shape, spec):
-        assert axis is None or size % MESH.shape[axis] == 0
+        axes = (axis,) if isinstance(axis, str) else axis or ()
+        assert size % math.prod(MESH.shape[axis] for axis in axes) == 0
+
+
+def test_the_state_of_adapters_is_divided_among_devices():
+    """Parameters, averages and moments: no device has more than its share, but for embedders."""
+    config = settings({"name": "scm"}, **STUDENT)
+    config.unlock()
+    config.lora.rank, config.optimizer.frozen = 4, "embedder|logvar"
+    teacher = settings({"name": "time_rescale"}, **STUDENT)
+    objective = build.objective(config, teacher)
+    optimizer = train.make_optimizer(config.optimizer, 10)
+
+    def create():
+        return train.init_state(objective, optimizer, build.initial_parameters(config), 0)
+
+    state = jax.eval_shape(create)
+    for sizes, parts in (((1, 8, 1), 8), ((2, 4, 1), 4), ((2, 2, 2), 2)):
+        places = shard_state(state, AbstractMesh(sizes, AXES))
+        whole = held = 0
+        for (path, leaf), place in zip(jax.tree.leaves_with_path(state), jax.tree.leaves(places)):
+            if "lora_" in jax.tree_util.keystr(path):
+                whole += leaf.size
+                held += math.prod(place.shard_shape(leaf.shape))
+        assert whole > 4 * 4000 and held * parts <= whole
+
+
+def test_an_adapter_in_the_place_of_a_kernel_lies_as_it_does_in_the_state():
+    a, b = np.zeros((6, 64, 8)), np.zeros((6, 8, 32))
+    kernel = lora.Adapted(np.zeros((6, 64, 32)), a, b, 1.0)
+    place = shard_state({"out": {"kernel": kernel}}, MESH)["out"]["kernel"]
+    beside = shard_state({"out": {"lora_a": a, "lora_b": b}}, MESH)["out"]
+    assert (place.lora_a, place.lora_b) == (beside["lora_a"], beside["lora_b"])
+    assert place.base.spec == PartitionSpec(None, "tensor", "fsdp")
 
 
 def test_the_state_is_sharded_by_the_paths_of_its_leaves():

@@ -169,33 +169,84 @@ def test_rcm_warmup_joins_scm_at_full_weight():
     np.testing.assert_allclose(moved, pull * tangent(plain, 0), rtol=1e-3, atol=1e-4)
 
 
-def test_samples_with_a_nonfinite_tangent_are_dropped_and_counted():
+def overflowing_network() -> Network:
+    """Infinite where x or pooled is large, not a number where the sequence is."""
+
+    def velocity(params, x, t, text=None, guidance=None, interval=None):
+        scale = params["gain"] * jnp.exp(params["gain"] * text.pooled.mean(1))
+        time = flow.per_sample(t, x)
+        out = jnp.exp(x @ params["mix"]) * jnp.cos(3 * time) * flow.per_sample(scale, x)
+        return out + flow.per_sample(
+            jnp.sin(jnp.exp(params["gain"] * text.sequence.max((1, 2)))), x
+        )
+
+    def embedding(params, t, text=None, guidance=None):
+        return jnp.stack([t, t**2, jnp.exp(params["gain"] * text.pooled.mean(1))], -1)
+
+    return Network(velocity, embedding)
+
+
+def spoilt(batch: Batch, row: int, where: str, value: float) -> Batch:
+    leaves = {"x": batch.x, **batch.text._asdict()}
+    if where in leaves:
+        leaves[where] = leaves[where].at[row].set(value)
+    x = leaves.pop("x")
+    return Batch(x, Text(**leaves))
+
+
+@pytest.mark.parametrize("weighting", ["learned", "sum"])
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [("x", 1e3), ("sequence", 1e3), ("pooled", 1e3), ("x", np.nan), ("teacher", np.nan)]
+    + [("teacher", np.inf), ("teacher", 1e30)],
+)
+def test_a_dropped_sample_leaves_no_trace_in_loss_and_gradient(where, value, weighting):
+    """Whether student or teacher is not finite there: all is as of the batch without it."""
+    params, draws, step = smooth_params(), draws_for(), jnp.asarray(4000)
+    row, rest = 2, jnp.asarray([0, 1, 3, 4, 5])
+    batch = spoilt(batch_for(), row, where, value)
+
+    def gradient(spoil, batch, draws):
+        def velocity(frozen, x, t, text, guidance):
+            return jnp.where(flow.per_sample(spoil, x), value, x)
+
+        objective = SCM(overflowing_network(), velocity, weighting=weighting, drop_nonfinite=True)
+        function = jax.value_and_grad(objective.loss, has_aux=True)
+        return function(params, {}, batch, draws, step)
+
+    spoil = jnp.arange(SHAPE[0]) == (row if where == "teacher" else -1)
+    (loss, metrics), found = gradient(spoil, batch, draws)
+    alone = jax.tree.map(lambda leaf: leaf[rest], (spoil, batch, draws))
+    (expected_loss, expected_metrics), expected = gradient(*alone)
+    assert metrics["dropped_samples"] == 1 and expected_metrics["dropped_samples"] == 0
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["tangent_norm"], expected_metrics["tangent_norm"], rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.isfinite(b).all()
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max())
+
+
+def test_where_nothing_is_dropped_the_option_changes_nothing():
     params, batch, draws = smooth_params(), batch_for(), draws_for()
     frozen = {"teacher": smooth_params()["network"]}
-    broken = SCM(
-        smooth_network(),
-        lambda frozen, x, t, text, w: jnp.where(
-            flow.per_sample(jnp.arange(SHAPE[0]) == 2, x), jnp.nan, x
-        ),
-        drop_nonfinite=True,
+    (loss, _), gradient = jax.value_and_grad(scm(smooth_network()).loss, has_aux=True)(
+        params, frozen, batch, draws, jnp.asarray(4000)
     )
-    healthy = dataclasses.replace(broken, teacher=lambda frozen, x, t, text, w: x)
-    step = jnp.asarray(4000)
-    (loss, metrics), gradient = jax.value_and_grad(broken.loss, has_aux=True)(
-        params, frozen, batch, draws, step
+    (dropping, _), same = jax.value_and_grad(
+        scm(smooth_network(), drop_nonfinite=True).loss, has_aux=True
+    )(params, frozen, batch, draws, jnp.asarray(4000))
+    np.testing.assert_allclose(dropping, loss, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(gradient), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("drop", [True, False])
+def test_the_loss_tells_where_no_sample_is_left_or_none_may_be_dropped(drop):
+    objective = SCM(
+        smooth_network(), lambda frozen, x, t, text, w: x * jnp.nan, drop_nonfinite=drop
     )
-    assert metrics["dropped_samples"] == 1
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-    rest = jnp.asarray([0, 1, 3, 4, 5])
-    pick = lambda tree: jax.tree.map(lambda leaf: leaf[rest], tree)  # noqa: E731
-    alone, _ = healthy.loss(params, frozen, pick(batch), pick(draws), step)
-    np.testing.assert_allclose(loss, alone, rtol=1e-6)
-    # Without the option, or where none is left, the loss tells.
-    plain = dataclasses.replace(broken, drop_nonfinite=False)
-    last = jax.tree.map(lambda leaf: leaf[2:3], (batch, draws))
-    lone = dataclasses.replace(broken, teacher=lambda frozen, x, t, text, w: x * jnp.nan)
-    for objective, data in ((plain, (batch, draws)), (lone, last)):
-        assert jnp.isnan(objective.loss(params, frozen, *data, step)[0])
+    loss, metrics = objective.loss(smooth_params(), {}, batch_for(), draws_for(), jnp.asarray(0))
+    assert jnp.isnan(loss) and metrics["dropped_samples"] == (SHAPE[0] if drop else 0)
 
 
 @pytest.mark.parametrize("field", ["warmup", "weighting"])

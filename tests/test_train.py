@@ -19,6 +19,7 @@ from regression import SHAPE, Regression, Source, frozen, parameters, small_conf
 
 from jax_distill import train
 from jax_distill.checkpoint import Checkpoints
+from jax_distill.flops import count_flops
 from jax_distill.objectives.objective import Batch
 from jax_distill.optimizer import make_optimizer
 
@@ -40,6 +41,14 @@ def compiled_once(tmp_path_factory):
 def batch_of(seed, size=4):
     x = np.random.default_rng(seed).standard_normal((size, *SHAPE)).astype(np.float32)
     return Batch(jnp.asarray(x))
+
+
+class UnboundedInBias(Regression):
+    """The same loss, with a gradient by the bias that is infinite."""
+
+    def loss(self, params, frozen, batch, draws, step):
+        loss, metrics = super().loss(params, frozen, batch, draws, step)
+        return loss + jnp.sum(jnp.sqrt(params["network"]["bias"])), metrics
 
 
 SGD = optax.sgd(1.0)
@@ -132,6 +141,53 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states[4]))
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_frozen_parameters_count_neither_in_the_norm_nor_in_the_finite_check(accumulate):
+    """All else is as with the gradient of all parameters, whose frozen part the optimizer drops."""
+    config = small_config(optimizer__frozen="kernel|bias", accumulate=accumulate)
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    objective, batch = UnboundedInBias(), batch_of(0)
+    state = train.init_state(objective, optimizer, parameters(), seed=0)
+    step = jax.jit(train.make_step(objective, optimizer, config))
+
+    @jax.jit
+    def gradient(params, index):
+        key = jax.random.fold_in(jax.random.key(config.seed), index)
+        keys = [key] if accumulate == 1 else jax.random.split(key, accumulate)
+        total = jax.tree.map(jnp.zeros_like, params)
+        for turn, key in enumerate(keys):
+            part = Batch(batch.x[turn::accumulate])
+            draws = objective.draw(key, part)
+            new = jax.grad(objective.loss, has_aux=True)(params, frozen(), part, draws, index)[0]
+            total = jax.tree.map(jnp.add, total, new)
+        return jax.tree.map(lambda leaf: leaf / accumulate, total)
+
+    params, opt_state = state.params, state.opt_state
+    for index in range(4):
+        whole = gradient(params, index)
+        assert not np.isfinite(whole["network"]["bias"]).all()
+        updates, opt_state = optimizer.update(whole, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        state, metrics = step(state, frozen(), batch)
+        np.testing.assert_allclose(
+            metrics["gradient_norm"], jnp.linalg.norm(whole["head"]), rtol=1e-5
+        )
+    assert int(state.skipped) == 0 and same(state.params["network"], parameters())
+    np.testing.assert_allclose(state.params["head"], params["head"], rtol=1e-6)
+    assert not same(state.params["head"], objective.init(jax.random.key(0), {})["head"])
+
+
+def test_no_gradient_of_a_frozen_parameter_is_made():
+    def flops(pattern):
+        config = small_config(optimizer__frozen=pattern)
+        optimizer = make_optimizer(config.optimizer, config.total_steps)
+        state = train.init_state(NOISY, optimizer, parameters(), seed=0)
+        return count_flops(train.make_step(NOISY, optimizer, config), state, frozen(), batch_of(0))
+
+    product = 2 * 4 * SHAPE[0] * 8 * 8  # of the batch and the kernel's gradient
+    assert flops("bias") - flops("kernel") >= product
+
+
 # The loop.
 
 
@@ -180,6 +236,25 @@ def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted")
     fit(workdir)
     return workdir
+
+
+class Pairs(Regression):
+    """Of examples that have two rows each, which it compares."""
+
+    rows_per_example = 2
+
+    def loss(self, params, frozen, batch, draws, step):
+        loss, metrics = super().loss(params, frozen, batch, draws, step)
+        apart = jnp.max(jnp.abs(batch.x[::2] - batch.x[1::2]))
+        alike = jnp.max(jnp.abs(draws.noise[::2] - draws.noise[1::2]))
+        return loss, {**metrics, "apart": apart, "noise_apart": alike}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_rows_of_one_example_meet_in_a_micro_batch(tmp_path, accumulate):
+    config = small_config(total_steps=6, accumulate=accumulate, batch_size=8)
+    train.fit(config, tmp_path, Pairs(), parameters(), frozen(), Source())
+    assert all(line["apart"] == 0 < line["noise_apart"] for line in logged(tmp_path))
 
 
 @pytest.mark.parametrize(

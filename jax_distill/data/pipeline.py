@@ -67,40 +67,61 @@ class EmbeddedLatents:
         return [record.caption for record in records], text
 
 
+def example_of_row(batch_size: int, accumulate: int, rows_per_example: int) -> np.ndarray:
+    """Which example of a batch each of its rows holds, (batch_size,) from 0 on.
+
+    Of a micro-batch, every `accumulate`-th row as `train.make_step` takes them, `rows_per_example`
+    rows in turn hold the same one; micro-batches hold different ones.
+    """
+    rows = np.arange(batch_size)
+    return rows // (accumulate * rows_per_example) * accumulate + rows % accumulate
+
+
 def batches(
-    source, batch_size: int, seed: int, rows: Sequence[int] | None = None
+    source,
+    batch_size: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
+    layout: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
     """An endless stream of shuffled batches whose position can be saved and restored.
 
-    Position and order depend on (source, batch size, seed) alone; how many processes read, and
-    which rows, makes no difference to either.
+    Position and order depend on (source, examples in a batch, seed) alone; how many processes read,
+    and which rows, makes no difference to either.
 
     Args:
       source: random-access, of `Batch` without the leading axis.
       batch_size: of all processes together.
       seed: of the shuffle, which differs from epoch to epoch.
       rows: those of each batch that are read here, see `parallel.local_rows`; all by default.
+      layout: which example each row of a batch holds, see `example_of_row`; by default each its
+        own. An example is read once, by the processes that have rows of it.
 
     Raises:
       ValueError: see `check_batch_size`.
     """
-    check_batch_size(batch_size, len(source))
-    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    layout = np.arange(batch_size) if layout is None else np.asarray(layout)
+    count = int(layout.max()) + 1
+    check_batch_size(batch_size, len(source), rows_per_example=batch_size // count)
+    held, places = np.unique(layout if rows is None else layout[rows], return_inverse=True)
     indices = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
 
     def read(batch: np.ndarray) -> Batch:
-        examples = [source[index] for index in batch[rows]]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *examples)
+        examples = [source[index] for index in batch[held]]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *[examples[i] for i in places])
 
-    dataset = indices.batch(batch_size, drop_remainder=True).map(read)
+    dataset = indices.batch(count, drop_remainder=True).map(read)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(dataset.to_iter_dataset(options))
 
 
-def check_batch_size(batch_size: int, examples: int, key: str = "batch_size") -> None:
+def check_batch_size(
+    batch_size: int, examples: int, key: str = "batch_size", rows_per_example: int = 1
+) -> None:
     """Raises ValueError if a batch is larger than the data."""
-    if batch_size > examples:
+    if batch_size > rows_per_example * examples:
+        times = f"{rows_per_example} times " * (rows_per_example > 1)
         raise ValueError(
-            f"{key}: {batch_size} is more than the {examples} examples there are; lower it or raise"
-            " data.examples"
+            f"{key}: {batch_size} is more than {times}the {examples} examples there are; lower it"
+            " or raise data.examples"
         )

@@ -14,14 +14,17 @@ Source: Hu et al., arXiv:2106.09685; int8 by channel, as in Dettmers et al., arX
 
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from flax.nnx.nn import dtypes
+
+from jax_distill.ops.placement import constrain
 
 EMBEDDERS = ("time_embedder", "guidance_embedder", "interval_embedder")
 """What a student has of its own: kept whole beside the adapters, whether it is trained or not."""
@@ -109,6 +112,32 @@ def dot_general(inputs: jax.Array, kernel: Kernel, *args: Any, **settings: Any) 
         product = multiply(inputs, kernel.values.astype(inputs.dtype), *args)
         return (product * kernel.scale[..., 0, :]).astype(product.dtype)
     return multiply(inputs, kernel, *args)
+
+
+def dot_side_by_side(
+    parts: Sequence[jax.Array], kernel: Kernel, places: tuple = ("heads", "embed"), **settings: Any
+) -> jax.Array:
+    """The product of inputs, their channels in parts (.., C_i), and a kernel (in, out) of any kind.
+
+    To put the parts side by side, where channels are split over devices, would move nearly all of
+    them. So each is multiplied with its rows of the kernel: they are less, and these are moved to
+    where they are needed, to `places`, see `ops.placement`.
+    """
+    side = functools.partial(dot_side_by_side, parts, **settings)
+    contracted = (((parts[0].ndim - 1,), (0,)), ((), ()))
+    if isinstance(kernel, Adapted):
+        thin = side(kernel.lora_a, ("long_heads", None))
+        beside = jax.lax.dot_general(thin, kernel.scale * kernel.lora_b, contracted, **settings)
+        return side(kernel.base) + beside
+    if isinstance(kernel, Quantized):
+        product = side(kernel.values.astype(parts[0].dtype))
+        return (product * kernel.scale[..., 0, :]).astype(product.dtype)
+    ends = itertools.accumulate(part.shape[-1] for part in parts)
+    rows = jnp.split(kernel, list(ends)[:-1])
+    return sum(
+        jax.lax.dot_general(part, constrain(own, *places), contracted, **settings)
+        for part, own in zip(parts, rows, strict=True)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

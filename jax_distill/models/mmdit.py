@@ -285,6 +285,15 @@ class DoubleBlock(nnx.Module):
         return image, text
 
 
+def side_by_side(linear: nnx.Linear, *parts: jax.Array) -> jax.Array:
+    """A layer's output for parts (.., C_i) of its inputs, without putting them side by side."""
+    first, kernel, bias = linear.promote_dtype(
+        (parts[0], linear.kernel[...], linear.bias[...]), dtype=linear.dtype
+    )
+    parts = [part.astype(first.dtype) for part in parts]
+    return lora.dot_side_by_side(parts, kernel, precision=linear.precision) + bias
+
+
 class SingleBlock(nnx.Module):
     """Both modalities in one sequence; attention and MLP side by side, one output projection."""
 
@@ -301,7 +310,7 @@ class SingleBlock(nnx.Module):
         normalised = modulate(x, shift, scale)
         attended = attend(*self.heads(normalised), rotary, self.attention)
         hidden = constrain(gelu(self.mlp_in(normalised)), "batch", None, "heads")
-        return placed(x + gate[:, None] * self.out(jnp.concatenate([attended, hidden], axis=-1)))
+        return placed(x + gate[:, None] * side_by_side(self.out, attended, hidden))
 
 
 class MMDiT(nnx.Module):

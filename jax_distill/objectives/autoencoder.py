@@ -35,6 +35,8 @@ class AutoencoderObjective:
       l1_weight: weight of the mean absolute error.
     """
 
+    rows_per_example = 1
+
     encode: Callable
     decode: Callable
     latent_shape: tuple[int, int, int]

@@ -36,6 +36,8 @@ class FlowMatching:
       time_shift: mu of the sampling schedule (`flow.shift_time`); None: the world's, or uniform.
     """
 
+    rows_per_example = 1
+
     network: Network
     guided: Callable[[Network], TeacherVelocity]
     time_mean: float = 0.0

@@ -87,6 +87,8 @@ class MeanFlow:
       time_shift: mu of the sampling schedule; None: the world's, or FLUX's for so many tokens.
     """
 
+    rows_per_example = 1
+
     network: Network
     teacher: TeacherVelocity
     time_mean: float = -0.4

@@ -22,7 +22,14 @@ class Batch(NamedTuple):
 
 
 class Objective(Protocol):
-    """A distillation method, or any other training objective, as pure functions."""
+    """A distillation method, or any other training objective, as pure functions.
+
+    Attributes:
+      rows_per_example: how many rows of a (micro-)batch in turn are one example, each with draws of
+        its own; the loader reads it once.
+    """
+
+    rows_per_example: int
 
     def init(self, key: jax.Array, params: dict) -> dict:
         """The tree that is trained, {"network": params} and what else the method trains."""

@@ -5,7 +5,9 @@ arXiv:2512.13006, whose loss this is; the options marked rCM are those of arXiv:
 """
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,31 @@ class Tangent(NamedTuple):
     tangent: jax.Array  # (B, N, C): g, before normalisation, no gradient
 
 
+def trig_output(
+    velocity: Callable[[jax.Array, jax.Array], jax.Array], z: jax.Array, angle: jax.Array
+) -> jax.Array:
+    """TrigFlow's F of a velocity function (x_t, t), at z = y / s_d (B, N, C) and angle (B,)."""
+    t, x_t = trig_to_linear_time(angle), trig_to_linear(z, angle, 1.0)
+    return trig_velocity(x_t, t, velocity(x_t, t))
+
+
+def first_kept_for_dropped(tree: Any, kept: jax.Array) -> Any:
+    """Arrays with the first kept sample in the place of each that is not; zeros if none is.
+
+    Args:
+      tree: arrays (B, ...).
+      kept: (B,) bool.
+    """
+    first = kept & (jnp.cumsum(kept) == 1)
+
+    def replace(leaf):
+        # As a sum, one sample is all that devices send each other.
+        sample = jnp.sum(jnp.where(per_sample(first, leaf), leaf, 0), axis=0, dtype=leaf.dtype)
+        return jnp.where(per_sample(kept, leaf), leaf, sample)
+
+    return jax.tree.map(replace, tree)
+
+
 @dataclasses.dataclass(frozen=True)
 class SCM:
     """Continuous-time consistency distillation.
@@ -65,9 +92,13 @@ class SCM:
       normalize_tangent: False leaves g as it is.
       tangent_constant: c.
       weighting: "learned", as above, or "sum" (rCM): 100 times the sum of squares over a sample.
-      drop_nonfinite: samples whose tangent is not finite are left out of the loss and counted.
+      drop_nonfinite: samples whose output or tangent is not finite are left out of the loss, of its
+        gradient too, and counted; where none is left, the loss is not a number. It costs one more
+        forward of the student: the output is made again without them, to be differentiated.
       middle_angle: of the sampler's two-step schedule.
     """
+
+    rows_per_example = 1
 
     network: Network
     teacher: TeacherVelocity
@@ -103,6 +134,21 @@ class SCM:
             jax.random.choice(key_guidance, scales, count),
         )
 
+    def point(self, batch: Batch, draws: SCMDraws) -> jax.Array:
+        """y, (B, N, C)."""
+        angle = per_sample(draws.angle, batch.x)
+        return self.data_scale * (jnp.cos(angle) * batch.x + jnp.sin(angle) * draws.noise)
+
+    def student(
+        self, params: dict, batch: Batch, draws: SCMDraws
+    ) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """F of the student as a function of (y / s_d, a)."""
+
+        def velocity(x, t):
+            return self.network.velocity(params["network"], x, t, batch.text, draws.guidance)
+
+        return functools.partial(trig_output, velocity)
+
     def tangent(
         self, params: dict, frozen: dict, batch: Batch, draws: SCMDraws, step: jax.Array
     ) -> Tangent:
@@ -110,29 +156,17 @@ class SCM:
         sigma = self.data_scale
         angle = per_sample(draws.angle, batch.x)
         cos, sin = jnp.cos(angle), jnp.sin(angle)
-        y = sigma * (cos * batch.x + sin * draws.noise)
-
-        def trig(velocity, z, angle):
-            """TrigFlow's F of a velocity function, at z = y / s_d."""
-            t, x_t = trig_to_linear_time(angle), trig_to_linear(z, angle, 1.0)
-            return trig_velocity(x_t, t, velocity(x_t, t))
+        y = self.point(batch, draws)
 
         def teacher(x, t):
             return self.teacher(frozen, x, t, batch.text, draws.guidance)
 
-        def student(z, angle):
-            return trig(
-                lambda x, t: self.network.velocity(
-                    params["network"], x, t, batch.text, draws.guidance
-                ),
-                z,
-                angle,
-            )
-
-        dy = sigma * jax.lax.stop_gradient(trig(teacher, y / sigma, draws.angle))
+        dy = sigma * jax.lax.stop_gradient(trig_output(teacher, y / sigma, draws.angle))
         speed = jnp.cos(draws.angle) * jnp.sin(draws.angle)
         output, d_output = jax.jvp(
-            student, (y / sigma, draws.angle), (per_sample(speed, dy) * dy / sigma, speed)
+            self.student(params, batch, draws),
+            (y / sigma, draws.angle),
+            (per_sample(speed, dy) * dy / sigma, speed),
         )
         fixed, d_output = jax.lax.stop_gradient((output, d_output))
         ratio = jnp.minimum(1.0, step / self.tangent_warmup) if self.tangent_warmup else 1.0
@@ -146,10 +180,16 @@ class SCM:
     def loss(
         self, params: dict, frozen: dict, batch: Batch, draws: SCMDraws, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        output, tangent = self.tangent(params, frozen, batch, draws, step)
+        # What is dropped has no part in the backward pass: there 0 times infinity is not a number.
+        differentiated = jax.lax.stop_gradient(params) if self.drop_nonfinite else params
+        output, tangent = self.tangent(differentiated, frozen, batch, draws, step)
         axes = tuple(range(1, tangent.ndim))
-        norm = jnp.sqrt(jnp.sum(jnp.square(tangent), axes))
+        norm = jnp.sqrt(jnp.sum(jnp.square(tangent), axes))  # not finite where the output is not
         kept = jnp.isfinite(norm) if self.drop_nonfinite else jnp.ones_like(norm, bool)
+        if self.drop_nonfinite:
+            batch, draws = first_kept_for_dropped((batch, draws), kept)
+            y = self.point(batch, draws)
+            output = self.student(params, batch, draws)(y / self.data_scale, draws.angle)
         if self.normalize_tangent:
             tangent = tangent / per_sample(norm + self.tangent_constant, tangent)
         tangent = jnp.where(per_sample(kept, tangent), tangent, 0)
@@ -162,7 +202,7 @@ class SCM:
             sample_loss = weight * jnp.exp(-logvar) * jnp.mean(square, axes) + logvar
         dropped = kept.size - jnp.sum(kept)
         metrics = {"tangent_norm": jnp.mean(norm, where=kept), "dropped_samples": dropped}
-        return jnp.mean(sample_loss, where=kept), metrics  # of none at all: not a number
+        return jnp.mean(sample_loss, where=kept), metrics
 
     def logvar(self, params: dict, batch: Batch, draws: SCMDraws) -> jax.Array:
         """(B,): a linear function of the network's embedding with the angle in time's place."""

@@ -169,6 +169,8 @@ class TimeRescale:
       solver, time_shift: of the sampler, as in `FlowMatching`.
     """
 
+    rows_per_example = 1
+
     network: Network
     teacher: TeacherVelocity
     guidance_scales: tuple[float, ...] = (4.0, 4.5, 5.0)
