@@ -61,18 +61,15 @@ def configuration(kind: str):
 
 
 def live_bytes() -> int:
-    """Bytes of the live arrays on the first device."""
-    first = jax.devices()[0]
-    total = 0
+    """Bytes of the live arrays on the first device, each buffer once."""
+    first, sizes = jax.devices()[0], {}
     for array in jax.live_arrays():
         if array.is_deleted() or first not in array.sharding.device_set:
             continue
-        shape = array.sharding.shard_shape(array.shape)
-        size = array.dtype.itemsize
-        for length in shape:
-            size *= length
-        total += size
-    return total
+        part = next(shard.data for shard in array.addressable_shards if shard.device == first)
+        pointer = part.unsafe_buffer_pointer()
+        sizes[pointer] = max(sizes.get(pointer, 0), part.nbytes)
+    return sum(sizes.values())
 
 
 class Watch:
