@@ -160,6 +160,11 @@ def needs_null(config: ConfigDict) -> bool:
     return config.objective.name == "flow_matching" and guidance_of(config) == "cfg"
 
 
+def takes_guidance(config: ConfigDict) -> bool:
+    """Whether a guidance scale changes what a configuration's network draws."""
+    return config.model.guidance_embeds or needs_null(config)
+
+
 def teacher_velocity(
     teacher: ConfigDict, resolution: tuple[int, int] | None = None
 ) -> TeacherVelocity:

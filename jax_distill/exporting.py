@@ -205,6 +205,7 @@ def _card(weights: Weights, layout: str, config: MMDiTConfig, **more: Any) -> mo
         guidance_factor=config.guidance_factor,
         guidance=weights.config.evaluation.guidance,
         guidance_embeds=config.guidance_embeds,
+        guided=build.needs_null(weights.config),
         interval_embeds=config.interval_embeds,
         steps=_STEPS.get(weights.config.objective.name, weights.config.samples.teacher_steps),
         resolution=tuple(resolution),

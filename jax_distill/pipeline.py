@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -165,6 +166,12 @@ class Pipeline:
         count = len(text.pooled)
         self._check(steps, resolution, noise, count)
         sample = self._sampler(resolution, steps)
+        if guidance is not None and not build.takes_guidance(self.config):
+            logging.warning(
+                "guidance: %g changes nothing, this network takes no guidance scale and is drawn"
+                " from without classifier-free guidance",
+                guidance,
+            )
         scale = self.config.evaluation.guidance if guidance is None else guidance
         size = min(batch_size or self.world.batch_size, count)
         for start in range(0, count, size):

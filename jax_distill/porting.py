@@ -1,6 +1,7 @@
 """From PyTorch's weights to a ported folder."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -12,7 +13,7 @@ from jax_distill import config as configuration
 from jax_distill import port_settings, ported
 from jax_distill.files import made_whole, write_json
 from jax_distill.interop import diffusers_folder, flux_config, sources
-from jax_distill.interop.parts import write_part
+from jax_distill.interop.parts import Part, write_part
 
 DTYPES = {"keep": None, "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 _GUIDANCE = {"scm": 4.5}  # of T2I-Distill's students, at two steps
@@ -72,6 +73,12 @@ def port(
         weights.parts["network"] = part._replace(config={**part.config, **settings.factors})
         for note in (*weights.notes, *(f"assumed: {words}" for words in settings.assumed)):
             logging.info("%s", note)
+        if _rounds_embedders(weights.parts["network"], DTYPES[dtype], settings.factors):
+            logging.warning(
+                "--dtype=%s rounds embedders of t itself, which lose more to it than those of"
+                " 1000 t; --dtype=keep leaves them as they are",
+                dtype,
+            )
         config = _configuration(weights, DTYPES[dtype], settings, base)
         _check_space(output, weights, dtype)
         if weights.folder is not None:
@@ -91,6 +98,17 @@ def port(
             "assumed": settings.assumed,
         }
         write_json(partial / ported.DESCRIPTION, description)
+
+
+def _rounds_embedders(network: Part, dtype: np.dtype | None, factors: Mapping[str, float]) -> bool:
+    """Whether embedders of a rescaled network are stored narrower than they came."""
+    if dtype is None or factors["time_scale"] == flux_config.TIME_SCALE:
+        return False
+    return any(
+        tensor.dtype.itemsize > dtype.itemsize
+        for name, tensor in network.tensors.items()
+        if name.startswith(("time_text_embed.", "timestep_embedder2."))
+    )
 
 
 def _check_space(output: Path, weights: sources.Source, dtype: str) -> None:

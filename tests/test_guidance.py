@@ -77,7 +77,7 @@ def test_velocities_in_fluxs_world_are_guided_as_said(kind):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_a_guided_teacher_of_fluxs_world_draws_away_from_the_null_caption(monkeypatch):
+def test_a_guided_teacher_of_fluxs_world_draws_away_from_the_null_caption(monkeypatch, caplog):
     """Its pictures with scale 1 are the unguided ones; with another they are not."""
     config, plain = teacher("flux", "cfg"), teacher("flux", "none")
     params = {"network": random_parameters(config)}
@@ -90,6 +90,8 @@ def test_a_guided_teacher_of_fluxs_world_draws_away_from_the_null_caption(monkey
         monkeypatch.setattr(type(pipe.world), "null", null)
         for scale in (1.0, 3.0):
             drawn[name, scale] = pipe.latents(text, steps=1, guidance=scale)
+    warned = [record for record in caplog.records if "changes nothing" in record.getMessage()]
+    assert len(warned) == 2  # both scales of the teacher that takes none
     np.testing.assert_allclose(drawn["cfg", 1.0], drawn["none", 1.0], atol=2e-5)
     np.testing.assert_array_equal(drawn["none", 3.0], drawn["none", 1.0])
     assert np.abs(drawn["cfg", 3.0] - drawn["cfg", 1.0]).max() > 1e-3

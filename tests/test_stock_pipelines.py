@@ -29,6 +29,7 @@ TEACHERS = {
         dataclasses.replace(TRANSFORMER, guidance_embeds=False), scheduler=(("shift", 1.0),)
     ),
 }
+TEACHERS["guided"] = TEACHERS["schnell"]  # by classifier-free guidance
 OF_T, OF_T_AND_W = {"time_scale": 1.0}, {"time_scale": 1.0, "guidance_factor": 1.0}
 PAIR = OF_T | {"interval_embeds": True}
 STUDENTS = {
@@ -60,7 +61,8 @@ def folders(tmp_path_factory):
     @functools.cache
     def ported(name):
         save_random(root / f"{name}_source", TEACHERS[name])
-        port(str(root / f"{name}_source"), root / name, text_length=LENGTH)
+        guidance = "cfg" if name == "guided" else "auto"
+        port(str(root / f"{name}_source"), root / name, text_length=LENGTH, guidance=guidance)
         return root / name
 
     def trained(name):
@@ -136,7 +138,9 @@ def test_the_pictures_are_ours(folders, name, monkeypatch):
     source, out = folders(name)
     pipe = DiffusionPipeline.from_pretrained(out, trust_remote_code=name in STUDENTS)
     renoise(monkeypatch)
-    assert_same(draw(pipe, 2), ours(source, 2))
+    guided = {"negative_prompt": [" "] * 2, "true_cfg_scale": GUIDANCE} if name == "guided" else {}
+    assert_same(draw(pipe, 2, **guided), ours(source, 2))
+    assert ("true_cfg_scale=" in (out / "README.md").read_text()) == bool(guided)
 
 
 def test_four_steps_of_a_consistency_student_need_the_cards_sigmas(folders, monkeypatch):

@@ -57,6 +57,7 @@ class Card:
       refits: the embedders that are no longer as they were, by name.
       guidance: scale to draw with.
       guidance_embeds: whether the network takes the scale as an input.
+      guided: whether it is a plain teacher, which the empty caption guides.
       interval_embeds: whether it has the second time embedder.
       steps: that the sampler takes.
       resolution: height and width in pixels.
@@ -84,6 +85,7 @@ class Card:
     refits: Mapping[str, Refitted]
     guidance: float
     guidance_embeds: bool
+    guided: bool
     interval_embeds: bool
     steps: int
     resolution: tuple[int, int]
@@ -138,10 +140,10 @@ def program(card: Card) -> str:
 def _pipeline_program(card: Card) -> str:
     """Draws with diffusers' pipeline as it is, or with the one that the folder has."""
     pipelines, options, head = "DiffusionPipeline", "", ""
-    prompt = snippets.PROMPT
+    prompt = snippets.PROMPT_AWAY if card.guided else snippets.PROMPT
     if card.captions:
         head, options = snippets.PARTS_EXAMPLES, ", **parts"
-        prompt = snippets.PROMPT_GUIDED if _guided(card) else snippets.PROMPT_EXAMPLES
+        prompt = snippets.PROMPT_GUIDED if card.guided else snippets.PROMPT_EXAMPLES
     elif not card.has_text:
         pipelines, options = "DiffusionPipeline, FluxPipeline", ", **parts"
         head = snippets.PARTS_TEACHER
@@ -154,11 +156,6 @@ def _pipeline_program(card: Card) -> str:
     for name, piece in (("head", head), ("prompt", prompt)):
         text = text.replace(f"${name}", piece)
     return _filled(text, card, pipelines=pipelines, options=options, dtype=dtype)
-
-
-def _guided(card: Card) -> bool:
-    """Whether it is a plain teacher that an empty caption guides."""
-    return card.method == "flow_matching" and not card.guidance_embeds and bool(card.captions)
 
 
 def _own_program(card: Card) -> str:
@@ -174,16 +171,17 @@ def _own_program(card: Card) -> str:
     schedules = {"scm": snippets.SCM_SCHEDULE, "imm": snippets.IMM_SCHEDULE}
     interval = snippets.INTERVAL if card.interval_embeds else ""
     draw = snippets.DRAW.replace("$schedule", schedules.get(card.method, ""))
+    null = snippets.NULL if card.guided else ""
     pieces = [
         head,
         *load,
         snippets.REST,
         *([snippets.EXAMPLES] if card.captions else []),
         snippets.NETWORK,
-        snippets.GUIDED if _guided(card) else snippets.PLAIN,
+        snippets.GUIDED if card.guided else snippets.PLAIN,
         snippets.DECODE,
         draw.replace("$interval", interval),
-        snippets.DRAW_EXAMPLES if card.captions else snippets.DRAW_PROMPT,
+        snippets.DRAW_EXAMPLES if card.captions else snippets.DRAW_PROMPT.replace("$null", null),
     ]
     embeds = "None"
     if card.guidance_embeds:

@@ -158,7 +158,7 @@ if __name__ == "__main__":
 
     pipe = FluxPipeline.from_pretrained("$folder", transformer=None, vae=None)
     prompt = "a red circle above a blue square"
-    sequence, pooled, _ = pipe.encode_prompt(prompt, None, max_sequence_length=$text_length)
+    sequence, pooled, _ = pipe.encode_prompt(prompt, None, max_sequence_length=$text_length)$null
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1, ROWS * COLUMNS, CHANNELS, generator=generator)
     draw(noise.to(sequence.dtype), sequence, pooled)[0].save("0.png")
@@ -201,6 +201,17 @@ PROMPT_GUIDED = """prompt_embeds=examples["sequence"],
 
 PROMPT = """"a red circle above a blue square",
     max_sequence_length=$text_length"""
+
+PROMPT_AWAY = (
+    PROMPT
+    + """,
+    negative_prompt=" ",
+    true_cfg_scale=$guidance"""
+)
+
+NULL = """
+    empty, empty_pooled, _ = pipe.encode_prompt(" ", None, max_sequence_length=$text_length)
+    examples = {"null_sequence": empty, "null_pooled": empty_pooled}"""
 
 BFLOAT16 = """
 import torch

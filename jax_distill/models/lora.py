@@ -258,7 +258,8 @@ def _merge(kernel: Adapted | Quantized) -> jax.Array:
         return kernel.dequantized()
     base, quantized = kernel.base, isinstance(kernel.base, Quantized)
     wide = base.dequantized() if quantized else base.astype(jnp.float32)
-    wide += kernel.scale * (kernel.lora_a.astype(wide.dtype) @ kernel.lora_b.astype(wide.dtype))
+    a, b = (leaf.astype(wide.dtype) for leaf in (kernel.lora_a, kernel.lora_b))
+    wide += kernel.scale * jnp.dot(a, b, precision="highest")
     return wide if quantized else wide.astype(base.dtype)
 
 

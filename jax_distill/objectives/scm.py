@@ -210,7 +210,7 @@ class SCM:
             params["network"], draws.angle, batch.text, draws.guidance
         )
         head = params["logvar"]
-        return (embedding @ head["kernel"] + head["bias"])[:, 0]
+        return (jnp.dot(embedding, head["kernel"], precision="highest") + head["bias"])[:, 0]
 
     def flow_map(self, params: dict):
         """The map to s = 0, `x - t net(x, t)`: TrigFlow's cos(a) y - sin(a) s_d F."""
