@@ -22,10 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from jax_distill import build, experiment, train
+from jax_distill import build, experiment, stages, train
 from jax_distill.data.pipeline import batches, example_of_row
+from jax_distill.frozen import narrowed
 from jax_distill.optimizer import make_optimizer, trained
-from jax_distill.pipeline import held
 
 _STEPS = flags.DEFINE_integer("steps", 60, "Steps of training before.", 0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Rows of a batch.", 4)
@@ -77,9 +77,13 @@ def main(argv):
     config.batch_size = _BATCH_SIZE.value
     config.data.examples = max(2048, _BATCH_SIZE.value)
     config, teacher = experiment.with_teacher(config)
-    initial = experiment.rescaled_parameters(config, teacher.config, teacher.params["network"])
+    stage = stages.of(config, teacher.config)[0]
+    initial = stages.initial_network(stage, teacher.params["network"])
     # The values that a run in bfloat16 has of its teacher, in both types.
-    frozen = {"teacher": held(teacher.params["network"], "bfloat16"), "null": teacher.world.null}
+    frozen = {
+        "teacher": narrowed(teacher.params["network"], "bfloat16"),
+        "null": teacher.world.null,
+    }
     method = objective(config, teacher.config, "float32")
     gradients = [
         gradient(objective(config, teacher.config, dtype), config)

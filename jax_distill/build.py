@@ -141,13 +141,23 @@ def guidance_of(config: ConfigDict) -> str:
         asked = config.teacher.get("guidance", "auto")  # the first versions had no such key
     if asked == "auto":
         return "embedded" if embeds else worlds.of(config).plain_guidance
+    check_guidance(asked, embeds)
+    return asked
+
+
+def check_guidance(asked: str, embeds: bool) -> None:
+    """Raises ConfigError when a network cannot be guided as `teacher.guidance` asks.
+
+    Args:
+      asked: "embedded", "cfg" or "none".
+      embeds: whether the network takes the scale as an input.
+    """
     if embeds != (asked == "embedded"):
         has = "has an input for the guidance scale" if embeds else "has no guidance embedder"
         fix = "embedded" if embeds else "cfg or none"
         raise ConfigError(
             f"teacher.guidance: {asked!r}, but the teacher's network {has}; set it to {fix}"
         )
-    return asked
 
 
 def guided(config: ConfigDict) -> Callable[[Network], TeacherVelocity]:

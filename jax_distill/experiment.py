@@ -151,7 +151,7 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     read, network = stored_network(config, teacher), teacher.params["network"]
     if before:
         rescaled = rescale(before[0], workdir / "time_rescale", teacher, source)
-        read = functools.partial(taken, rescaled)
+        read = rescaled.taken
         if config.teacher.velocity == "rescaled":
             reference()
             network = frozen.place(frozen.hold(config, read()), mesh_of(config))
@@ -187,9 +187,7 @@ def with_teacher(config: ConfigDict) -> tuple[ConfigDict, pipeline.Pipeline]:
     config = stages.student_config(config, loaded.config)
 
     def read() -> dict:
-        network = lora.merged(loaded.params["network"])
-        loaded.release()
-        return {"network": frozen.place(frozen.hold(config, network), mesh)}
+        return {"network": frozen.place(frozen.hold(config, lora.merged(loaded.taken())), mesh)}
 
     teacher = pipeline.Pipeline(stages.as_teacher(config, loaded.config), read, worlds.of(config))
     kind, asked = build.guidance_of(teacher.config), config.teacher.guidance
@@ -224,13 +222,6 @@ def stored_network(config: ConfigDict, teacher: pipeline.Pipeline) -> Callable[[
         return lora.merged(pipeline.load(source, mesh=mesh_of(config)).params["network"])
 
     return read
-
-
-def taken(trained: pipeline.Pipeline) -> dict:
-    """A pipeline's network, which the pipeline does not keep."""
-    network = trained.params["network"]
-    trained.release()
-    return network
 
 
 def conclude(

@@ -17,7 +17,14 @@ from ml_collections import ConfigDict
 from jax_distill import adapters, build, checkpoint, embedded, flow, pipeline, ported, worlds
 from jax_distill import config as configuration
 from jax_distill.files import made_whole, write_atomically
-from jax_distill.interop import diffusers_folder, exported, lora_weights, model_card, time_scale
+from jax_distill.interop import (
+    diffusers_folder,
+    exported,
+    flux_config,
+    lora_weights,
+    model_card,
+    time_scale,
+)
 from jax_distill.interop.orbax_tree import StoredLeaf, open_tree
 from jax_distill.interop.parts import tensors_of
 from jax_distill.interop.safetensors_files import SHARD_BYTES
@@ -82,7 +89,8 @@ def export(
     with made_whole(output) as partial:
         weights = _open(source)
         own, tree = build.network_config(weights.config), weights.tree
-        objective = weights.config.objective.name
+        guidance = "cfg" if build.needs_null(weights.config) else "auto"
+        purpose = flux_config.Purpose(weights.config.objective.name, guidance)
         if layout == "lora" and weights.teacher is None:
             raise ValueError(
                 f"--format=lora: '{source}' has no adapters, all of its parameters were trained;"
@@ -95,15 +103,15 @@ def export(
         embedders = {name: refit.embedder for name, refit in refits.items()}
         tree = {**tree, **jax.tree.map(StoredLeaf, embedders)}
         if layout == "lora":
-            exported.write_adapters(partial, config, objective, tree, weights.config.lora.rank)
+            exported.write_adapters(partial, config, purpose, tree, weights.config.lora.rank)
             tensors = {}
         else:
             if weights.teacher is not None:
                 tree = lora_weights.merged(tree, weights.config.lora.base == "int8")
             tensors = exported.in_type(tensors_of(tree, TRANSFORMER_KEYS), DTYPES[dtype])
-            exported.write_transformer(partial, layout, config, objective, tensors, shard_bytes)
+            exported.write_transformer(partial, layout, config, purpose, tensors, shard_bytes)
         if layout == "diffusers" and refits:
-            exported.write_own_embedders(partial, own, objective, weights.tree)
+            exported.write_own_embedders(partial, own, purpose, weights.tree)
         weights.check()
         write = _flux if _world(weights.config) == "flux" else _shapes
         card = write(weights, partial, layout, config, refits=refits, dtype=exported.types(tensors))
@@ -298,6 +306,13 @@ def _flux(
         home = parts_folder(str(weights.folder))
     if scheduler and theirs and theirs.get("_class_name") == scheduler["_class_name"]:
         scheduler = theirs
+    assumed = _assumed(weights.folder)
+    if scheduler is not None and theirs is None:
+        words = (
+            "the schedule is FLUX.1-dev's, since the folder that it was ported from is not there"
+        )
+        logging.warning("assumed: %s", words)
+        assumed = [*assumed, words]
     if home is None and scheduler is not None:
         tokens = build.token_shape(weights.config)[0]
         with weights.config.unlocked():
@@ -322,7 +337,7 @@ def _flux(
         scheduler=scheduler,
         has_autoencoder=home is not None and layout != "lora",
         has_text=home is not None and layout == "diffusers",
-        assumed=_assumed(weights.folder),
+        assumed=assumed,
         **more,
     )
 

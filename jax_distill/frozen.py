@@ -17,11 +17,18 @@ def hold(config: ConfigDict, network: dict) -> dict:
     No wider than the computation, which would narrow them anyway; embedders, which compute in
     float32, stay as they are. In int8 where adapters are trained beside them and `lora.base` says
     so. Adapters of its own are kept as such. It can be traced: `plan` calls it with shapes.
+
+    One after another, so that of a network that nobody else holds no more than one parameter is
+    there twice.
     """
-    kept = narrowed(network, config.dtype)
-    if adapters.settings(config) is not None and config.lora.base == "int8":
-        kept = lora.quantized(kept)
-    return kept
+    int8 = adapters.settings(config) is not None and config.lora.base == "int8"
+    flat = traverse_util.flatten_dict(network)
+    del network
+    for path in list(flat):
+        held = narrowed(traverse_util.unflatten_dict({path: flat.pop(path)}), config.dtype)
+        held = lora.quantized(held) if int8 else held
+        flat |= traverse_util.flatten_dict(held)
+    return traverse_util.unflatten_dict(flat)
 
 
 def narrowed(network: dict, dtype: str) -> dict:

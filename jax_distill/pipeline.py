@@ -59,6 +59,12 @@ class Pipeline:
             self._params = self._params()
         return self._params
 
+    def taken(self) -> dict:
+        """The network's parameters, which the pipeline does not keep where it can read them."""
+        network = self.params["network"]
+        self.release()
+        return network
+
     def release(self) -> None:
         """Lets go of parameters that can be read again: the function that reads them was given."""
         if callable(self._read):
@@ -255,9 +261,9 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
         params = checkpoint.load_averaged(workdir, mesh)
         if adapters.settings(config) is None:
             return params
-        teacher = load(config.teacher.checkpoint or EMBEDDED, mesh=mesh).params["network"]
+        beside = load(config.teacher.checkpoint or EMBEDDED, mesh=mesh)
         place = mesh or parallel.make_mesh(config.mesh)
-        teacher = frozen.place(frozen.hold(config, lora.merged(teacher)), place)
+        teacher = frozen.place(frozen.hold(config, lora.merged(beside.taken())), place)
         adapters.check_teacher(config, workdir, teacher)
         return adapters.whole(config, teacher, params)
 

@@ -126,7 +126,8 @@ def _objective(
             "the network was trained by sCM, as T2I-Distill's are that have no second time embedder"
         )
         return "scm"
-    rescaled = source.told.get("time_scale", flux_config.TIME_SCALE) != flux_config.TIME_SCALE
+    scale = source.told.get("time_scale", flags.time_scale)
+    rescaled = scale not in (None, flux_config.TIME_SCALE)
     foreign = scheduler is not None and scheduler.get("_class_name", _EULER) != _EULER
     if rescaled or foreign:
         sign = f"its {scheduler['_class_name']}" if foreign else "its time scale"
@@ -271,6 +272,13 @@ def _text_length(flags: Flags, base: Mapping[str, Any] | None, assumed: list[str
 def _guidance(where: str, source: Source, flags: Flags, objective: str, assumed: list[str]) -> str:
     """How the network is guided as a teacher."""
     embeds = source.parts["network"].config.get("guidance_embeds", False)
+    if (told := source.told.get("guidance", "auto")) not in build.GUIDANCE:
+        known = ", ".join(build.GUIDANCE)
+        raise ValueError(f"'{where}': guidance {told!r} is none of {known}; mend it there")
+    if "auto" not in (told, flags.guidance) and told != flags.guidance:
+        raise _contradiction("guidance", where, told, flags.guidance)
+    if told != "auto":
+        return told
     if flags.guidance == "auto":
         if objective == "flow_matching" and not embeds:
             assumed.append(

@@ -233,15 +233,14 @@ def check_data(config: ConfigDict) -> None:
 
 
 def check_loss(config: ConfigDict, teacher: ConfigDict | None) -> None:
-    """Traces the loss, which finds whatever does not fit together in networks and batch."""
+    """Traces each stage's loss, which finds what does not fit together in networks and batch."""
     build.objective(config)
-    if teacher is not None:
-        teacher = stages.of(config, teacher)[-1].teacher
-    loss, arguments = build.abstract_loss(config, teacher)
-    try:
-        jax.eval_shape(loss, *arguments)
-    except ValueError as error:
-        raise ConfigError(f"{config.objective.name}: {error}") from None
+    for stage in stages.of(config, teacher):
+        loss, arguments = build.abstract_loss(stage.config, stage.teacher)
+        try:
+            jax.eval_shape(loss, *arguments)
+        except ValueError as error:
+            raise ConfigError(f"{stage.name}: {error}") from None
 
 
 def validate(config: ConfigDict) -> None:
@@ -354,10 +353,12 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
     if config.objective.name not in FROM_SCRATCH:
         identity += ["teacher", "rescale", "lora"]
     old, new = _identifying(load(workdir)), _identifying(config)
+    # A key that an older version did not know had today's default.
+    defaults = flatten(base().to_dict())
+    old = {key: defaults[key] for key in new.keys() & defaults.keys()} | old
     for name, key in itertools.product(identity, sorted(old.keys() | new.keys())):
         if not f"{key}.".startswith(f"{name}."):
             continue
-        # A key that an older version did not know had today's default.
         if key in old and key in new and old[key] != new[key]:
             raise ConfigError(
                 f"--workdir: '{workdir}' holds another run, of {key}={old[key]!r} and not"

@@ -26,8 +26,16 @@ def stochastic_round(key: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def narrow(tree: Any, dtype: str) -> Any:
-    """The float32 arrays of a tree in a type of `DTYPES`, to nearest."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == "float32" else leaf, tree)
+    """The float32 arrays of a tree in a type of `DTYPES`, to nearest; embedders stay as they are.
+
+    These carry time and guidance, and are few.
+    """
+
+    def narrow_leaf(path: tuple, leaf: jax.Array) -> jax.Array:
+        embeds = any(str(getattr(key, "key", "")).endswith("_embedder") for key in path)
+        return leaf.astype(dtype) if leaf.dtype == "float32" and not embeds else leaf
+
+    return jax.tree_util.tree_map_with_path(narrow_leaf, tree)
 
 
 def widen(tree: Any) -> Any:

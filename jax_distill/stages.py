@@ -21,6 +21,25 @@ FROM_SCRATCH = ("autoencoder", "flow_matching")
 """Objectives without a teacher."""
 
 
+class Input(NamedTuple):
+    """A number that a network embeds.
+
+    Attributes:
+      embedder: name of its embedder.
+      factor: of the network's configuration, which multiplies it.
+      upper: its largest value; the smallest is 0.
+    """
+
+    embedder: str
+    factor: str
+    upper: float
+
+
+TIME = Input("time_embedder", "time_scale", 1.0)
+INTERVAL = Input("interval_embedder", "time_scale", 1.0)
+GUIDANCE = Input("guidance_embedder", "guidance_factor", 10.0)
+
+
 class Stage(NamedTuple):
     """One training of a run.
 
@@ -52,7 +71,7 @@ def of(config: ConfigDict, teacher: ConfigDict | None) -> list[Stage]:
     teacher = as_teacher(config, teacher)
     if name == "time_rescale" or not needs_rescale(config, teacher):
         return [Stage(name, config, teacher, teacher)]
-    rescale = rescale_config(config)
+    rescale = rescale_config(config, teacher)
     rescaled = config.teacher.velocity == "rescaled"
     adapted = rescaled and adapters.settings(config) is not None
     return [
@@ -69,6 +88,9 @@ def student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
         resolved.model = {**teacher.model, **changes}
         resolved.data.text_length = teacher.data.text_length
         resolved.teacher.checkpoint = pipeline.absolute(config.teacher.checkpoint)
+        if _changes(resolved, teacher, GUIDANCE):
+            # Its ramps are as steep as the time embedder's, see `refit_embedder`.
+            resolved.optimizer.frozen = _pattern(config.optimizer.frozen, GUIDANCE.embedder)
     return resolved
 
 
@@ -79,16 +101,23 @@ def as_teacher(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
       ConfigError: the teacher's network cannot be guided like that.
     """
     taken = teacher.copy_and_resolve_references()
+    asked = config.teacher.get("guidance", "auto")
     with taken.unlocked():
         taken.dtype = config.dtype
-        if (asked := config.teacher.get("guidance", "auto")) != "auto":
+        if asked != "auto":
+            build.check_guidance(asked, taken.model.guidance_embeds)
             taken.teacher.guidance = asked
     build.guidance_of(taken)
     return taken
 
 
-def rescale_config(config: ConfigDict) -> ConfigDict:
-    """The configuration of the stage before distillation, a run of its own."""
+def rescale_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
+    """The configuration of the stage before distillation, a run of its own.
+
+    Args:
+      config: of the run, whole.
+      teacher: of the network that `teacher.checkpoint` names.
+    """
     stage = config.copy_and_resolve_references()
     with stage.unlocked():
         stage.name = f"{config.name}/time_rescale"
@@ -96,7 +125,8 @@ def rescale_config(config: ConfigDict) -> ConfigDict:
             "name": "time_rescale",
             "guidance_scales": build.objective(config).guidance_scales,
         }
-        stage.model.interval_embeds = False
+        stage.model.interval_embeds = build.network_config(teacher).interval_embeds
+        stage.ema_dtype = "float32"  # what the student starts from
         stage.total_steps = config.rescale.total_steps
         stage.batch_size = config.rescale.batch_size
         stage.optimizer = configuration.base().optimizer  # the student's is made for its own loss
@@ -105,38 +135,21 @@ def rescale_config(config: ConfigDict) -> ConfigDict:
         stage.optimizer.schedule = "cosine"
         stage.optimizer.warmup_steps = config.rescale.total_steps // 10
         # Refitted, see `refit_embedder`; and what the student keeps as it is.
-        frozen = {"time_embedder", config.optimizer.frozen} - {""}
-        stage.optimizer.frozen = "|".join(sorted(frozen))
+        stage.optimizer.frozen = _pattern(config.optimizer.frozen, "time_embedder")
     return stage
+
+
+def _pattern(frozen: str, embedder: str) -> str:
+    """The pattern `frozen`, and an embedder."""
+    parts = [part for part in frozen.split("|") if part]
+    return frozen if embedder in parts else "|".join([embedder, *parts])
 
 
 def needs_rescale(config: ConfigDict, teacher: ConfigDict) -> bool:
     """Whether the student's network takes its time or its guidance in another way."""
-    ours, theirs = build.network_config(config), build.network_config(teacher)
-    if ours.guidance_embeds != theirs.guidance_embeds or ours.time_scale != theirs.time_scale:
+    if config.model.guidance_embeds != teacher.model.guidance_embeds:
         return True
-    return ours.guidance_embeds and ours.guidance_factor != theirs.guidance_factor
-
-
-class Input(NamedTuple):
-    """A number that a network embeds.
-
-    Attributes:
-      embedder: name of its embedder.
-      factor: of the network's configuration, which multiplies it.
-      upper: its largest value; the smallest is 0.
-    """
-
-    embedder: str
-    factor: str
-    upper: float
-
-
-INPUTS = (
-    Input("time_embedder", "time_scale", 1.0),
-    Input("interval_embedder", "time_scale", 1.0),
-    Input("guidance_embedder", "guidance_factor", 10.0),
-)
+    return any(_changes(config, teacher, x) for x in (TIME, GUIDANCE))
 
 
 def refit(old: dict, factor: float, new_factor: float, upper: float) -> dict:
@@ -148,13 +161,14 @@ def refit(old: dict, factor: float, new_factor: float, upper: float) -> dict:
 
 def refitted(stage: Stage) -> list[Input]:
     """The inputs whose embedders a stage refits."""
-    old, new = build.network_config(stage.source), build.network_config(stage.config)
-    there = {"interval_embedder": old.interval_embeds, "guidance_embedder": old.guidance_embeds}
-    return [
-        x
-        for x in INPUTS
-        if there.get(x.embedder, True) and getattr(old, x.factor) != getattr(new, x.factor)
-    ]
+    return [x for x in (TIME, INTERVAL, GUIDANCE) if _changes(stage.config, stage.source, x)]
+
+
+def _changes(config: ConfigDict, source: ConfigDict, x: Input) -> bool:
+    """Whether the source embeds an input, and the network of `config` takes it otherwise."""
+    old, new = build.network_config(source), build.network_config(config)
+    embedded = {INTERVAL: old.interval_embeds, GUIDANCE: old.guidance_embeds}.get(x, True)
+    return embedded and getattr(old, x.factor) != getattr(new, x.factor)
 
 
 def qualities(stage: Stage, source: dict, network: dict) -> dict[str, time_rescale.FitQuality]:

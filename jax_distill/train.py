@@ -237,6 +237,8 @@ def fit(
             start, (state, position, window) = found
             iterator.set_state(position)
         if start >= total:
+            if found is None:  # a stage of no steps: what it starts from is what comes of it
+                checkpoints.save(start, state, iterator.get_state())
             return state.ema
         what = f"{config.name}: {_count(state.params)} on {_devices()}, in {workdir}"
         logging.info("%s, %s step %d of %d", what, "after" if start else "from", start, total)

@@ -1,5 +1,6 @@
 """Runs: which stages a distillation has, and what each starts from."""
 
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -11,10 +12,12 @@ import pytest
 from flax import traverse_util
 from test_pipeline import tiny_config
 
-from jax_distill import build, checkpoint, experiment, pipeline, stages, train
+from jax_distill import build, checkpoint, experiment, pipeline, rounding, stages, train
 from jax_distill.models import mmdit
+from jax_distill.objectives.objective import Batch
 from jax_distill.objectives.scm import SCM
 from jax_distill.objectives.time_rescale import TimeRescale
+from jax_distill.optimizer import trained
 from jax_distill.worlds.shapes import Shapes
 
 
@@ -107,6 +110,72 @@ def test_time_rescale_is_a_run_of_its_own(distil, tmp_path):
 def rounds(leaf) -> np.ndarray:
     """Which values are more than bfloat16 has."""
     return np.asarray(leaf) != np.asarray(leaf.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_the_average_of_the_rescale_is_not_rounded():
+    """The student starts from it; its own average may be in bfloat16, embedders excepted."""
+    config = stages.student_config(student(), teacher())
+    with config.unlocked():
+        config.ema_dtype = config.optimizer.moments = "bfloat16"
+    first, second = stages.of(config, teacher())
+    assert first.config.ema_dtype == "float32" and second.config.ema_dtype == "bfloat16"
+    assert first.config.optimizer.moments == "bfloat16"
+    network = jax.eval_shape(
+        lambda: rounding.narrow({"network": build.initial_parameters(config)}, "bfloat16")
+    )
+    for name, leaf in traverse_util.flatten_dict(network, sep="/").items():
+        assert leaf.dtype == ("float32" if "_embedder/" in name else "bfloat16"), name
+
+
+def test_refitted_embedders_are_not_trained():
+    config = student()
+    with config.unlocked():
+        config.model = {**config.model, "guidance_factor": 1.0}
+        config.optimizer.frozen = "time_embedder"
+    embedded = teacher("time_rescale", 1000.0, True)
+    for stage in stages.of(stages.student_config(config, embedded), embedded):
+        network = jax.eval_shape(functools.partial(build.initial_parameters, stage.config))
+        params = {"network": network}
+        for path, is_trained in traverse_util.flatten_dict(
+            trained(stage.config.optimizer, params), sep="/"
+        ).items():
+            refit = "time_embedder" in path or "guidance_embedder" in path
+            assert is_trained != refit, (stage.name, path)
+
+
+def test_a_rescale_keeps_the_teachers_interval_embedder():
+    pair = teacher("flow_matching", 1000.0, True)
+    with pair.unlocked():
+        pair.model.interval_embeds = True
+    network = build.initial_parameters(pair)
+    stage = stages.of(stages.student_config(student(), pair), pair)[0]
+    start = stages.initial_network(stage, network)
+    shapes = jax.eval_shape(lambda: build.initial_parameters(stage.config))
+    assert jax.tree.structure(start) == jax.tree.structure(shapes)
+    assert [x.embedder for x in stages.refitted(stage)] == ["time_embedder", "interval_embedder"]
+
+
+def test_a_stage_of_no_steps_gives_what_it_starts_from(tmp_path):
+    config = tiny_config("flow_matching")
+    with config.unlocked():
+        config.total_steps = 0
+    objective, params = build.objective(config), build.initial_parameters(config)
+    found = train.fit(config, tmp_path, objective, params, {}, Examples(config))
+    assert same(found["network"], params)
+    assert same(checkpoint.load_averaged(tmp_path), found)
+
+
+class Examples:
+    """Data that no step asks for."""
+
+    def __init__(self, config):
+        self._count = config.batch_size
+
+    def __len__(self):
+        return self._count
+
+    def __getitem__(self, index):
+        return Batch(np.zeros(1))
 
 
 @pytest.mark.parametrize("velocity", ["rescaled", "original"])

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import diffusers.utils.dynamic_modules_utils as dynamic_modules
@@ -13,14 +14,12 @@ import pytest
 import random_flux
 import random_pipeline
 import torch
-from absl.testing import flagsaver
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.torch import load_file as load_torch_file
 from tiny_runs import RUNS, run_program, save_run
 from transformers import CLIPTextModel, T5EncoderModel
 
-from jax_distill import commands, config, ported
-from jax_distill import export as export_command
+from jax_distill import config, ported
 from jax_distill.exporting import export
 from jax_distill.interop import torch_files
 from jax_distill.porting import port
@@ -153,13 +152,11 @@ def test_one_safetensors_file_comes_back(student, folder, tmp_path):
 
 
 def command(*arguments):
-    """The command, in this process; returns its error, if any."""
-    with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
-        patch.setattr(sys, "argv", ["export", *arguments])
-        try:
-            commands.run(export_command.main)
-        except SystemExit as stop:
-            return stop.code
+    """The command's error, if any; in a process of its own, whose flags are the command's."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "jax_distill.export", *arguments], capture_output=True, text=True
+    )
+    return ran.stderr if ran.returncode else None
 
 
 def test_the_command_has_a_format_a_type_and_a_time_scale(run, tmp_path):

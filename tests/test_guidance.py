@@ -46,6 +46,10 @@ def test_the_students_setting_is_its_teachers():
     config, plain = teacher("flux", "cfg"), teacher("flux")
     assert build.guidance_of(stages.as_teacher(config, plain)) == "cfg"
     assert build.guidance_of(stages.as_teacher(teacher("flux"), plain)) == "none"
+    for asked in ("cfg", "none"):
+        rescaled = settings({"name": "time_rescale"}, guidance_embeds=True)
+        with pytest.raises(ConfigError, match="has an input for the guidance scale; set it to emb"):
+            stages.as_teacher(teacher("shapes", asked), rescaled)
     # What a rescaled network learned from is not how it is guided itself.
     rescaled = settings({"name": "time_rescale"}, guidance_embeds=True)
     with rescaled.unlocked():

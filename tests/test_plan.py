@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -119,6 +121,88 @@ def test_what_does_not_fit_says_what_does():
     words, changed = planner.smallest_change(smallest, planner.make_plan(smallest, tight))
     assert changed.fits and "--config.optimizer.moments=bfloat16 --config.ema_dtype" in words
     assert changed.held["optimizer"] < 0.6 * changed.held["parameters"] * 2
+
+
+def by_stage(plan: planner.Plan) -> dict[str, planner.Plan]:
+    return {found.stage: found for found in (plan, *plan.others)}
+
+
+def test_every_stage_is_planned_with_its_own_memory():
+    config = preset("scm")
+    with config.unlocked():
+        config.optimizer.moments = config.ema_dtype = "bfloat16"
+    config.optimizer.name = "adamw"
+    plan = planner.make_plan(config, chips.parse("gpu:h200x8"))
+    stages = by_stage(plan)
+    assert stages.keys() == {"time_rescale", "scm"}
+    assert plan.peak == max(found.peak for found in stages.values())
+    for found in stages.values():
+        assert found.held["optimizer"] < 1.1 * found.held["parameters"]  # two halves
+    assert stages["scm"].held["EMA"] < 0.6 * stages["scm"].held["parameters"]
+    assert stages["time_rescale"].held["EMA"] == stages["time_rescale"].held["parameters"]
+    assert stages["time_rescale"].total_steps == 150 and stages["scm"].total_steps == 600
+    text = table.describe(plan)
+    assert all(name in text for name in stages) and "hours" in text
+    assert plan.to_dict()["others"][0]["stage"] in stages
+
+
+def test_adapters_plan_the_base_that_they_are_beside():
+    config = preset("scm:lora")
+    topology = chips.parse("gpu:h200x8")
+    wide = by_stage(planner.make_plan(config, topology))["scm"]
+    with config.unlocked():
+        config.lora.base, config.lora.targets = "int8", "single_blocks/"
+    small = by_stage(planner.make_plan(config, topology))["scm"]
+    assert small.held["teacher"] < 0.4 * wide.held["teacher"]  # int8 for float32, but for embedders
+    assert small.held["parameters"] < wide.held["parameters"]  # fewer have adapters
+    # All of the network is gathered, of which 2 % are trained.
+    gathered = wide.exchanges["all-gather"]["bytes"]
+    assert gathered > 0.9 * 3 * 2 * 5.1e6
+    assert wide.exchanges["reduce-scatter"]["bytes"] < 0.1 * gathered
+    sampled = planner.make_plan(config, topology, sample=True)
+    assert sampled.held["parameters"] < 0.5 * wide.held["teacher"] + small.held["parameters"]
+
+
+def test_a_sweep_compares_the_students_stage():
+    plans = planner.sweep(preset("scm"), chips.parse("gpu:h200x2"))
+    assert {plan.stage for plan in plans} == {"scm"}
+    assert {plan.batch_size for plan in plans} == {2, 4, 8}
+    assert {plan.mesh["tensor"] for plan in plans} == {1, 2}
+    assert all(plan.changes == () for plan in plans)
+
+
+def test_a_remedy_is_one_that_the_config_takes(tmp_path):
+    config, roomy = preset("scm"), chips.parse("gpu:h200x1")
+    plan = planner.make_plan(config, roomy)
+    tight = dataclasses.replace(roomy, chip=dataclasses.replace(roomy.chip, hbm=plan.peak - 1))
+    words, _ = planner.smallest_change(config, planner.make_plan(config, tight))
+    assert words == "--config.model.remat=full"
+    command = [sys.executable, "-m", "jax_distill.plan", "--config=configs/scm.py", words]
+    ran = subprocess.run(
+        [*command, "--topology=gpu:h200x1"], cwd=CONFIGS.parent, capture_output=True, text=True
+    )
+    assert ran.returncode == 0 and "remat full" in ran.stdout, ran.stderr
+
+
+def test_the_tables_agree_with_their_headings():
+    """Every line of docs/plans.md is of the topology and of stages that its command plans."""
+    text = (CONFIGS.parent / "docs" / "plans.md").read_text()
+    tables = text.split("<!-- tables -->")[1].split("<!-- end of tables -->")[0].split("### ")[1:]
+    assert len(tables) == 5
+    for found in tables:
+        heading, _, rest = found.partition("\n")
+        name, resolution = re.match(r"`configs/(\S+)`, (\d+) px", heading).groups()
+        assert f"--config=configs/{name} " in rest
+        assert (f"resolution={resolution},{resolution}" in rest) == (resolution != "512")
+        method = name.partition(".")[0]
+        rows = [
+            line.split(" | ") for line in rest.splitlines() if re.match(r"\| (v\d|  *\|)", line)
+        ]
+        stages = [row[1] for row in rows]
+        lora = "lora" in name
+        assert set(stages) == ({method} if lora else {method, "time_rescale"})
+        teachers = [float(row[5]) for row in rows if row[0].startswith("| v5p")]
+        assert min(teachers) > (7.5 if lora else 0.2) and max(teachers) < (9 if lora else 0.3)
 
 
 def test_a_batch_that_does_not_divide_splits_the_layers():

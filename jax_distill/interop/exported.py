@@ -111,13 +111,13 @@ def write_transformer(
     folder: Path,
     layout: str,
     config: MMDiTConfig,
-    objective: str,
+    purpose: flux_config.Purpose,
     tensors: Tensors,
     shard_bytes: int,
 ) -> None:
     """Writes the transformer as `layout` has it, its config in `transformer/` in any case."""
     inner = folder / diffusers_folder.SUBFOLDERS["network"]
-    write_json(inner / "config.json", flux_config.to_diffusers(config, objective))
+    write_json(inner / "config.json", flux_config.to_diffusers(config, purpose))
     if layout == "diffusers":
         stem = diffusers_folder.DIFFUSERS_STEM
         safetensors_files.write_folder(inner, stem, tensors, shard_bytes)
@@ -125,12 +125,12 @@ def write_transformer(
         torch_files.write_file(folder / "model.pt", tensors)
     else:
         safetensors_files.write_file(
-            folder / "model.safetensors", tensors, _own_values(config, objective)
+            folder / "model.safetensors", tensors, _own_values(config, purpose)
         )
 
 
 def write_own_embedders(
-    folder: Path, config: MMDiTConfig, objective: str, tree: Mapping[str, Any]
+    folder: Path, config: MMDiTConfig, purpose: flux_config.Purpose, tree: Mapping[str, Any]
 ) -> None:
     """Writes embedders as they were before they were refitted, beside those of `transformer/`.
 
@@ -139,12 +139,12 @@ def write_own_embedders(
     Args:
       folder: of the export.
       config: of the network that they are of.
-      objective: that it was trained for.
+      purpose: of the network.
       tree: nested `StoredLeaf`s of that network.
     """
     path = folder / diffusers_folder.SUBFOLDERS["network"] / diffusers_folder.OWN_EMBEDDERS
     embedders = lora_weights.embedder_tensors(tree)
-    safetensors_files.write_file(path, embedders, _own_values(config, objective))
+    safetensors_files.write_file(path, embedders, _own_values(config, purpose))
 
 
 def write_flow_map(folder: Path, time_max: float) -> None:
@@ -163,31 +163,35 @@ def write_flow_map(folder: Path, time_max: float) -> None:
 
 
 def write_adapters(
-    folder: Path, config: MMDiTConfig, objective: str, tree: Mapping[str, Any], rank: int
+    folder: Path,
+    config: MMDiTConfig,
+    purpose: flux_config.Purpose,
+    tree: Mapping[str, Any],
+    rank: int,
 ) -> None:
     """Writes adapters, the embedders that they come with, and the configs of both.
 
     Args:
       folder: of the export.
       config: of the student.
-      objective: that it was trained for.
+      purpose: of the network.
       tree: nested `StoredLeaf`s, or `models.lora.Adapted` of them.
       rank: of the adapters.
     """
     inner = folder / diffusers_folder.SUBFOLDERS["network"]
-    write_json(inner / "config.json", flux_config.to_diffusers(config, objective))
+    write_json(inner / "config.json", flux_config.to_diffusers(config, purpose))
     tensors = lora_weights.adapter_tensors(tree)
     safetensors_files.write_file(folder / lora_weights.WEIGHTS, tensors)
     write_json(folder / lora_weights.PEFT_CONFIG, lora_weights.peft_config(tensors, rank))
     embedders = lora_weights.embedder_tensors(tree)
     safetensors_files.write_file(
-        folder / lora_weights.EMBEDDERS, embedders, _own_values(config, objective)
+        folder / lora_weights.EMBEDDERS, embedders, _own_values(config, purpose)
     )
 
 
-def _own_values(config: MMDiTConfig, objective: str) -> dict[str, str]:
+def _own_values(config: MMDiTConfig, purpose: flux_config.Purpose) -> dict[str, str]:
     """What names and shapes do not say of a network, for the header of a file."""
-    return {name: str(x) for name, x in flux_config.own_values(config, objective).items()}
+    return {name: str(x) for name, x in flux_config.own_values(config, purpose).items()}
 
 
 def write_autoencoder(folder: Path, config: Mapping[str, Any], tree: Mapping[str, Any]) -> None:

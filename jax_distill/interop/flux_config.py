@@ -8,7 +8,7 @@ three are there unless they are those of diffusers' own networks: 1000, 1000, "f
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax_distill.models.mmdit import MMDiTConfig
 
@@ -16,7 +16,21 @@ CLASS = "FluxTransformer2DModel"
 TIME_SCALE = GUIDANCE_FACTOR = 1000.0  # diffusers'
 FACTORS = {"time_scale": TIME_SCALE, "guidance_factor": GUIDANCE_FACTOR}
 """What a network's embedders multiply their inputs with, where its config does not say."""
-_STOCK = {**FACTORS, "objective": "flow_matching"}
+
+
+class Purpose(NamedTuple):
+    """What a network is for.
+
+    Attributes:
+      objective: that it was trained for.
+      guidance: "cfg" for teachers under classifier-free guidance, "auto" for all others.
+    """
+
+    objective: str = "flow_matching"
+    guidance: str = "auto"
+
+
+_STOCK = {**FACTORS, **Purpose()._asdict()}
 OWN_KEYS = tuple(_STOCK)
 FLUX_AXES = (16, 56, 56)
 _SHARED = (
@@ -61,26 +75,26 @@ def from_diffusers(values: Mapping[str, Any], *, interval_embeds: bool = False) 
         raise ValueError(f"transformer config: {error}") from None
 
 
-def to_diffusers(config: MMDiTConfig, objective: str = _STOCK["objective"]) -> dict[str, Any]:
+def to_diffusers(config: MMDiTConfig, purpose: Purpose = Purpose()) -> dict[str, Any]:  # noqa: B008
     """The config.json that `FluxTransformer2DModel.from_pretrained` reads (JSON-able).
 
     It warns of this program's own keys and goes on without.
 
     Args:
       config: of the network.
-      objective: what it was trained for.
+      purpose: of the network.
     """
     shared = dataclasses.asdict(config)
     values = {"_class_name": CLASS, "patch_size": 1, "out_channels": None}
     values |= {name: shared[name] for name in _SHARED}
     values["axes_dims_rope"] = list(config.axes_dims_rope)
-    own = own_values(config, objective)
+    own = own_values(config, purpose)
     return values if own == _STOCK else values | own
 
 
-def own_values(config: MMDiTConfig, objective: str) -> dict[str, Any]:
+def own_values(config: MMDiTConfig, purpose: Purpose) -> dict[str, Any]:
     """This program's own keys and their values."""
-    return {name: getattr(config, name) for name in FACTORS} | {"objective": objective}
+    return {name: getattr(config, name) for name in FACTORS} | purpose._asdict()
 
 
 def has_interval(names: Iterable[str]) -> bool:

@@ -254,7 +254,7 @@ def text(card: Card) -> str:
         f"- method: {card.method}",
         f"- steps: {card.steps}",
         f"- schedule: {_schedule(card)}",
-        f"- guidance: {card.guidance}" + _embedded_guidance(card),
+        f"- guidance: {_guidance(card)}",
         f"- resolution: {card.resolution[0]} x {card.resolution[1]}",
         f"- time: the network embeds {card.time_scale:g} t" + _stock(card),
         f"- type: {card.dtype}",
@@ -347,10 +347,15 @@ def _refitted(name: str, refit: Refitted, card: Card) -> str:
     return text
 
 
-def _embedded_guidance(card: Card) -> str:
+def _guidance(card: Card) -> str:
+    """The scale, and how it is applied."""
+    if card.guided:
+        return f"{card.guidance}, classifier-free: away from the empty caption"
     if not card.guidance_embeds:
-        return ""
-    words = f", embedded: the network embeds {card.guidance_factor:g} w of the scale w"
+        return "none, the network takes no scale"
+    words = (
+        f"{card.guidance}, embedded: the network embeds {card.guidance_factor:g} w of the scale w"
+    )
     if card.guidance_factor == flux_config.GUIDANCE_FACTOR:
         return words + ", as diffusers has it"
     return words + ", where diffusers' pipelines embed 1000 w"

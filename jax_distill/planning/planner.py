@@ -13,6 +13,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jax_distill import parallel, stages
+from jax_distill.config import ConfigError
 from jax_distill.planning import chips, collectives, formulas, program
 from jax_distill.planning.chips import GIB, Topology
 from jax_distill.planning.program import Program
@@ -362,14 +363,20 @@ def _remedies(config: ConfigDict, plan: Plan) -> Iterator[tuple[dict[str, Any], 
 
 
 def sweep(config: ConfigDict, topology: Topology, *, sample: bool = False) -> list[Plan]:
-    """Plans by formula over mesh shapes, batch a chip and remat; those that fit, fastest first."""
-    by_remat: dict[str, tuple[int, Arithmetic]] = {}  # counted once: the mesh does not change it
+    """Plans by formula over mesh shapes, batch a chip and remat; those that fit, fastest first.
+
+    Of several stages the last, what the run is for.
+
+    Raises:
+      ConfigError: no candidate divides among the chips.
+    """
+    known: dict[tuple, tuple[int, Arithmetic]] = {}  # counted once: the mesh does not change it
 
     def counted(planned: Program, plain: Callable[[], Program] | None) -> Arithmetic:
-        remat, batch = planned.config.model.remat, planned.config.batch_size
-        if remat not in by_remat:
-            by_remat[remat] = batch, count(planned, plain)
-        of, arithmetic = by_remat[remat]
+        key, batch = (planned.name, planned.config.model.remat), planned.config.batch_size
+        if key not in known:
+            known[key] = batch, count(planned, plain)
+        of, arithmetic = known[key]
         return Arithmetic(*(operations * batch // of for operations in arithmetic))
 
     plans = []
@@ -379,6 +386,7 @@ def sweep(config: ConfigDict, topology: Topology, *, sample: bool = False) -> li
             "mesh.fsdp": -1,
             "mesh.tensor": tensor,
             "batch_size": batch * topology.chips,
+            "rescale.batch_size": batch * topology.chips,
             "accumulate": 1,
             "model.remat": remat,
         }
@@ -386,7 +394,17 @@ def sweep(config: ConfigDict, topology: Topology, *, sample: bool = False) -> li
             continue
         candidate = _changed(config, changes)
         options = {"sample": sample, "compiled": False, "counted": counted}
-        plans.append(make_plan(candidate, topology, **options))
+        try:
+            plan = make_plan(candidate, topology, **options)
+        except ConfigError:
+            continue  # it does not divide
+        names = (config.objective.name, "sampling")
+        plans.append(next(found for found in (plan, *plan.others) if found.stage in names))
+    if not plans:
+        raise ConfigError(
+            f"--sweep: no mesh of {topology.name} divides what was tried; ask for one plan without"
+            " --sweep"
+        )
     return sorted(plans, key=lambda plan: (not plan.fits, -plan.examples_per_second))
 
 

@@ -109,8 +109,14 @@ def sampling(stage: stages.Stage, mesh: Any) -> Program:
     config = stage.config
     objective = build.objective(config)
 
+    beside = adapters.settings(config)
+
     def create():
-        return {"network": rounding.narrow(build.initial_parameters(config), config.ema_dtype)}
+        network = build.initial_parameters(config)
+        if beside is None:
+            return {"network": rounding.narrow(network, config.ema_dtype)}
+        state = rounding.narrow(beside.split(jax.random.key(0), network), config.ema_dtype)
+        return {"network": beside.attach(_held(stage), state)}
 
     params = jax.eval_shape(create)
     params = train.with_shardings(params, parallel.shard_state(params, mesh))

@@ -253,7 +253,8 @@ def schedule_shift(scheduler: Mapping[str, Any] | None, tokens: int) -> float:
     Raises:
       ValueError: the scheduler bends its schedule in another way.
     """
-    if not scheduler or scheduler.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
+    euler = "FlowMatchEulerDiscreteScheduler"
+    if not scheduler or scheduler.get("_class_name", euler) != euler:
         return flow.flux_shift(tokens)
     for key, expected in _FIXED.items():
         if (found := scheduler.get(key, expected)) != expected:
