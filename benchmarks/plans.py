@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "plans.md"
 BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 PODS = ("v5p:4x4x4", "v5e:8x8", "v5e:16x16", "v6e:8x8")
-SINGLE = ("v5p:1x1x1", "v6e:1x1", "v5e:2x2")
+SINGLE = ("v5p:1x1x1", "v6e:1x1", "v5e:2x2", "v5e:1x1")
 EFFORT = -1.0
 
 

@@ -139,7 +139,8 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     """Makes a few-step student of a teacher: time rescale, the objective, and the evaluation.
 
     While the student is trained, nothing is held of teacher and rescaled network but what its loss
-    reads; what is needed before and after is read again.
+    reads (and the teacher's embedders, where adapters learn from the rescaled network); what is
+    needed before and after is read again.
     """
     config, teacher = with_teacher(config)
     begin(config, workdir)
