@@ -31,7 +31,13 @@ from jax_distill.interop.safetensors_files import SHARD_BYTES
 from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.mmdit import MMDiTConfig
-from jax_distill.worlds.flux import parts_folder, ported_config, schedule_shift, scheduler_of
+from jax_distill.worlds.flux import (
+    parts_folder,
+    ported_config,
+    ported_folders,
+    schedule_shift,
+    scheduler_of,
+)
 from jax_distill.worlds.shapes import preview_captions
 
 EXAMPLES = 8  # captions whose embeddings stand beside the weights
@@ -306,13 +312,13 @@ def _flux(
         home = parts_folder(str(weights.folder))
     if scheduler and theirs and theirs.get("_class_name") == scheduler["_class_name"]:
         scheduler = theirs
-    assumed = _assumed(weights.folder)
+    told = assumed(weights.folder)
     if scheduler is not None and theirs is None:
         words = (
             "the schedule is FLUX.1-dev's, since the folder that it was ported from is not there"
         )
         logging.warning("assumed: %s", words)
-        assumed = [*assumed, words]
+        told = [*told, words]
     if home is None and scheduler is not None:
         tokens = build.token_shape(weights.config)[0]
         with weights.config.unlocked():
@@ -337,11 +343,14 @@ def _flux(
         scheduler=scheduler,
         has_autoencoder=home is not None and layout != "lora",
         has_text=home is not None and layout == "diffusers",
-        assumed=assumed,
+        assumed=told,
         **more,
     )
 
 
-def _assumed(folder: Path) -> list[str]:
-    """What was assumed of a network when it was ported."""
-    return ported.describe(folder).get("assumed", []) if ported.is_ported(folder) else []
+def assumed(folder: Path) -> list[str]:
+    """What was assumed of a network, or of the teacher that it comes from, when it was ported."""
+    with contextlib.suppress(configuration.ConfigError):
+        for found in ported_folders(str(folder)):
+            return ported.describe(found).get("assumed", [])
+    return []

@@ -14,7 +14,7 @@ from random_files import BASE_LENGTH, NETWORK, SCHNELL, factors
 from safetensors.torch import save_file
 
 from jax_distill import build, config, ported, worlds
-from jax_distill.exporting import export
+from jax_distill.exporting import assumed, export
 from jax_distill.porting import port
 from jax_distill.worlds.flux import ported_config
 
@@ -310,6 +310,11 @@ def test_how_a_teacher_is_guided_is_told_or_said(base, tmp_path):
     port(path, tmp_path / "auto", **told)
     assert any("no guidance is applied" in x for x in ported.describe(tmp_path / "auto")["assumed"])
     assert build.guidance_of(config.load(tmp_path / "auto")) == "none"
+    student = config.load(tmp_path / "auto").copy_and_resolve_references()
+    with student.unlocked():  # whose card says what its teacher's does
+        student.teacher.checkpoint = str(tmp_path / "auto")
+    config.save(student, tmp_path / "run")
+    assert assumed(tmp_path / "run") == ported.describe(tmp_path / "auto")["assumed"]
     port(path, tmp_path / "cfg", **told, guidance="cfg")
     assert not any("guidance" in x for x in ported.describe(tmp_path / "cfg")["assumed"])
     assert build.guidance_of(config.load(tmp_path / "cfg")) == "cfg"

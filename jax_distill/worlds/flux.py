@@ -199,7 +199,7 @@ def parts_folder(checkpoint: str) -> Path:
     Raises:
       ConfigError: there is none.
     """
-    for folder in _ported_folders(checkpoint):
+    for folder in ported_folders(checkpoint):
         if "autoencoder" in ported.describe(folder)["parts"]:
             return folder
     if not checkpoint:
@@ -225,11 +225,11 @@ def scheduler_of(checkpoint: str) -> dict[str, Any] | None:
     Raises:
       ConfigError: it leads to none.
     """
-    folder = next(_ported_folders(checkpoint), None) or parts_folder(checkpoint)
+    folder = next(ported_folders(checkpoint), None) or parts_folder(checkpoint)
     return ported.describe(folder)["scheduler"]
 
 
-def _ported_folders(checkpoint: str) -> Iterator[Path]:
+def ported_folders(checkpoint: str) -> Iterator[Path]:
     """All ported folders that a teacher leads to, its own first."""
     passed: list[str] = []
     while checkpoint and checkpoint not in passed:
