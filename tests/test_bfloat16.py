@@ -1,6 +1,6 @@
 """Time survives bfloat16: a rescaled network loses no more to it than its teacher does.
 
-At FLUX's width, one block deep, and at a small width. The time embedder is the shipped teacher's,
+At FLUX's width, one block deep (of the slow tests), and at a small width. The time embedder is the shipped teacher's,
 its 192 channels mixed into as many as the network has.
 """
 
@@ -67,7 +67,10 @@ def random_teacher(config, seed: int = 0) -> dict:
     return {**teacher, "time_embedder": mixed_embedder(config.hidden_size)}
 
 
-@pytest.fixture(scope="module", params=[SMALL, FLUX], ids=["192", "3072"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(SMALL, id="192"), pytest.param(FLUX, id="3072", marks=pytest.mark.slow)],
+)
 def pair(request):
     """A teacher of 1000 t, and what the refit makes of it."""
     config = request.param
