@@ -1,7 +1,7 @@
 """Time survives bfloat16: a rescaled network loses no more to it than its teacher does.
 
-At FLUX's width, one block deep (of the slow tests), and at a small width. The time embedder is the shipped teacher's,
-its 192 channels mixed into as many as the network has.
+At FLUX's width, one block deep (slow tests), and at a small width. The time embedder is the shipped
+teacher's, its 192 channels mixed into as many as the network has.
 """
 
 import dataclasses
