@@ -290,7 +290,7 @@ def compare_stages(
 ) -> dict[str, dict[str, float]]:
     """How near the network of each stage of the rescale is to the teacher, how smooth in time."""
     # About 64 pictures, no more on a device than a step of training has there.
-    mesh = parallel.make_mesh(config.mesh)
+    mesh = mesh_of(config)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     most = config.batch_size // config.accumulate
     count = min(most, len(source) // devices * devices, max(devices, 64 // devices * devices))

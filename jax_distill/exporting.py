@@ -30,6 +30,7 @@ from jax_distill.interop.parts import tensors_of
 from jax_distill.interop.safetensors_files import SHARD_BYTES
 from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 from jax_distill.models.autoencoder import AutoencoderConfig
+from jax_distill.models.inputs import GUIDANCE, INPUTS
 from jax_distill.models.mmdit import MMDiTConfig
 from jax_distill.worlds.flux import (
     parts_folder,
@@ -181,9 +182,8 @@ def _refits(
       ValueError: an embedder cannot be had at the factor that is wanted.
     """
     refits = {}
-    for name, upper in time_scale.RANGES.items():
-        guidance = name == "guidance_embedder"
-        factor = "guidance_factor" if guidance else "time_scale"
+    for x in INPUTS:
+        (name, factor, upper), guidance = x, x is GUIDANCE
         old, new = getattr(own, factor), getattr(wanted, factor)
         if name not in tree or old == new:
             continue

@@ -15,29 +15,11 @@ from ml_collections import ConfigDict
 from jax_distill import adapters, build, parallel, pipeline
 from jax_distill import config as configuration
 from jax_distill.models import mmdit
+from jax_distill.models.inputs import GUIDANCE, INPUTS, INTERVAL, TIME, Input
 from jax_distill.objectives import time_rescale
 
 FROM_SCRATCH = ("autoencoder", "flow_matching")
 """Objectives without a teacher."""
-
-
-class Input(NamedTuple):
-    """A number that a network embeds.
-
-    Attributes:
-      embedder: name of its embedder.
-      factor: of the network's configuration, which multiplies it.
-      upper: its largest value; the smallest is 0.
-    """
-
-    embedder: str
-    factor: str
-    upper: float
-
-
-TIME = Input("time_embedder", "time_scale", 1.0)
-INTERVAL = Input("interval_embedder", "time_scale", 1.0)
-GUIDANCE = Input("guidance_embedder", "guidance_factor", 10.0)
 
 
 class Stage(NamedTuple):
@@ -161,7 +143,7 @@ def refit(old: dict, factor: float, new_factor: float, upper: float) -> dict:
 
 def refitted(stage: Stage) -> list[Input]:
     """The inputs whose embedders a stage refits."""
-    return [x for x in (TIME, INTERVAL, GUIDANCE) if _changes(stage.config, stage.source, x)]
+    return [x for x in INPUTS if _changes(stage.config, stage.source, x)]
 
 
 def _changes(config: ConfigDict, source: ConfigDict, x: Input) -> bool:

@@ -109,3 +109,18 @@ def factors(folder):
     """Time scale and guidance factor of a ported folder."""
     model = config.load(folder).model
     return model.time_scale, model.guidance_factor
+
+
+# Damages to one of a file's tensors, arrays by name.
+
+
+def pop(tensors, name):
+    del tensors[name]
+
+
+def widen(tensors, name):
+    tensors[name] = np.zeros((2, *tensors[name].shape), tensors[name].dtype)
+
+
+def infinite(tensors, name):
+    tensors[name] = np.full_like(tensors[name], np.inf)

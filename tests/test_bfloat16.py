@@ -11,11 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
 from jax_distill import embedded, flow, frozen
 from jax_distill.config import base
 from jax_distill.flow import Text
+from jax_distill.interop import model_card, time_scale
 from jax_distill.models import mmdit
+from jax_distill.models.mmdit import TIME_FREQUENCIES
 from jax_distill.objectives.time_rescale import fit_quality, refit_time_embedder
 
 SMALL = mmdit.MMDiTConfig(
@@ -155,6 +159,33 @@ def test_the_refit_survives_rounding(pair):
     rounded = quality(jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), new))
     print("error over variation", exact, "parameters in bfloat16", rounded.error)
     assert rounded.error <= (1.1 if config.hidden_size > 1000 else 1.4) * exact.error
+
+
+@torch.no_grad()
+def test_the_card_says_what_stock_pipelines_lose_in_bfloat16(pair):
+    """Of the embedder that is exported for them, evaluated by diffusers' own modules."""
+    _, (config, network) = pair
+    if config.hidden_size < 1000:
+        pytest.skip("the card speaks of FLUX's width")
+    exported = time_scale.refit(network["time_embedder"], 1.0, 1000.0).embedder
+    t = np.float32((np.arange(500) + 0.5) / 500)
+    own = np.asarray(mmdit.scalar_embedding(network["time_embedder"], jnp.asarray(t)))
+    stock = TimestepEmbedding(TIME_FREQUENCIES, config.hidden_size)
+    for name, layer in exported.items():
+        getattr(stock, name).weight.copy_(torch.from_numpy(np.array(layer["kernel"].T)))
+        getattr(stock, name).bias.copy_(torch.from_numpy(np.array(layer["bias"])))
+    rounded = (torch.from_numpy(t).bfloat16() * 1000).float()
+
+    def lost(times, dtype):
+        features = Timesteps(TIME_FREQUENCIES, True, 0)(times).to(dtype)
+        return rms(stock.to(dtype)(features).float().numpy() - own) / rms(own - own.mean(0))
+
+    exact = lost(torch.from_numpy(t) * 1000, torch.float32)
+    kept, narrowed = lost(rounded, torch.float32), lost(rounded, torch.bfloat16)
+    print(f"lost: float32 {exact:.1e}, t in bfloat16 {kept:.4f}, all in bfloat16 {narrowed:.4f}")
+    assert exact < 1e-4
+    assert kept == pytest.approx(model_card.LOST_IN_FLOAT32, rel=0.1)
+    assert narrowed == pytest.approx(model_card.LOST_IN_BFLOAT16, rel=0.1)
 
 
 def test_everything_that_carries_time_is_float32_up_to_the_blocks(pair):

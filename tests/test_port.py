@@ -10,6 +10,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import random_files
 import random_pipeline
 import torch
 from random_files import NETWORK
@@ -149,18 +150,6 @@ def _change(part, change):
     return damage
 
 
-def _pop(tensors, name):
-    del tensors[name]
-
-
-def _widen(tensors, name):
-    tensors[name] = np.zeros((2, *tensors[name].shape), tensors[name].dtype)
-
-
-def _infinite(tensors, name):
-    tensors[name] = np.full_like(tensors[name], np.inf)
-
-
 def _extra(tensors, name):
     tensors["lora"] = tensors[name]
 
@@ -189,9 +178,12 @@ def _no_tokenizer(source):
         (_no_config, "vae/config.json' is missing"),
         (_no_part, "has no text_encoder/"),
         (_no_tokenizer, "tokenizer_2' is missing"),
-        (_change("vae", _pop), "vae: tensor '.*' is missing"),
-        (_change("vae", _infinite), "vae: tensor '.*' holds NaN or infinity"),
-        (_change("text_encoder", _widen), r"text_encoder: tensor '.*' has shape \(2, .* expected"),
+        (_change("vae", random_files.pop), "vae: tensor '.*' is missing"),
+        (_change("vae", random_files.infinite), "vae: tensor '.*' holds NaN or infinity"),
+        (
+            _change("text_encoder", random_files.widen),
+            r"text_encoder: tensor '.*' has shape \(2, .* expected",
+        ),
         (_change("text_encoder_2", _extra), "text_encoder_2: tensor 'lora' is not expected"),
     ],
 )

@@ -258,18 +258,6 @@ def test_code_in_a_pickle_is_refused_and_not_run(folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.pt", "x.pt"]
 
 
-def _pop(tensors, name):
-    del tensors[name]
-
-
-def _widen(tensors, name):
-    tensors[name] = np.zeros((2, *tensors[name].shape), tensors[name].dtype)
-
-
-def _infinite(tensors, name):
-    tensors[name] = np.full_like(tensors[name], np.inf)
-
-
 def _whole_numbers(tensors, name):
     tensors[name] = np.ones(tensors[name].shape, np.int64)
 
@@ -282,9 +270,9 @@ def _extra(tensors, name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_pop, "tensor '.*' is missing"),
-        (_widen, "has shape .* where .* is expected"),
-        (_infinite, "holds NaN or infinity"),
+        (random_files.pop, "tensor '.*' is missing"),
+        (random_files.widen, "has shape .* where .* is expected"),
+        (random_files.infinite, "holds NaN or infinity"),
         (_whole_numbers, "is of type int64; only bfloat16, float16, float32 can be read"),
         (_extra, "tensor 'lora' is not expected"),
     ],

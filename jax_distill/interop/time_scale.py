@@ -19,8 +19,6 @@ import numpy as np
 
 from jax_distill.models import mmdit
 
-RANGES = {"time_embedder": 1.0, "interval_embedder": 1.0, "guidance_embedder": 10.0}
-"""Largest values that the embedders are given."""
 _POINTS = 2048
 _HALF = mmdit.TIME_FREQUENCIES // 2
 # Of `rebuild`: round values in a range, what they count, features of a bump, its height.

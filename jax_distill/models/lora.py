@@ -24,9 +24,10 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.nnx.nn import dtypes
 
+from jax_distill.models.inputs import INPUTS
 from jax_distill.ops.placement import constrain
 
-EMBEDDERS = ("time_embedder", "guidance_embedder", "interval_embedder")
+EMBEDDERS = tuple(x.embedder for x in INPUTS)
 """What a student has of its own: kept whole beside the adapters, whether it is trained or not."""
 
 _LARGEST = 127  # of int8, symmetric

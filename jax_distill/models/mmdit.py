@@ -192,9 +192,8 @@ class Layers:
 class Embedder(nnx.Module):
     """Two dense layers with a SiLU between: time, guidance, interval and pooled text use it.
 
-    It computes in float32 or better whatever the network does. A bfloat16 embedding of t is off by
-    a large part of what tells one time from another: embedders add up many features that nearly
-    cancel.
+    It computes in float32 or better whatever the network does: embedders add up many features that
+    nearly cancel, and what bfloat16 rounds of each is much of what tells one time from another.
     """
 
     def __init__(self, inputs: int, hidden: int, layers: Layers, *, zero: bool = False):

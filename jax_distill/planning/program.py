@@ -108,7 +108,6 @@ def sampling(stage: stages.Stage, mesh: Any) -> Program:
     """The sampler of what a stage trains, in the most of `evaluation.student_steps`, on a mesh."""
     config = stage.config
     objective = build.objective(config)
-
     beside = adapters.settings(config)
 
     def create():
@@ -158,7 +157,10 @@ def run_stages(config: ConfigDict) -> list[stages.Stage]:
         teacher = preflight.teacher_config(config)
     every = stages.of(_shifted(stages.student_config(config, teacher)), teacher)
     every = [stage._replace(config=_shifted(stage.config)) for stage in every]
-    return [stage for stage in every if stage.config.total_steps]
+    every = [stage for stage in every if stage.config.total_steps]
+    if not every:
+        raise ConfigError("total_steps: 0 leaves no step to plan; give a number of steps")
+    return every
 
 
 def _shifted(config: ConfigDict) -> ConfigDict:
