@@ -184,6 +184,18 @@ def test_a_remedy_is_one_that_the_config_takes(tmp_path):
     assert ran.returncode == 0 and "remat full" in ran.stdout, ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "error"),
+    [("total_steps", 0, "0 is not positive"), ("batch_size", -4, "-4 is not positive")],
+)
+def test_what_a_run_refuses_is_not_planned(key, value, error):
+    config = tiny()
+    with config.unlocked():
+        config[key] = value
+    with pytest.raises(ConfigError, match=f"^{key}: {error}"):
+        planner.make_plan(config, chips.parse("gpu:h200x1"))
+
+
 def test_the_tables_agree_with_their_headings():
     """Every line of docs/plans.md is of the topology and of stages that its command plans."""
     text = (CONFIGS.parent / "docs" / "plans.md").read_text()

@@ -145,8 +145,9 @@ def run_stages(config: ConfigDict) -> list[stages.Stage]:
     Without `teacher.checkpoint`, the teacher of FLUX's world is FLUX.1-lite-8B.
 
     Raises:
-      ConfigError: what is trained has no step to plan, or its teacher is not there.
+      ConfigError: a value that a run would refuse, nothing that has a plan, or no teacher.
     """
+    preflight.validate(config)
     if config.objective.name == "autoencoder":
         raise ConfigError("objective.name: the autoencoder has no plan; give another --config")
     if config.objective.name in stages.FROM_SCRATCH:
@@ -157,10 +158,7 @@ def run_stages(config: ConfigDict) -> list[stages.Stage]:
         teacher = preflight.teacher_config(config)
     every = stages.of(_shifted(stages.student_config(config, teacher)), teacher)
     every = [stage._replace(config=_shifted(stage.config)) for stage in every]
-    every = [stage for stage in every if stage.config.total_steps]
-    if not every:
-        raise ConfigError("total_steps: 0 leaves no step to plan; give a number of steps")
-    return every
+    return [stage for stage in every if stage.config.total_steps]
 
 
 def _shifted(config: ConfigDict) -> ConfigDict:
