@@ -27,6 +27,7 @@ setup(
         "tensorflow; platform_machine != 'x86_64' or sys_platform != 'linux'",
         "tensorboard",
         "ml-collections>=1.0",  # config.py
+        "msgspec>=0.19",  # files.py: the types of what JSON holds
         "absl-py",
         "numpy>=2.0",
         "scipy",  # evaluation/shapes_eval.py: connected components

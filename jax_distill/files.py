@@ -1,13 +1,166 @@
-"""Files that are there whole or not at all."""
+"""Files: read as what they should be or refused by name, written whole or not at all."""
 
+import codecs
 import contextlib
 import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import msgspec
+
+TEXT_BYTES = 2**26
+"""The most that is read of one text, or of one line of a file that is read line by line."""
+
+_MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's does
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+class FileError(ValueError):
+    """A file that is not what it should be; the message names it, the cause and the fix."""
+
+
+def check_regular(path: Path) -> None:
+    """Checks that a path is a file with content: no folder, pipe, socket or device.
+
+    Raises:
+      FileError: it is something else, which a reader could wait for without end.
+      FileNotFoundError: there is nothing.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise FileError(f"'{path}' is no regular file; give a file that lies on a disk")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file: UTF-8 whatever the locale, or what a byte order mark says; no mark.
+
+    Raises:
+      FileError: it is not text, or longer than `TEXT_BYTES`.
+      FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    check_regular(path)
+    with path.open("rb") as file:
+        content = file.read(TEXT_BYTES + 1)
+    if len(content) > TEXT_BYTES:
+        raise FileError(f"'{path}' is longer than the {TEXT_BYTES >> 20} MiB that are read of text")
+    try:
+        return _checked(content.decode(_encoding(content)), path)
+    except UnicodeDecodeError as error:
+        raise _no_text(path, error) from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    r"""The lines of a text with their numbers, from 1; they end at \n or \r\n and nowhere else.
+
+    Raises:
+      FileError: as `read_text`, of a line.
+      FileNotFoundError: there is no file.
+    """
+    path = Path(path)
+    check_regular(path)
+    with path.open("rb") as file:
+        encoding = _encoding(file.read(4))
+    with path.open(encoding=encoding, newline="\n") as file:
+        number = 0
+        while True:
+            try:
+                line = file.readline(TEXT_BYTES)
+            except UnicodeDecodeError as error:
+                raise _no_text(path, error) from None
+            if not line:
+                return
+            number += 1
+            if len(line) == TEXT_BYTES and not line.endswith("\n"):
+                raise FileError(f"'{path}', line {number}: it is longer than a line of text")
+            yield number, _checked(line.removesuffix("\n").removesuffix("\r"), path)
+
+
+def read_json(path: Path, kind: Any = dict[str, Any], *, fix: str = "restore or remove it") -> Any:
+    """What a JSON file holds, whose types are checked; keys that `kind` does not name are kept.
+
+    Args:
+      path: of the file.
+      kind: a type such as `dict[str, int]`, or a `TypedDict`, as `msgspec.convert` takes it.
+      fix: what to do about a file that is something else.
+
+    Raises:
+      FileError: it is no JSON, or not of that kind.
+      FileNotFoundError: there is none.
+    """
+    return parse_json(read_text(path), kind, where=f"'{path}'", fix=fix)
+
+
+def read_json_lines(
+    path: Path, kind: Any = dict[str, Any], *, fix: str = "mend or remove that line"
+) -> Iterator[tuple[int, Any]]:
+    """What the lines of a file hold, each JSON, with their numbers; empty lines are passed over.
+
+    Raises:
+      FileError and FileNotFoundError: as `read_json`, naming the line.
+    """
+    for number, line in read_lines(path):
+        if line.strip():
+            yield number, parse_json(line, kind, where=f"'{path}', line {number}", fix=fix)
+
+
+def parse_json(text: str, kind: Any = Any, *, where: str, fix: str) -> Any:
+    """As `read_json`, of a text.
+
+    Args:
+      text: JSON.
+      kind: as of `read_json`.
+      where: begins the message, such as "'a.json', line 3".
+      fix: ends it.
+
+    Raises:
+      FileError: it is no JSON, or not of that kind.
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # no halves of characters
+    except (ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FileError(f"{where} is not valid JSON ({reason}); {fix}") from None
+    check_kind(value, kind, where=where, fix=fix)
+    return value
+
+
+def check_kind(value: Any, kind: Any, *, where: str, fix: str) -> None:
+    """Checks the types of what JSON or a pickle has given, without converting any.
+
+    Raises:
+      FileError: naming the place, such as `$.parts.clip`.
+    """
+    try:
+        msgspec.convert(value, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FileError(f"{where} does not hold what it should ({reason}); {fix}") from None
+
+
+def _encoding(content: bytes) -> str:
+    """The encoding that the first bytes of a file name; UTF-8 where they name none."""
+    return next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+
+
+def _checked(text: str, path: Path) -> str:
+    if "\0" in text:  # UTF-16 without its mark reads as UTF-8 with these in between
+        raise FileError(f"'{path}' is not UTF-8 text (it has NUL characters); save it as UTF-8")
+    return text
+
+
+def _no_text(path: Path, error: UnicodeDecodeError) -> FileError:
+    return FileError(f"'{path}' is not UTF-8 text ({error.reason}); save it as UTF-8")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

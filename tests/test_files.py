@@ -1,11 +1,21 @@
-"""Laws of writing files: whole or not at all."""
+"""Laws of files: read as what they should be or refused, written whole or not at all."""
 
 import json
 import os
+from typing import NotRequired, TypedDict
 
 import pytest
 
-from jax_distill.files import write_atomically, write_json
+from jax_distill import files
+from jax_distill.files import (
+    FileError,
+    read_json,
+    read_json_lines,
+    read_lines,
+    read_text,
+    write_atomically,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -29,3 +39,83 @@ def test_text_and_json_are_written_into_a_new_folder(tmp_path):
     assert (tmp_path / "a" / "b.txt").read_bytes() == "größer\n".encode()
     write_json(tmp_path / "c.json", {"x": [1, 2]})
     assert json.loads((tmp_path / "c.json").read_text()) == {"x": [1, 2]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_text_is_read_whatever_the_locale(tmp_path, monkeypatch, encoding):
+    path = tmp_path / "a.txt"
+    text = "größer 狐\x85\u2028\x0b same line\r\nsecond\n"
+    path.write_bytes(text.encode(encoding))
+    monkeypatch.setenv("LC_ALL", "C")
+    assert read_text(path) == text
+    assert list(read_lines(path)) == [(1, "größer 狐\x85\u2028\x0b same line"), (2, "second")]
+
+
+@pytest.mark.parametrize(
+    "content", ["Füchse".encode("latin-1"), "a fox".encode("utf-16-le"), b"\x00", b"\xff\xfe\x00"]
+)
+def test_what_is_no_text_is_named(tmp_path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    for read in (read_text, lambda path: list(read_lines(path))):
+        with pytest.raises(FileError, match=r"a\.txt' is not UTF-8 text .*save it as UTF-8"):
+            read(tmp_path / "a.txt")
+
+
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, "/dev/zero"):
+        for read in (read_text, lambda path: list(read_lines(path)), read_json):
+            with pytest.raises(FileError, match="no regular file"):
+                read(path)
+
+
+def test_long_texts_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "TEXT_BYTES", 8)
+    (tmp_path / "a").write_text("1234567\n" * 3)
+    assert len(list(read_lines(tmp_path / "a"))) == 3
+    (tmp_path / "b").write_text("123456789")
+    for read, path in ((read_text, "a"), (lambda path: list(read_lines(path)), "b")):
+        with pytest.raises(FileError, match="longer than"):
+            read(tmp_path / path)
+
+
+class Fox(TypedDict):
+    name: str
+    legs: NotRequired[int]
+    den: dict[str, float] | None
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("9" * 5000, "not valid JSON"),
+        ('{"name": "\\ud800", "den": null}', "not valid JSON"),
+        ("[]", "Expected `object`, got `array`"),
+        ('{"name": "a"}', "missing required field `den`"),
+        ('{"name": "a", "den": {"x": "y"}}', r"got `str` - at `\$.den"),
+        ('{"name": "a", "den": null, "legs": 4.5}', r"Expected `int`.* at `\$.legs`"),
+        ('{"name": "a", "den": null, "legs": true}', r"Expected `int`.* at `\$.legs`"),
+    ],
+)
+def test_json_of_another_kind_is_named(tmp_path, content, reason):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(FileError, match=rf"a\.json' .*{reason}.*; do this$"):
+        read_json(tmp_path / "a.json", Fox, fix="do this")
+
+
+def test_json_that_fits_comes_as_it_is(tmp_path):
+    fox = {"name": "a", "den": {"x": 1}, "more": [None, 2**70]}
+    write_json(tmp_path / "a.json", fox)
+    assert read_json(tmp_path / "a.json", Fox) == fox
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "b.json", Fox)
+
+
+def test_json_lines_end_where_json_lines_end(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": "\u2028\x85"}\r\n\n{"a": 2}\n{"a"')
+    lines = read_json_lines(tmp_path / "a.jsonl")
+    assert [next(lines), next(lines)] == [(1, {"a": "\u2028\x85"}), (3, {"a": 2})]
+    with pytest.raises(FileError, match="line 4 is not valid JSON"):
+        next(lines)
