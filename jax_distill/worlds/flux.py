@@ -133,7 +133,7 @@ class Flux:
         Raises:
           ValueError: pictures or captions cannot be used.
         """
-        pictures = find(source)
+        pictures = find(source, self.resolution)
         embed = self.text_encoders().encode
         encode_folder(output, pictures, self.resolution, self.codec.encode, embed, seed=seed)
         return len(pictures)
