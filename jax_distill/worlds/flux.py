@@ -157,7 +157,7 @@ class Flux:
                 f" python -m jax_distill.prepare --checkpoint={self.folder}"
             )
         length = config.data.text_length
-        made_for = records.description["resolution"]
+        made_for = records.description.get("resolution", ())
         if tuple(made_for) != self.resolution:
             raise ConfigError(
                 f"data.path: the pictures in '{config.data.path}' are of {tuple(made_for)} pixels,"
