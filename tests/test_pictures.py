@@ -431,6 +431,25 @@ def test_the_largest_pictures_take_less_than_a_gigabyte(tmp_path):
     assert int(done.stdout) < 2**20
 
 
+def test_scans_are_bounded(tmp_path):
+    RGB.save(tmp_path / "a.jpg", progressive=True)
+    content = (tmp_path / "a.jpg").read_bytes()
+    pictures.check(tmp_path / "a.jpg", 1, 1)
+    begin = content.index(b"\xff\xda")
+    scan = content[begin : content.index(b"\xff", begin + 20)]
+    (tmp_path / "a.jpg").write_bytes(content[:begin] + scan * 101 + content[begin:])
+    with pytest.raises(FileError, match="more than the 100 scans"):
+        pictures.check(tmp_path / "a.jpg", 1, 1)
+
+
+def test_a_gamma_that_is_not_followed_is_told(tmp_path):
+    rows = colours().reshape(HEIGHT, -1)
+    for gamma, told in ((100000, {pictures.GAMMA}), (45455, set())):
+        content = png(8, 2, rows, (b"gAMA", struct.pack(">I", gamma)))
+        (tmp_path / "a.png").write_bytes(content)
+        assert pictures.check(tmp_path / "a.png", 1, 1) == told
+
+
 def test_warnings_of_pillow_are_its_own(tmp_path, recwarn):
     exif = b"Exif\0\0II*\0\x08\0\0\0\x03\0" + bytes(range(30))
     RGB.save(tmp_path / "a.jpg", exif=exif)

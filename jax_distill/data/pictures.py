@@ -5,7 +5,7 @@ import functools
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +25,11 @@ FORMATS = "PNG JPEG MPO WEBP AVIF GIF TIFF BMP JPEG2000 PPM QOI".split()
 PIXELS, PIXELS_WIDE, PIXELS_JPEG = 64_000_000, 30_000_000, 110_000_000
 _WIDE = ("WEBP", "AVIF", "JPEG2000")
 PROFILE_BYTES = 2**24
+SCANS = 100  # of a progressive JPEG: each goes over all pixels, and takes a few bytes of a file
 
 FRAMES = "have several frames or pages, of which the first is taken"
 PROFILE = "have a colour profile that cannot be used, and are taken as sRGB"
+GAMMA = "name a gamma that is not sRGB's (PNG's gAMA), which is not followed"
 SMALL = "are smaller than what is made of them, and are enlarged"
 
 _UPRIGHT = {  # EXIF's orientation
@@ -135,6 +137,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _shown(path: Path) -> Shown:
+    path = Path(path)
     check_regular(path)
     Image.init()
     with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
@@ -145,6 +148,9 @@ def _shown(path: Path) -> Shown:
         colours, alpha = _colours(image, packed, path)
         upright = _UPRIGHT.get(_orientation(image))
         profile = image.info.get("icc_profile")
+        srgb = "srgb" in image.info or abs(image.info.get("gamma", 1 / 2.2) - 1 / 2.2) < 0.02
+    if not profile and not srgb:
+        notes.add(GAMMA)
     if profile:
         transform = _to_srgb(profile, colours.mode)
         if transform is None:
@@ -160,7 +166,7 @@ def _shown(path: Path) -> Shown:
 
 
 def _bound(image: Image.Image, path: Path) -> None:
-    """Checks the number of pixels before any is decoded; large JPEGs are set to half the size."""
+    """Checks the work of decoding before it begins; large JPEGs are set to half the size."""
     pixels = image.width * image.height
     jpeg = image.format in ("JPEG", "MPO") and image.mode != "CMYK"
     limit = PIXELS_WIDE if image.format in _WIDE or image.mode == "CMYK" else PIXELS
@@ -168,6 +174,8 @@ def _bound(image: Image.Image, path: Path) -> None:
         image.draft(image.mode, (image.width // 2, image.height // 2))
     elif pixels > limit:
         raise FileError(_too_large(path, pixels, PIXELS_JPEG if jpeg else limit))
+    if image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > SCANS:
+        raise FileError(f"'{path}' has more than the {SCANS} scans that are read; save it anew")
 
 
 def _too_large(path: Path, pixels: int, limit: int) -> str:
@@ -246,7 +254,8 @@ def _from_16_bits(
     return colours, values.point((255 * (np.arange(65536) != transparent)).tolist(), "L")
 
 
-def _to_srgb(profile: bytes, mode: str):
+@functools.lru_cache(maxsize=8)  # a camera's pictures share theirs
+def _to_srgb(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
     """The function that takes pictures of a mode from a profile's colours to sRGB.
 
     Args:
