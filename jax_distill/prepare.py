@@ -17,7 +17,7 @@ from absl import flags
 from jax_distill import build, commands, pipeline
 from jax_distill.data import records, shapes
 from jax_distill.data.encoding import NULL_CAPTION, encode_drawn, encode_shapes
-from jax_distill.data.folder import check_caption
+from jax_distill.data.folder import plain_caption
 from jax_distill.files import read_lines
 from jax_distill.worlds.flux import Flux, ported_config
 from jax_distill.worlds.shapes import embedded_codec
@@ -116,12 +116,8 @@ def read_captions(path: Path) -> list[str]:
     captions = []
     try:
         for number, line in read_lines(path):
-            where = f"--captions: '{path}', line {number}"
-            if "\r" in line.rstrip("\r"):
-                raise ValueError(f"{where}: it has a CR inside; end lines with LF or CR LF")
-            if caption := line.strip():
-                check_caption(caption, where)
-                captions.append(caption)
+            if line.strip():
+                captions.append(plain_caption(line, f"--captions: '{path}', line {number}"))
     except FileNotFoundError:
         raise ValueError(f"--captions: there is no file '{path}'") from None
     if not captions:

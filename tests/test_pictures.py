@@ -290,6 +290,12 @@ def test_pictures_stand_upright(tmp_path, orientation):
     assert np.abs(shown(tmp_path / "a.png") - turned).max() <= 1
 
 
+def test_exif_that_cannot_be_read_is_refused(tmp_path):
+    RGB.save(tmp_path / "a.png", exif=b"Exif\0\0no EXIF at all")
+    with pytest.raises(FileError, match="a.png' has EXIF data that cannot be read .*which side"):
+        pictures.check(tmp_path / "a.png", 1, 1)
+
+
 def profile(gamma, primaries=None):
     """A matrix profile (RGB; columns X, Y, Z of its primaries) or one of grey, of version 2."""
     curve = b"curv" + struct.pack(">IIH", 0, 1, round(gamma * 256)) + b"\0\0"

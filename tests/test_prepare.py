@@ -71,7 +71,7 @@ def test_captions_are_lines_of_text(tmp_path):
         (b" \n\n", "has no caption"),
         ("a f\xe9e".encode("latin-1"), "is not UTF-8 text"),
         (b"a fox\na\0b", "NUL"),
-        (b"a fox\ra hen\ra cow", "line 1: it has a CR inside"),
+        (b"a fox\ra hen\ra cow", "line 1: the caption has CR inside"),
         (b"\n" + b"x" * 70_000, "line 2: the caption has 70000 characters"),
     ],
 )

@@ -79,7 +79,9 @@ def encode_drawn(
         for start in range(0, len(captions), DRAWN_BATCH):
             batch = captions[start : start + DRAWN_BATCH]
             text = embed([*batch, *batch[:1] * (DRAWN_BATCH - len(batch))])
-            latents = _stored(draw(text, start), [f"the drawing of {words!r}" for words in batch])
+            latents = _stored(
+                draw(text, start), [f"the drawing of {words!r:.80}" for words in batch]
+            )
             stored = _half(text, batch) if null is not None else ()
             for caption, *fields in zip(batch, latents, *stored):
                 yield records.LatentRecord(fields[0], caption, *fields[1:])
@@ -155,7 +157,7 @@ def _half(text: Text, captions: Sequence[str]) -> Text:
     """
     half = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), text)
     for leaf in half:
-        _check_finite(leaf[: len(captions)], [f"caption {c!r}" for c in captions], "embeddings")
+        _check_finite(leaf[: len(captions)], [f"caption {c!r:.80}" for c in captions], "embeddings")
     return half
 
 

@@ -12,7 +12,7 @@ from jax_distill.data import pictures
 from jax_distill.data.pictures import read
 from jax_distill.files import FileError, read_json_lines, read_text
 
-__all__ = ["METADATA", "Captioned", "check_caption", "find", "read"]
+__all__ = ["METADATA", "Captioned", "find", "plain_caption", "read"]
 
 METADATA = "metadata.jsonl"
 CAPTION_CHARACTERS = 2**16
@@ -123,11 +123,15 @@ def _listed(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
         name = PurePosixPath(entry["file_name"])
         if name.is_absolute() or ".." in name.parts:
             raise FileError(
-                f"{where}: {entry['file_name']!r} leads out of the folder; move the picture into it"
+                f"{where}: {entry['file_name']!r:.200} leads out of the folder; move the picture"
+                " into it"
             )
         path = folder / name
         if not os.path.exists(path):
-            raise FileError(f"{where}: there is no file '{path}'; restore it or remove the line")
+            raise FileError(
+                f"{where}: there is no file {entry['file_name']!r:.200}; restore it or remove the"
+                " line"
+            )
         check_caption(entry["text"], where)
         if path in listed:
             left_out[_REPEATED].append(path)
@@ -151,8 +155,23 @@ def _beside(picture: Path) -> str:
             f"'{picture}' has no caption; write it into '{path}', or all of them into"
             f" '{picture.parent / METADATA}'{unread}"
         ) from None
-    caption = text.replace("\r\n", "\n").replace("\r", "\n").strip()
-    check_caption(caption, f"'{path}'")
+    return plain_caption(text, f"'{path}'")
+
+
+def plain_caption(text: str, where: str) -> str:
+    """A caption from a text, without blanks around it; line ends inside it are LF.
+
+    Args:
+      text: as it is in a file.
+      where: as of `check_caption`.
+
+    Raises:
+      FileError: as `check_caption`, or it has CR that end no lines: of several captions, perhaps.
+    """
+    caption = text.replace("\r\n", "\n").strip()
+    if "\r" in caption:
+        raise FileError(f"{where}: the caption has CR inside; end lines with LF or CR LF")
+    check_caption(caption, where)
     return caption
 
 

@@ -146,7 +146,7 @@ def _shown(path: Path) -> Shown:
         packed = _packed_as(image)
         image.load()
         colours, alpha = _colours(image, packed, path)
-        upright = _UPRIGHT.get(_orientation(image))
+        upright = _UPRIGHT.get(_orientation(image, path))
         profile = image.info.get("icc_profile")
         srgb = "srgb" in image.info or abs(image.info.get("gamma", 1 / 2.2) - 1 / 2.2) < 0.02
     if not profile and not srgb:
@@ -192,11 +192,15 @@ def _packed_as(image: Image.Image) -> str:
     return packed if isinstance(packed, str) else ""
 
 
-def _orientation(image: Image.Image) -> Any:
+def _orientation(image: Image.Image, path: Path) -> Any:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # a viewer shows a picture whose EXIF is damaged as it lies
-        return None
+    except Exception as error:  # parsers of it raise nearly every kind, too
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise FileError(
+            f"'{path}' has EXIF data that cannot be read ({reason}), so that nobody knows which"
+            " side is up; save it anew or remove them"
+        ) from None
 
 
 def _colours(image: Image.Image, packed: str, path: Path) -> tuple[Image.Image, Image.Image | None]:

@@ -83,7 +83,7 @@ class LatentRecords:
     def _shard(self, name: str) -> Path:
         """A shard's file; names lead nowhere else, and have nothing that ArrayRecord interprets."""
         if not re.fullmatch(r"[\w.-]+\.array_record", name):
-            raise FileError(f"'{self._path / DESCRIPTION}': {name!r} names no shard; {_AGAIN}")
+            raise FileError(f"'{self._path / DESCRIPTION}': {name!r:.80} names no shard; {_AGAIN}")
         shard = self._path / name
         try:
             check_regular(shard)
@@ -184,9 +184,9 @@ def _array(code: int, content: bytes) -> np.ndarray:
     shape, name, values = msgpack.unpackb(content, raw=True, max_array_len=3, max_map_len=0)
     kind = _TYPES.get(name)
     if kind is None:
-        raise ValueError(f"type {name!r} is none of {', '.join(map(str, _TYPES.values()))}")
-    if not all(isinstance(length, int) and length >= 0 for length in shape):
-        raise ValueError(f"{shape!r} is no shape")
+        raise ValueError(f"type {name!r:.80} is none of {', '.join(map(str, _TYPES.values()))}")
+    if not (isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)):
+        raise ValueError(f"{shape!r:.80} is no shape")
     if math.prod(shape) * kind.itemsize != len(values):
         raise ValueError(f"shape {shape!r} does not fit {len(values)} bytes")
     return np.frombuffer(values, kind).reshape(shape)
