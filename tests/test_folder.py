@@ -195,7 +195,7 @@ def test_what_is_done_about_pictures_is_counted(tmp_path, said):
         save(tmp_path / f"{number}.png", 20 + 10 * number, 40)
         (tmp_path / f"{number}.txt").write_text("a picture")
     folder.find(tmp_path, (40, 30))
-    assert said == [f"2 of 4 pictures {pictures.SMALL}: '{tmp_path / '0.png'}'"]
+    assert said == [f"2 of 4 pictures {pictures.SMALL}, such as '{tmp_path / '0.png'}'"]
 
 
 def test_a_pipe_is_never_waited_for(tmp_path):

@@ -362,6 +362,10 @@ def test_a_profile_that_cannot_be_used_is_left_aside_and_told(tmp_path, broken):
     RGB.save(tmp_path / "a.png", icc_profile=broken)
     assert pictures.check(tmp_path / "a.png", 1, 1) == {pictures.PROFILE}
     np.testing.assert_array_equal(shown(tmp_path / "a.png"), colours())
+    ink = Image.fromarray(INK, "CMYK")
+    ink.save(tmp_path / "a.tif", icc_profile=profile(2.2, WIDE))
+    assert pictures.check(tmp_path / "a.tif", 1, 1) == {pictures.PROFILE}
+    np.testing.assert_array_equal(shown(tmp_path / "a.tif"), np.asarray(ink.convert("RGB")))
 
 
 @pytest.mark.parametrize("ending", ["gif", "png", "webp", "tif"])
@@ -417,6 +421,15 @@ def test_no_other_program_is_run(tmp_path):
 def test_more_pixels_than_fit_are_refused_by_their_number(tmp_path, size, options, message):
     Image.new("1", size).save(tmp_path / "a.png", **options)
     with pytest.raises(FileError, match=message):
+        pictures.check(tmp_path / "a.png", 1, 1)
+
+
+def test_more_bytes_than_a_picture_has_are_refused(tmp_path):
+    RGB.save(tmp_path / "a.png")
+    os.truncate(tmp_path / "a.png", pictures.FILE_BYTES)  # zeros, which take no room
+    pictures.check(tmp_path / "a.png", 1, 1)
+    os.truncate(tmp_path / "a.png", pictures.FILE_BYTES + 1)
+    with pytest.raises(FileError, match="a.png' is larger than the 256 MiB"):
         pictures.check(tmp_path / "a.png", 1, 1)
 
 

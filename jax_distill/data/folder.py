@@ -18,11 +18,11 @@ METADATA = "metadata.jsonl"
 CAPTION_CHARACTERS = 2**16
 CHECKS_LOGGED = 1000
 
-_HIDDEN = "hidden, or of another system"
-_LINK = "links to folders"
-_OTHER = "of other endings, and no captions of a picture"
-_UNLISTED = f"not listed in {METADATA}"
-_REPEATED = "listed more than once, and an example each time"
+_HIDDEN = "files or folders are left out: hidden, or of another system"
+_LINK = "folders are left out: links to them are not followed"
+_OTHER = "files are left out: of other endings, and no captions of a picture"
+_UNLISTED = f"files are left out: not listed in {METADATA}"
+_REPEATED = "lines name a picture that another line names: each is an example"
 
 
 class Captioned(NamedTuple):
@@ -82,7 +82,9 @@ def find(folder: Path, resolution: tuple[int, int] = (1, 1)) -> list[Captioned]:
         if number % CHECKS_LOGGED == 0:
             logging.info("checked %d of %d pictures", number, len(candidates))
     for note, paths in sorted(notes.items()):
-        logging.warning("%d of %d pictures %s: '%s'", len(paths), len(found), note, paths[0])
+        logging.warning(
+            "%d of %d pictures %s, such as '%s'", len(paths), len(found), note, paths[0]
+        )
     if problems:
         others = f" (and {len(problems) - 1} more of {len(candidates)} pictures)"
         raise FileError(f"{problems[0]}{others * (len(problems) > 1)}")

@@ -24,7 +24,7 @@ FORMATS = "PNG JPEG MPO WEBP AVIF GIF TIFF BMP JPEG2000 PPM QOI".split()
 # 25 in these formats; JPEG can be decoded at half the size.
 PIXELS, PIXELS_WIDE, PIXELS_JPEG = 64_000_000, 30_000_000, 110_000_000
 _WIDE = ("WEBP", "AVIF", "JPEG2000")
-PROFILE_BYTES = 2**24
+FILE_BYTES, PROFILE_BYTES = 2**28, 2**24
 SCANS = 100  # of a progressive JPEG: each goes over all pixels, and takes a few bytes of a file
 
 FRAMES = "have several frames or pages, of which the first is taken"
@@ -139,6 +139,11 @@ def _reading(path: Path) -> Iterator[None]:
 def _shown(path: Path) -> Shown:
     path = Path(path)
     check_regular(path)
+    if path.stat().st_size > FILE_BYTES:
+        raise FileError(
+            f"'{path}' is larger than the {FILE_BYTES >> 20} MiB that are read of a picture;"
+            " save it anew"
+        )
     Image.init()
     with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
         _bound(image, path)
