@@ -210,3 +210,17 @@ def test_a_pipe_is_never_waited_for(tmp_path):
     os.mkfifo(tmp_path / folder.METADATA)
     with pytest.raises(FileError, match="metadata.jsonl' is no regular file"):
         folder.find(tmp_path)
+
+
+def test_folders_may_be_as_deep_as_paths_are_long(tmp_path):
+    deep, depth = os.open(tmp_path, os.O_RDONLY), 1200
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=deep)
+        below = os.open("d", os.O_RDONLY, dir_fd=deep)
+        os.close(deep)
+        deep = below
+    os.close(deep)
+    path = tmp_path.joinpath(*["d"] * depth, "a.png")
+    save(path)
+    path.with_suffix(".txt").write_text("a picture")
+    assert folder.find(tmp_path) == [(path, "a picture")]

@@ -83,7 +83,7 @@ def find(folder: Path, resolution: tuple[int, int] = (1, 1)) -> list[Captioned]:
             logging.info("checked %d of %d pictures", number, len(candidates))
     for note, paths in sorted(notes.items()):
         logging.warning(
-            "%d of %d pictures %s, such as '%s'", len(paths), len(found), note, paths[0]
+            "%d of %d pictures %s, such as '%s'", len(paths), len(candidates), note, paths[0]
         )
     if problems:
         others = f" (and {len(problems) - 1} more of {len(candidates)} pictures)"
@@ -93,28 +93,30 @@ def find(folder: Path, resolution: tuple[int, int] = (1, 1)) -> list[Captioned]:
 
 def _walk(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
     """Pictures of a folder and below it; adds to `left_out` what is none, by the reason."""
-    if os.path.lexists(folder / METADATA):
-        yield from _listed(folder, left_out)
-        return
-    here, below, others = [], [], []
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        path = folder / entry.name
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
-            left_out[_HIDDEN].append(path)
-        elif entry.is_dir(follow_symlinks=False):
-            below.append(path)
-        elif entry.is_dir():
-            left_out[_LINK].append(path)
-        elif path.suffix.lower() in pictures.endings():
-            here.append(path)
-        else:
-            others.append(path)
-    captions = {path.with_suffix(".txt") for path in here}
-    if others := [path for path in others if path not in captions]:
-        left_out[_OTHER] += others
-    yield from (_Found(path, None) for path in here)
-    for path in below:
-        yield from _walk(path, left_out)
+    waiting = [folder]  # the next one last
+    while waiting:
+        folder = waiting.pop()
+        if os.path.lexists(folder / METADATA):
+            yield from _listed(folder, left_out)
+            continue
+        here, below, others = [], [], []
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            path = folder / entry.name
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                left_out[_HIDDEN].append(path)
+            elif entry.is_dir(follow_symlinks=False):
+                below.append(path)
+            elif entry.is_dir():
+                left_out[_LINK].append(path)
+            elif path.suffix.lower() in pictures.endings():
+                here.append(path)
+            else:
+                others.append(path)
+        captions = {path.with_suffix(".txt") for path in here}
+        if others := [path for path in others if path not in captions]:
+            left_out[_OTHER] += others
+        yield from (_Found(path, None) for path in here)
+        waiting += reversed(below)
 
 
 def _listed(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
