@@ -27,11 +27,12 @@ setup(
         "tensorflow; platform_machine != 'x86_64' or sys_platform != 'linux'",
         "tensorboard",
         "ml-collections>=1.0",  # config.py
+        "msgpack",  # data/records.py
         "msgspec>=0.19",  # files.py: the types of what JSON holds
         "absl-py",
         "numpy>=2.0",
         "scipy",  # evaluation/shapes_eval.py: connected components
-        "pillow",  # evaluation/grids.py, data/folder.py
+        "pillow>=10.1",  # evaluation/grids.py, data/pictures.py
         "matplotlib",  # evaluation/report.py
         "safetensors>=0.8",  # embedded.py, interop
         "tensorstore",  # interop/orbax_tree.py

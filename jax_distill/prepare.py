@@ -17,6 +17,8 @@ from absl import flags
 from jax_distill import build, commands, pipeline
 from jax_distill.data import records, shapes
 from jax_distill.data.encoding import NULL_CAPTION, encode_drawn, encode_shapes
+from jax_distill.data.folder import plain_caption
+from jax_distill.files import read_lines
 from jax_distill.worlds.flux import Flux, ported_config
 from jax_distill.worlds.shapes import embedded_codec
 
@@ -109,11 +111,15 @@ def read_captions(path: Path) -> list[str]:
     """The lines of a text file that are not empty.
 
     Raises:
-      ValueError: there is no such file, or it has no caption.
+      ValueError: there is no such file, it is no text, or it has no caption.
     """
-    if not path.is_file():
-        raise ValueError(f"--captions: there is no file '{path}'")
-    captions = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    captions = []
+    try:
+        for number, line in read_lines(path):
+            if line.strip():
+                captions.append(plain_caption(line, f"--captions: '{path}', line {number}"))
+    except FileNotFoundError:
+        raise ValueError(f"--captions: there is no file '{path}'") from None
     if not captions:
         raise ValueError(f"--captions: '{path}' has no caption")
     return captions

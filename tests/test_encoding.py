@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from jax_distill.data import encoding, shapes
+from jax_distill.data import encoding, folder, shapes
 from jax_distill.data.records import LatentRecords
 from jax_distill.flow import Text
 
@@ -52,3 +53,43 @@ def test_drawn_latents_belong_to_their_captions_and_noise(tmp_path):
     records = LatentRecords(tmp_path / "stored")
     assert records.has_null
     np.testing.assert_array_equal(records[7].pooled.astype(float), [7])
+
+
+def test_what_is_not_finite_in_float16_stops_by_name(tmp_path):
+    def encode(images):
+        latents = np.ones((len(images), 1, 2))
+        latents[5] = 70_000.0  # float16 ends at 65,504
+        return latents
+
+    with pytest.raises(ValueError, match="picture 5 of the shapes world has latents .* float16"):
+        encoding.encode_shapes(tmp_path / "shapes", 9, 3, encode)
+    encoding.encode_shapes(tmp_path / "padded", 5, 3, encode)  # the sixth is no picture's
+
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    pictures = [folder.Captioned(tmp_path / f"{n}.png", f"picture {n}") for n in range(3)]
+
+    def embed(captions, bad="none"):
+        values = np.array([np.nan if bad in words else 1 for words in captions])
+        return Text(values[:, None, None], values[:, None])
+
+    def latents(images, key):
+        return np.where(np.arange(len(images)) == 2, np.nan, 1)[:, None, None]
+
+    with pytest.raises(ValueError, match="2.png' has latents that are not finite"):
+        encoding.encode_folder(tmp_path / "a", pictures, (8, 8), latents, embed)
+    with pytest.raises(ValueError, match="caption 'picture 1' has embeddings that are not finite"):
+        encoding.encode_folder(
+            tmp_path / "b",
+            pictures,
+            (8, 8),
+            lambda images, key: np.ones((len(images), 1, 1)),
+            lambda captions: embed(captions, "picture 1"),
+        )
+    with pytest.raises(ValueError, match="the drawing of 'two squares' has latents"):
+        encoding.encode_drawn(
+            tmp_path / "c", ["a disk", "", "two squares"], embed, lambda t, s: latents(t[1], 0), {}
+        )
+    for name in "abc":
+        with pytest.raises(ValueError, match="has no dataset.json"):
+            LatentRecords(tmp_path / name)

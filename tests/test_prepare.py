@@ -1,5 +1,6 @@
 """The prepare command: what it refuses, and that a teacher draws what captions ask for."""
 
+import os
 import sys
 
 import numpy as np
@@ -56,3 +57,30 @@ def test_a_teacher_draws_for_captions_without_a_picture(run, monkeypatch, tmp_pa
 def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path, flags, expected):
     error = run(*flags)
     assert expected in error and "\n" not in error and not (tmp_path / "output").exists()
+
+
+def test_captions_are_lines_of_text(tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_bytes("\ufeff a f\xe9e \r\n\r\n  \nsnow\u2028 and\x0c ice\x85".encode())
+    assert prepare.read_captions(path) == ["a f\xe9e", "snow\u2028 and\x0c ice"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b" \n\n", "has no caption"),
+        ("a f\xe9e".encode("latin-1"), "is not UTF-8 text"),
+        (b"a fox\na\0b", "NUL"),
+        (b"a fox\ra hen\ra cow", "line 1: the caption has CR inside"),
+        (b"\n" + b"x" * 70_000, "line 2: the caption has 70000 characters"),
+    ],
+)
+def test_captions_that_are_none_are_refused(tmp_path, content, message):
+    path = tmp_path / "captions.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        prepare.read_captions(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="is no regular file"):
+        prepare.read_captions(path)

@@ -38,7 +38,8 @@ def encode_shapes(
             batch = [shapes.sample(seed, start + i) for i in range(count)]
             images = np.stack([example.image for example in batch])
             padded = np.pad(images, ((0, BATCH - count), (0, 0), (0, 0), (0, 0)))
-            latents = np.asarray(encode(padded), np.float16)[:count]
+            names = [f"picture {start + i} of the shapes world" for i in range(count)]
+            latents = _stored(encode(padded), names)
             for example, latent in zip(batch, latents):
                 yield records.LatentRecord(latent, example.caption)
             if start // BATCH % 100 == 99:
@@ -78,14 +79,16 @@ def encode_drawn(
         for start in range(0, len(captions), DRAWN_BATCH):
             batch = captions[start : start + DRAWN_BATCH]
             text = embed([*batch, *batch[:1] * (DRAWN_BATCH - len(batch))])
-            latents = np.asarray(draw(text, start), np.float16)
-            stored = _half(text) if null is not None else ()
+            latents = _stored(
+                draw(text, start), [f"the drawing of {words!r:.80}" for words in batch]
+            )
+            stored = _half(text, batch) if null is not None else ()
             for caption, *fields in zip(batch, latents, *stored):
                 yield records.LatentRecord(fields[0], caption, *fields[1:])
             rate = (start + len(batch)) / (time.monotonic() - begun)
             logging.info("drew %d of %d, %.0f/s", start + len(batch), len(captions), rate)
 
-    null = None if null is None else _half(null)
+    null = None if null is None else _half(null, [NULL_CAPTION])
     records.write(path, encoded(), {**description, "examples": len(captions)}, null=null)
 
 
@@ -112,26 +115,56 @@ def encode_folder(
       seed: of latents that are drawn from the autoencoder's posterior; None takes its mean.
 
     Raises:
-      ValueError: a file is no picture.
+      ValueError: a file is no picture, or its latents are not finite.
     """
 
     def encoded():
         for start in range(0, len(pictures), EMBEDDED_BATCH):
             batch = pictures[start : start + EMBEDDED_BATCH]
             rows = [*batch, *batch[:1] * (EMBEDDED_BATCH - len(batch))]  # one shape compiles
-            images = np.stack([folder.read(row.path, *resolution) for row in rows])
+            read = {row.path: folder.read(row.path, *resolution) for row in batch}
+            images = np.stack([read[row.path] for row in rows])
             key = None if seed is None else jax.random.fold_in(jax.random.key(seed), start)
-            latents = np.asarray(encode(images, key=key), np.float16)
-            text = _half(embed([row.caption for row in rows]))
+            latents = _stored(encode(images, key=key), [f"'{row.path}'" for row in batch])
+            text = _half(embed([row.caption for row in rows]), [row.caption for row in batch])
             for row, *fields in zip(batch, latents, *text):
                 yield records.LatentRecord(fields[0], row.caption, *fields[1:])
             logging.info("encoded %d of %d pictures", start + len(batch), len(pictures))
 
     description = {"world": "flux", "examples": len(pictures), "resolution": list(resolution)}
     empty = embed([NULL_CAPTION] * EMBEDDED_BATCH)
-    null = _half(jax.tree.map(lambda leaf: leaf[:1], empty))
+    null = _half(jax.tree.map(lambda leaf: leaf[:1], empty), [NULL_CAPTION])
     records.write(path, encoded(), description, null=null)
 
 
-def _half(text: Text) -> Text:
-    return jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), text)
+def _stored(latents: Any, names: Sequence[str]) -> np.ndarray:
+    """Latents as they are stored, in float16: the first of a batch, one a name.
+
+    Raises:
+      ValueError: some are not finite, as they are or in float16.
+    """
+    with np.errstate(over="ignore"):
+        stored = np.asarray(latents, np.float16)[: len(names)]
+    _check_finite(stored, names, "latents")
+    return stored
+
+
+def _half(text: Text, captions: Sequence[str]) -> Text:
+    """Embedded captions as they are stored, in bfloat16.
+
+    Raises:
+      ValueError: some of `captions`, the first of a batch, are not finite.
+    """
+    half = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), text)
+    for leaf in half:
+        _check_finite(leaf[: len(captions)], [f"caption {c!r:.80}" for c in captions], "embeddings")
+    return half
+
+
+def _check_finite(values: np.ndarray, names: Sequence[str], what: str) -> None:
+    finite = np.isfinite(values).reshape(len(values), -1).all(1)
+    if not finite.all():
+        raise ValueError(
+            f"{names[int(np.argmin(finite))]} has {what} that are not finite in {values.dtype};"
+            " check the weights that make them"
+        )

@@ -1,16 +1,28 @@
 """A folder of pictures with captions, as people have them."""
 
-import contextlib
-import json
+import os
+from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypedDict
 
-import numpy as np
-from PIL import Image, ImageOps
+from absl import logging
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from jax_distill.data import pictures
+from jax_distill.data.pictures import read
+from jax_distill.files import FileError, read_json_lines, read_text
+
+__all__ = ["METADATA", "Captioned", "find", "plain_caption", "read"]
+
 METADATA = "metadata.jsonl"
+CAPTION_CHARACTERS = 2**16
+CHECKS_LOGGED = 1000
+
+_HIDDEN = "files or folders are left out: hidden, or of another system"
+_LINK = "folders are left out: links to them are not followed"
+_OTHER = "files are left out: of other endings, and no captions of a picture"
+_UNLISTED = f"files are left out: not listed in {METADATA}"
+_REPEATED = "lines name a picture that another line names: each is an example"
 
 
 class Captioned(NamedTuple):
@@ -20,75 +32,169 @@ class Captioned(NamedTuple):
     caption: str
 
 
-def find(folder: Path) -> list[Captioned]:
-    """The pictures of a folder, in order of their names.
+class _Entry(TypedDict):
+    """A line of `metadata.jsonl`."""
 
-    Captions are in `metadata.jsonl`, a line {"file_name": .., "text": ..} a picture, or, where that
-    is missing, in a text file beside each picture, `cat.txt` for `cat.png`.
+    file_name: str
+    text: str
+
+
+class _Found(NamedTuple):
+    path: Path
+    caption: str | None  # None where it is in a file beside the picture
+
+
+def find(folder: Path, resolution: tuple[int, int] = (1, 1)) -> list[Captioned]:
+    """The pictures of a folder and its subfolders, a folder's own before those below, by name.
+
+    Captions are in a text file beside each picture, `cat.txt` for `cat.png`. A folder that has a
+    `metadata.jsonl`, a line {"file_name": .., "text": ..} a picture, is read by that alone, in its
+    order. Hidden files and links to folders are passed over. What is left out is counted in the
+    log. Every picture is decoded, since nothing may fail hours later.
+
+    Args:
+      folder: to look in.
+      resolution: height and width of what is made of pictures; smaller ones are counted.
 
     Raises:
-      ValueError: no such folder, no pictures in it, or one that is missing, has no caption, or is
-        no picture by its first bytes.
+      FileError: no such folder, no pictures in it, or some that are missing, have no caption, or
+        cannot be decoded to their end: the first is named, the others are counted.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"'{folder}' is no folder; give one of pictures with captions")
-    if (folder / METADATA).is_file():
-        found = [
-            _described(folder, number, line)
-            for number, line in enumerate((folder / METADATA).read_text().splitlines(), 1)
-            if line.strip()
-        ]
-    else:
-        pictures = sorted(p for p in folder.iterdir() if p.suffix.lower() in ENDINGS)
-        found = [Captioned(picture, _beside(picture)) for picture in pictures]
-    if not found:
-        raise ValueError(f"'{folder}' has no pictures ({', '.join(ENDINGS)}) and no {METADATA}")
-    for picture in found:
-        with _reading(picture.path), Image.open(picture.path):
-            pass
+        raise FileError(f"'{folder}' is no folder; give one of pictures with captions")
+    left_out: dict[str, list[Path]] = defaultdict(list)
+    candidates = list(_walk(folder, left_out))
+    for reason, paths in left_out.items():
+        logging.warning("'%s': %d %s, such as '%s'", folder, len(paths), reason, paths[0])
+    if not candidates:
+        raise FileError(
+            f"'{folder}' has no pictures ({', '.join(pictures.endings())}) and no {METADATA}"
+        )
+    found, problems, notes = [], [], defaultdict(list)
+    for number, (path, caption) in enumerate(candidates, 1):
+        try:
+            found.append(Captioned(path, _beside(path) if caption is None else caption))
+            for note in pictures.check(path, *resolution):
+                notes[note].append(path)
+        except FileError as error:
+            problems.append(error)
+        if number % CHECKS_LOGGED == 0:
+            logging.info("checked %d of %d pictures", number, len(candidates))
+    for note, paths in sorted(notes.items()):
+        logging.warning(
+            "%d of %d pictures %s, such as '%s'", len(paths), len(candidates), note, paths[0]
+        )
+    if problems:
+        others = f" (and {len(problems) - 1} more of {len(candidates)} pictures)"
+        raise FileError(f"{problems[0]}{others * (len(problems) > 1)}")
     return found
 
 
-def _described(folder: Path, number: int, line: str) -> Captioned:
-    try:
-        entry = json.loads(line)
-        path, caption = folder / entry["file_name"], str(entry["text"])
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise ValueError(
-            f"'{folder / METADATA}', line {number}: it is no JSON object with file_name and text"
-        ) from None
-    if not path.is_file():
-        raise ValueError(f"'{folder / METADATA}', line {number}: there is no file '{path}'")
-    return Captioned(path, caption)
+def _walk(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
+    """Pictures of a folder and below it; adds to `left_out` what is none, by the reason."""
+    waiting = [folder]  # the next one last
+    while waiting:
+        folder = waiting.pop()
+        if os.path.lexists(folder / METADATA):
+            yield from _listed(folder, left_out)
+            continue
+        here, below, others = [], [], []
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            path = folder / entry.name
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                left_out[_HIDDEN].append(path)
+            elif entry.is_dir(follow_symlinks=False):
+                below.append(path)
+            elif entry.is_dir():
+                left_out[_LINK].append(path)
+            elif path.suffix.lower() in pictures.endings():
+                here.append(path)
+            else:
+                others.append(path)
+        captions = {path.with_suffix(".txt") for path in here}
+        if others := [path for path in others if path not in captions]:
+            left_out[_OTHER] += others
+        yield from (_Found(path, None) for path in here)
+        waiting += reversed(below)
+
+
+def _listed(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
+    """Pictures that `metadata.jsonl` lists, each of them there."""
+    listed = set()
+    for number, entry in read_json_lines(folder / METADATA, _Entry):
+        where = f"'{folder / METADATA}', line {number}"
+        name = PurePosixPath(entry["file_name"])
+        if name.is_absolute() or ".." in name.parts:
+            raise FileError(
+                f"{where}: {entry['file_name']!r:.200} leads out of the folder; move the picture"
+                " into it"
+            )
+        path = folder / name
+        if not os.path.exists(path):
+            raise FileError(
+                f"{where}: there is no file {entry['file_name']!r:.200}; restore it or remove the"
+                " line"
+            )
+        check_caption(entry["text"], where)
+        if path in listed:
+            left_out[_REPEATED].append(path)
+        listed.add(path)
+        yield _Found(path, entry["text"])
+    listed.add(folder / METADATA)
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    if unlisted := [path for path in files if path not in listed]:
+        left_out[_UNLISTED] += unlisted
 
 
 def _beside(picture: Path) -> str:
-    text = picture.with_suffix(".txt")
-    if not text.is_file():
-        raise ValueError(
-            f"'{picture}' has no caption; write it into '{text}', or all of them into"
-            f" '{picture.parent / METADATA}'"
-        )
-    return text.read_text().strip()
+    """The caption in the text file beside a picture, without blanks around it."""
+    path = picture.with_suffix(".txt")
+    try:
+        text = read_text(path)
+    except FileNotFoundError:
+        table = picture.with_name("metadata.csv")
+        unread = f"; '{table}' is not read" if table.exists() else ""
+        raise FileError(
+            f"'{picture}' has no caption; write it into '{path}', or all of them into"
+            f" '{picture.parent / METADATA}'{unread}"
+        ) from None
+    return plain_caption(text, f"'{path}'")
 
 
-def read(path: Path, height: int, width: int) -> np.ndarray:
-    """A picture (height, width, 3) uint8: resized until it covers that, the middle cut out.
+def plain_caption(text: str, where: str) -> str:
+    """A caption from a text, without blanks around it; line ends inside it are LF.
+
+    Args:
+      text: as it is in a file.
+      where: as of `check_caption`.
 
     Raises:
-      ValueError: the file is no picture.
+      FileError: as `check_caption`, or it has CR that end no lines: of several captions, perhaps.
     """
-    with _reading(path), Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-        fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
-    return np.asarray(fitted)
+    caption = text.replace("\r\n", "\n").strip()
+    if "\r" in caption:
+        raise FileError(f"{where}: the caption has CR inside; end lines with LF or CR LF")
+    check_caption(caption, where)
+    return caption
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Names the picture in whatever Pillow raises."""
-    try:
-        yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"'{path}' cannot be read as a picture: {error}") from None
+def check_caption(caption: str, where: str) -> None:
+    """Checks that a caption is text that an encoder can read.
+
+    Args:
+      caption: of a picture, or to be drawn.
+      where: it was found, which begins the message.
+
+    Raises:
+      FileError: it is empty, has NUL characters, or is no caption by its length.
+    """
+    if not caption.strip():
+        raise FileError(f"{where}: the caption is empty; write one or take its picture away")
+    if "\0" in caption:
+        raise FileError(f"{where}: the caption has NUL characters; remove them")
+    if len(caption) > CAPTION_CHARACTERS:
+        raise FileError(
+            f"{where}: the caption has {len(caption)} characters, more than {CAPTION_CHARACTERS};"
+            " shorten it"
+        )

@@ -1,20 +1,36 @@
 """Latents with captions on disk: ArrayRecord shards and a description beside them."""
 
-import json
+import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import grain
+import ml_dtypes
+import msgpack
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from flax import serialization
 
-from jax_distill.files import write_atomically, write_json
+from jax_distill.files import (
+    FileError,
+    check_regular,
+    read_json,
+    write_atomically,
+    write_json,
+)
 from jax_distill.flow import Text
 
 DESCRIPTION, NULL = "dataset.json", "null.msgpack"
 SHARD_BYTES = 2**30
+RECORD_BYTES = 2**27  # many times FLUX's: 2 MiB of caption and up to as much of picture
+
+_AGAIN = "restore it or make the folder again"
+_TYPES = {
+    np.dtype(kind).name.encode(): np.dtype(kind)
+    for kind in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
+}
 
 
 class LatentRecord(NamedTuple):
@@ -26,40 +42,77 @@ class LatentRecord(NamedTuple):
     pooled: np.ndarray | None = None  # (P,) bfloat16
 
 
+class Description(TypedDict):
+    """What is relied on of `dataset.json`; other facts may stand beside it."""
+
+    shards: list[str]
+    examples: NotRequired[int]
+    resolution: NotRequired[tuple[int, int]]  # height and width of the pictures
+    world: NotRequired[str]
+
+
 class LatentRecords:
     """Random access to a folder that `write` made.
 
     Raises:
-      ValueError: the folder is missing, unfinished, or lacks a shard.
+      ValueError: the folder is missing, unfinished, damaged, or lacks a shard or examples.
     """
 
     def __init__(self, path: Path):
-        path = Path(path)
+        self._path = path = Path(path)
         try:
-            self.description = json.loads((path / DESCRIPTION).read_text())
-            shards = [path / name for name in self.description["shards"]]
+            self.description = read_json(path / DESCRIPTION, Description, fix=_AGAIN)
         except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(
+            raise FileError(
                 f"data.path: '{path}' has no {DESCRIPTION}; make the folder with"
                 " python -m jax_distill.prepare"
             ) from None
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(
-                f"data.path: '{path / DESCRIPTION}' is no list of shards; make the folder again"
-            ) from None
+        shards = [self._shard(name) for name in self.description["shards"]]
         if not shards:
-            raise ValueError(f"data.path: '{path}' has no examples; make the folder again")
-        for shard in shards:
-            if not shard.exists():
-                raise ValueError(f"data.path: '{shard}' is missing; make the folder again")
-        self._path = path
-        self._source = grain.sources.ArrayRecordDataSource([str(shard) for shard in shards])
+            raise FileError(f"data.path: '{path}' has no examples; {_AGAIN}")
+        try:
+            self._source = grain.sources.ArrayRecordDataSource([str(shard) for shard in shards])
+        except (RuntimeError, ValueError) as error:
+            raise self._unreadable("a shard", error) from None
+        found, told = len(self), self.description.get("examples", len(self))
+        if not found or found != told:
+            raise FileError(f"data.path: '{path}' has {found} of {told} examples; {_AGAIN}")
+        self._layout: dict | None = None
+        self._layout = _layout(self[0])
+
+    def _shard(self, name: str) -> Path:
+        """A shard's file; names lead nowhere else, and have nothing that ArrayRecord interprets."""
+        if not re.fullmatch(r"[\w.-]+\.array_record", name):
+            raise FileError(f"'{self._path / DESCRIPTION}': {name!r:.80} names no shard; {_AGAIN}")
+        shard = self._path / name
+        try:
+            check_regular(shard)
+        except FileNotFoundError:
+            raise FileError(f"data.path: '{shard}' is missing; {_AGAIN}") from None
+        return shard
+
+    def _unreadable(self, what: str, error: Exception) -> FileError:
+        reason = str(error).partition("\n")[0]
+        return FileError(f"data.path: {what} of '{self._path}' cannot be read ({reason}); {_AGAIN}")
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> LatentRecord:
-        return LatentRecord(**serialization.msgpack_restore(self._source[index]))
+        """An example.
+
+        Raises:
+          FileError: it is damaged, of other shapes and types than the first, or not finite.
+        """
+        what = f"example {index}"
+        try:
+            record = LatentRecord(**restore(self._source[index], LatentRecord, ranks=(2, 2, 1)))
+        except (RuntimeError, ValueError) as error:
+            raise self._unreadable(what, error) from None
+        if self._layout not in (None, _layout(record)):
+            error = ValueError(f"{_layout(record)} is unlike the first one's {self._layout}")
+            raise self._unreadable(what, error)
+        return record
 
     @property
     def has_null(self) -> bool:
@@ -68,8 +121,88 @@ class LatentRecords:
 
     @property
     def null(self) -> Text:
-        """The empty caption, embedded, with a leading axis of length one."""
-        return Text(**serialization.msgpack_restore((self._path / NULL).read_bytes()))
+        """The empty caption, embedded, with a leading axis of length one.
+
+        Raises:
+          FileError: it is missing, damaged, or of other shapes and types than those of captions.
+        """
+        try:
+            check_regular(self._path / NULL)
+            with (self._path / NULL).open("rb") as file:
+                text = Text(**restore(file.read(RECORD_BYTES + 1), Text, ranks=(3, 2)))
+            expected = {name: self._layout.get(name) for name in Text._fields}
+            found = {name: (shape[1:], kind) for name, (shape, kind) in _layout(text).items()}
+            if found != expected or any(len(leaf) != 1 for leaf in text):
+                raise ValueError(f"{_layout(text)} is unlike the captions' {expected}")
+        except (FileNotFoundError, ValueError) as error:
+            raise self._unreadable(f"{NULL}", error) from None
+        return text
+
+
+def restore(content: bytes, kind: type[NamedTuple], ranks: tuple[int, ...]) -> dict[str, Any]:
+    """The fields of a record, as `flax.serialization.msgpack_serialize` writes them, checked.
+
+    Nothing is made that is not as large in `content`.
+
+    Args:
+      content: msgpack: a map of text and of arrays.
+      kind: `LatentRecord` or `Text`; its fields that have defaults may be missing, all or none.
+      ranks: number of axes of its arrays, in their order.
+
+    Raises:
+      ValueError: it is something else, or has numbers that are not finite.
+    """
+    if len(content) > RECORD_BYTES:
+        raise ValueError(f"it is longer than {RECORD_BYTES >> 20} MiB")
+    try:
+        fields = msgpack.unpackb(
+            content, ext_hook=_array, max_map_len=len(kind._fields), max_array_len=0
+        )
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ValueError(f"it is no record: {error}") from None
+    required = [name for name in kind._fields if name not in kind._field_defaults]
+    if not isinstance(fields, dict) or set(fields) not in (set(required), set(kind._fields)):
+        raise ValueError(f"it has not the fields {', '.join(required)}")
+    arrays = [name for name in kind._fields if name != "caption"]
+    for name, value in fields.items():
+        if name == "caption":
+            if not isinstance(value, str):
+                raise ValueError("its caption is no text")
+            continue
+        rank = ranks[arrays.index(name)]
+        if not isinstance(value, np.ndarray) or value.ndim != rank or not value.size:
+            raise ValueError(f"its {name} are no array of {rank} axes")
+        if not _finite(value):
+            raise ValueError(f"its {name} are not finite")
+    return fields
+
+
+def _array(code: int, content: bytes) -> np.ndarray:
+    """An array as flax packs it: shape, name of the type, and the bytes."""
+    if code != 1:
+        raise ValueError(f"extension {code} is no array")
+    shape, name, values = msgpack.unpackb(content, raw=True, max_array_len=3, max_map_len=0)
+    kind = _TYPES.get(name)
+    if kind is None:
+        raise ValueError(f"type {name!r:.80} is none of {', '.join(map(str, _TYPES.values()))}")
+    if not (isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)):
+        raise ValueError(f"{shape!r:.80} is no shape")
+    if math.prod(shape) * kind.itemsize != len(values):
+        raise ValueError(f"shape {shape!r} does not fit {len(values)} bytes")
+    return np.frombuffer(values, kind).reshape(shape)
+
+
+def _finite(values: np.ndarray) -> bool:
+    """Whether all are; by their bits, which takes bfloat16 an eighth of the time."""
+    bits = np.dtype(f"u{values.itemsize}")
+    exponent = np.array(np.inf, values.dtype).view(bits)
+    return bool(((values.view(bits) & exponent) != exponent).all())
+
+
+def _layout(arrays: NamedTuple) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shapes and types of the arrays among the fields."""
+    fields = arrays._asdict().items()
+    return {k: (v.shape, v.dtype.name) for k, v in fields if isinstance(v, np.ndarray)}
 
 
 def write(

@@ -133,7 +133,7 @@ class Flux:
         Raises:
           ValueError: pictures or captions cannot be used.
         """
-        pictures = find(source)
+        pictures = find(source, self.resolution)
         embed = self.text_encoders().encode
         encode_folder(output, pictures, self.resolution, self.codec.encode, embed, seed=seed)
         return len(pictures)
@@ -157,7 +157,7 @@ class Flux:
                 f" python -m jax_distill.prepare --checkpoint={self.folder}"
             )
         length = config.data.text_length
-        made_for = records.description["resolution"]
+        made_for = records.description.get("resolution", ())
         if tuple(made_for) != self.resolution:
             raise ConfigError(
                 f"data.path: the pictures in '{config.data.path}' are of {tuple(made_for)} pixels,"

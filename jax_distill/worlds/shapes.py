@@ -14,6 +14,7 @@ from jax_distill.data.captions import POOLED_DIM, SEQUENCE_DIM, CaptionEncoder
 from jax_distill.data.encoding import encode_shapes
 from jax_distill.data.pipeline import CaptionedLatents
 from jax_distill.data.records import DESCRIPTION, LatentRecords
+from jax_distill.files import FileError
 from jax_distill.flow import Text
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.latents import LatentCodec
@@ -78,6 +79,8 @@ class Shapes:
         try:
             for caption in captions:
                 self._encoder.concepts(caption)
+        except FileError:
+            raise
         except ValueError as error:
             raise ConfigError(f"data.text_length: {error}") from None
 

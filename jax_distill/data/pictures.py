@@ -1,0 +1,307 @@
+"""Pictures from files, as a viewer shows them on a white page."""
+
+import contextlib
+import functools
+import io
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
+
+from jax_distill.files import FileError, check_regular
+
+BACKGROUND = (255, 255, 255)
+"""What lies behind transparent pixels."""
+
+# What browsers and viewers show, told apart by the first bytes; never what runs another program.
+FORMATS = "PNG JPEG MPO WEBP AVIF GIF TIFF BMP JPEG2000 PPM QOI".split()
+
+# Pixels of a picture: what keeps reading it below 1 GB. A decoder takes up to 10 bytes for one, or
+# 25 in these formats; JPEG can be decoded at half the size.
+PIXELS, PIXELS_WIDE, PIXELS_JPEG = 64_000_000, 30_000_000, 110_000_000
+_WIDE = ("WEBP", "AVIF", "JPEG2000")
+FILE_BYTES, PROFILE_BYTES = 2**28, 2**24
+SCANS = 100  # of a progressive JPEG: each goes over all pixels, and takes a few bytes of a file
+
+FRAMES = "have several frames or pages, of which the first is taken"
+PROFILE = "have a colour profile that cannot be used, and are taken as sRGB"
+GAMMA = "name a gamma that is not sRGB's (PNG's gAMA), which is not followed"
+SMALL = "are smaller than what is made of them, and are enlarged"
+
+_UPRIGHT = {  # EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_PLAIN = {  # modes without alpha: what their pixels become before a profile is applied
+    "1": "L",
+    "L": "L",
+    "P": "RGB",
+    "RGB": "RGB",
+    "RGBX": "RGB",
+    "CMYK": "CMYK",
+    "YCbCr": "RGB",
+    "LAB": "RGB",
+    "HSV": "RGB",
+}
+_ALPHA = {"LA": "LA", "La": "LA", "PA": "RGBA", "RGBA": "RGBA", "RGBa": "RGBA"}
+_DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+
+
+class Shown(NamedTuple):
+    """A picture as it is seen, and what was done about it that its owner may not expect."""
+
+    image: Image.Image  # RGB, upright
+    notes: frozenset[str] = frozenset()
+
+
+@functools.cache
+def endings() -> tuple[str, ...]:
+    """The endings, in lower case, of files that are taken for pictures."""
+    known = Image.registered_extensions()
+    return tuple(sorted(ending for ending, name in known.items() if name in FORMATS))
+
+
+def read(path: Path, height: int, width: int) -> np.ndarray:
+    """A picture (height, width, 3) uint8: resized until it covers that, the middle cut out.
+
+    What it shows is what a viewer shows on a white page, see `shown`.
+
+    Raises:
+      FileError: as `shown`.
+    """
+    with _reading(path):
+        fitted = ImageOps.fit(_shown(path).image, (width, height), Image.Resampling.LANCZOS)
+        return np.asarray(fitted)
+
+
+def check(path: Path, height: int, width: int) -> frozenset[str]:
+    """Decodes a picture to its end; returns what is worth saying of it, such as `FRAMES`.
+
+    Args:
+      path: of the file.
+      height: of what will be made of it, in pixels.
+      width: likewise.
+
+    Raises:
+      FileError: as `shown`.
+    """
+    image, notes = shown(path)
+    return notes | {SMALL} if image.width < width or image.height < height else notes
+
+
+def shown(path: Path) -> Shown:
+    """A picture as a viewer shows it on a white page.
+
+    Orientation is followed. An embedded profile is followed, to sRGB, unless it moves no colour by
+    more than two of 255 levels. Samples of 16 bits are rounded to 8, v / 257. Transparent pixels
+    are white, half transparent ones half so, before anything is resized. Of several frames or
+    pages the first is taken.
+
+    Raises:
+      FileError: there is no such file, it cannot be decoded to its end, has too many pixels, or
+        samples whose range nobody knows: of floats, signed, or of more than 16 bits.
+    """
+    with _reading(path):
+        return _shown(path)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Names the picture in whatever Pillow raises, and keeps its warnings to itself."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except FileError:
+        raise
+    except FileNotFoundError:
+        raise FileError(f"there is no file '{path}'; restore it or take it off the list") from None
+    except Image.DecompressionBombError as error:
+        pixels = int(re.search(r"\d+", str(error))[0])
+        raise FileError(_too_large(path, pixels, PIXELS)) from None
+    except Exception as error:  # decoders raise nearly every kind
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise FileError(
+            f"'{path}' cannot be read as a picture: {reason}; save it anew or take it away"
+        ) from None
+
+
+def _shown(path: Path) -> Shown:
+    path = Path(path)
+    check_regular(path)
+    if path.stat().st_size > FILE_BYTES:
+        raise FileError(
+            f"'{path}' is larger than the {FILE_BYTES >> 20} MiB that are read of a picture;"
+            " save it anew"
+        )
+    Image.init()
+    with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+        _bound(image, path)
+        notes = {FRAMES} if getattr(image, "is_animated", False) else set()
+        packed = _packed_as(image)
+        image.load()
+        colours, alpha = _colours(image, packed, path)
+        upright = _UPRIGHT.get(_orientation(image, path))
+        profile = image.info.get("icc_profile")
+        srgb = "srgb" in image.info or abs(image.info.get("gamma", 1 / 2.2) - 1 / 2.2) < 0.02
+    if not profile and not srgb:
+        notes.add(GAMMA)
+    if profile:
+        transform = _to_srgb(profile, colours.mode)
+        if transform is None:
+            notes.add(PROFILE)
+        else:
+            colours = transform(colours)
+    colours = colours if colours.mode == "RGB" else colours.convert("RGB")
+    if alpha is not None:
+        colours.paste(BACKGROUND, mask=ImageChops.invert(alpha))
+    if upright is not None:
+        colours = colours.transpose(upright)
+    return Shown(colours, frozenset(notes))
+
+
+def _bound(image: Image.Image, path: Path) -> None:
+    """Checks the work of decoding before it begins; large JPEGs are set to half the size."""
+    pixels = image.width * image.height
+    jpeg = image.format in ("JPEG", "MPO") and image.mode != "CMYK"
+    limit = PIXELS_WIDE if image.format in _WIDE or image.mode == "CMYK" else PIXELS
+    if jpeg and limit < pixels <= PIXELS_JPEG:
+        image.draft(image.mode, (image.width // 2, image.height // 2))
+    elif pixels > limit:
+        raise FileError(_too_large(path, pixels, PIXELS_JPEG if jpeg else limit))
+    if image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > SCANS:
+        raise FileError(f"'{path}' has more than the {SCANS} scans that are read; save it anew")
+
+
+def _too_large(path: Path, pixels: int, limit: int) -> str:
+    return (
+        f"'{path}' has {pixels / 1e6:.1f} million pixels, more than the {limit // 10**6} million"
+        " that are read; scale it down"
+    )
+
+
+def _packed_as(image: Image.Image) -> str:
+    """Pillow's name for how samples lie in the file; empty where it has none. Lost by loading."""
+    arguments: Any = image.tile[0][3] if getattr(image, "tile", None) else ""
+    packed = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return packed if isinstance(packed, str) else ""
+
+
+def _orientation(image: Image.Image, path: Path) -> Any:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception as error:  # parsers of it raise nearly every kind, too
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise FileError(
+            f"'{path}' has EXIF data that cannot be read ({reason}), so that nobody knows which"
+            " side is up; save it anew or remove them"
+        ) from None
+
+
+def _colours(image: Image.Image, packed: str, path: Path) -> tuple[Image.Image, Image.Image | None]:
+    """Splits a picture of any mode into colours of 8 bits (L, RGB or CMYK) and alpha (L).
+
+    Raises:
+      FileError: its samples have no agreed range.
+    """
+    if image.mode in _DEEP:
+        return _from_16_bits(image, packed, path)
+    signed = image.format == "TIFF" and 2 in image.tag_v2.get(339, ())  # SampleFormat
+    if image.mode not in {**_PLAIN, **_ALPHA} or signed:
+        raise FileError(
+            f"'{path}' is a picture of mode {image.mode}{', signed' if signed else ''}, whose"
+            " values have no agreed range; save it with 8 or 16 bits a colour"
+        )
+    transparent = image.info.get("transparency")
+    if transparent is None and image.mode in _PLAIN and not image.has_transparency_data:
+        mode = _PLAIN[image.mode]
+        return image if image.mode == mode else image.convert(mode), None
+    if transparent is not None and image.mode in ("L", "RGB"):
+        if packed.startswith("RGB;16"):
+            raise FileError(
+                f"'{path}' is a picture of mode {packed} with a transparent colour, of which"
+                " reading keeps 8 bits; save it with an alpha channel"
+            )
+        scale = {"L;2": 85, "L;4": 17}.get(packed, 1)  # the colour is given in the file's levels
+        image.info["transparency"] = transparent * scale if image.mode == "L" else transparent
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(_ALPHA[image.mode])
+    elif image.mode not in ("LA", "RGBA"):
+        image = image.convert("RGBA")
+    return image.convert(image.mode[:-1]), image.getchannel("A")
+
+
+def _from_16_bits(
+    image: Image.Image, packed: str, path: Path
+) -> tuple[Image.Image, Image.Image | None]:
+    """Grey of 16 bits, in any of Pillow's modes for it, as 8 bits and alpha."""
+    white = 4095 if packed == "I;12" else 65535
+    inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # white is zero
+    transparent = image.info.get("transparency")
+    values = image if image.mode == "I" else image.convert("I")
+    lowest, highest = values.getextrema()
+    if lowest < 0 or highest > white:
+        raise FileError(
+            f"'{path}' is a picture of mode {image.mode} with values from {lowest} to {highest},"
+            f" more than 0 to {white}; save it with 8 or 16 bits a colour"
+        )
+    levels = np.minimum(np.arange(65536), white)
+    grey = np.round(255 * levels / white).astype(np.uint8)
+    colours = values.point((255 - grey if inverted else grey).tolist(), "L")
+    if transparent is None:
+        return colours, None
+    return colours, values.point((255 * (np.arange(65536) != transparent)).tolist(), "L")
+
+
+@functools.lru_cache(maxsize=8)  # a camera's pictures share theirs
+def _to_srgb(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
+    """The function that takes pictures of a mode from a profile's colours to sRGB.
+
+    Args:
+      profile: ICC's bytes.
+      mode: L, RGB or CMYK.
+
+    Returns:
+      A function of pictures, the identity where the profile is sRGB in effect; None where the
+      profile is damaged, or one of other colours.
+    """
+    if len(profile) > PROFILE_BYTES:
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        taken = _PROFILE_MODES.get(source.profile.xcolor_space.strip())
+        if taken != mode and (taken, mode) != ("RGB", "L"):
+            return None
+        transform = ImageCms.buildTransform(
+            source,
+            ImageCms.createProfile("sRGB"),
+            taken,
+            "RGB",
+            ImageCms.Intent.PERCEPTUAL,
+            ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+        probe = _probe(taken)
+        moved = ImageChops.difference(transform.apply(probe), probe.convert("RGB"))
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError, AttributeError):
+        return None
+    if taken != "CMYK" and max(high for _, high in moved.getextrema()) <= 2:
+        return lambda image: image
+    return lambda image: transform.apply(image if image.mode == taken else image.convert(taken))
+
+
+@functools.cache
+def _probe(mode: str) -> Image.Image:
+    """Colours of all kinds in one picture."""
+    steps = np.linspace(0, 255, 256 if mode == "L" else 9).round().astype(np.uint8)
+    grid = np.meshgrid(*[steps] * len(Image.new(mode, (1, 1)).getbands()), indexing="ij")
+    return Image.frombytes(mode, (grid[0].size, 1), np.stack(grid, -1).tobytes())
