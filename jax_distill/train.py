@@ -16,7 +16,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jax_distill import checkpoint, parallel, processes, rounding
+from jax_distill import checkpoint, damage, parallel, processes, rounding
 from jax_distill.checkpoint import Checkpoints
 from jax_distill.data.pipeline import batches, example_of_row
 from jax_distill.objectives.objective import Batch, Objective
@@ -294,6 +294,8 @@ def finished(config: ConfigDict, workdir: Path, mesh: Mesh) -> dict | None:
         return None
     try:
         average = checkpoint.load_averaged(workdir, mesh, from_step=total)
+    except damage.Unreadable:
+        raise
     except ValueError:
         if processes.joined():
             raise
