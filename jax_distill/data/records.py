@@ -10,7 +10,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from flax import serialization
 
-from jax_distill.files import write_atomically, write_json
+from jax_distill.files import check_no_partial, write_atomically, write_json
 from jax_distill.flow import Text
 
 DESCRIPTION, NULL = "dataset.json", "null.msgpack"
@@ -34,6 +34,7 @@ class LatentRecords:
     """
 
     def __init__(self, path: Path):
+        check_no_partial(path, "data.path")
         path = Path(path)
         try:
             self.description = json.loads((path / DESCRIPTION).read_text())
