@@ -215,7 +215,9 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-    return ocp.tree.to_flat_dict(ocp.tree.serialize_tree(tree), sep=".")
+    """The arrays of a tree by their names, such as "opt_state.1.0.mu.kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _restore(folder: Path, found: dict[str, Any], places: Any = None) -> dict[str, Any]:

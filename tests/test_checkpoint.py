@@ -223,7 +223,7 @@ def test_the_only_checkpoint_is_kept_when_files_cannot_be_opened(run, monkeypatc
 def test_a_file_that_cannot_be_read_is_kept(run, monkeypatch):
     """Reading it fails with EIO, of which TensorStore tells nothing."""
     monkeypatch.setattr(damage, "PAUSES", (0,))
-    path = largest(run / "checkpoints" / "3" / "state" / "ocdbt.process_0")
+    path = run / "checkpoints" / "3" / "state" / "manifest.ocdbt"
     content = path.read_bytes()
     path.unlink()
     path.symlink_to("/proc/self/mem")
