@@ -5,9 +5,9 @@
 kills   each of prepare, export and port dies by SIGKILL twelve times, while it starts or writes,
         and is started again with the same command: the share of kills after which what it made was
         bit for bit that of a command left alone, with nothing left beside it.
-errors  reading the newest checkpoint fails with six errors of the system, once for ever and once
-        for a second, by a library that is loaded before others (needs gcc): the share of tries that
-        ended as they should, with the checkpoint kept or read.
+errors  reading the newest checkpoint fails with six errors of the system, twice and then no more,
+        or always, by a library that is loaded before others (needs gcc): the share of tries after
+        which the run went on from it, bit for bit, at once or when it could be read again.
 full    the disk is full at five moments of a run (a small tmpfs: needs root): the share of them in
         which the run ended with one sentence and went on bit for bit when there was room.
 two     a second run is started in a workdir ten times, at random moments of the first: the share of
@@ -24,6 +24,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,8 +40,6 @@ from kill import ROOT, lines, outcome, same_numbers
 sys.path.insert(0, str(ROOT / "tests"))
 
 PARTS = ("kills", "errors", "full", "two")
-KILLS = 12
-TRIES = 10
 LIMIT = 600.0  # seconds for each command
 SMALL = {
     "total_steps": 24,
@@ -65,12 +64,13 @@ FAILING_READS = r"""
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-/* Opening files whose path has $FAULT_PATH in it fails with $FAULT_ERROR, until $FAULT_UNTIL. */
+/* Opening files whose path has $FAULT_PATH in it fails with $FAULT_ERROR, $FAULT_COUNT times. */
 static int fails(const char *path) {
-    const char *part = getenv("FAULT_PATH"), *until = getenv("FAULT_UNTIL");
-    if (!part || !path || !strstr(path, part) || time(0) >= atol(until)) return 0;
+    static long failed = 0;
+    const char *part = getenv("FAULT_PATH");
+    if (!part || !path || !strstr(path, part)) return 0;
+    if (__sync_fetch_and_add(&failed, 1) >= atol(getenv("FAULT_COUNT"))) return 0;
     errno = atoi(getenv("FAULT_ERROR"));
     return 1;
 }
@@ -81,14 +81,18 @@ static int fails(const char *path) {
 #define OPEN(name) int name(const char *path, int flags, ...) { \
     MODE(flags); \
     if (fails(path)) return -1; \
-    return ((int (*)(const char *, int, ...))dlsym(RTLD_NEXT, #name))(path, flags, mode); }
+    int (*next)(const char *, int, ...) = dlsym(RTLD_NEXT, #name); \
+    return next(path, flags, mode); }
 #define OPENAT(name) int name(int folder, const char *path, int flags, ...) { \
     MODE(flags); \
     if (fails(path)) return -1; \
-    return ((int (*)(int, const char *, int, ...))dlsym(RTLD_NEXT, #name))(folder, path, flags, mode); }
+    int (*next)(int, const char *, int, ...) = dlsym(RTLD_NEXT, #name); \
+    return next(folder, path, flags, mode); }
 OPEN(open) OPEN(open64) OPENAT(openat) OPENAT(openat64)
 """
 
+_KILLS = flags.DEFINE_integer("kills_each", 12, "Of each command.", 1)
+_TRIES = flags.DEFINE_integer("tries", 10, "Of two runs at once.", 1)
 _ONLY = flags.DEFINE_list("only", list(PARTS), f"Some of {', '.join(PARTS)}.")
 
 
@@ -130,9 +134,9 @@ def sentence(process: subprocess.Popen) -> str:
     return said[0] if clean else ""
 
 
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen) -> None:
+def wait_until(process: subprocess.Popen, happened: Callable[..., bool], *arguments: Path) -> None:
     """Returns when something has happened, or the process has ended."""
-    while process.poll() is None and not happened():
+    while process.poll() is None and not happened(*arguments):
         time.sleep(0.002)
 
 
@@ -168,6 +172,11 @@ def same_folder(a: Path, b: Path) -> bool:
     )
 
 
+def half_made(place: Path) -> bool:
+    """Whether a folder is being made there, or was when the process died."""
+    return any(place.glob(".out.*.partial"))
+
+
 def kills(folder: Path, rng: random.Random) -> None:
     import random_pipeline  # needs diffusers
 
@@ -183,23 +192,29 @@ def kills(folder: Path, rng: random.Random) -> None:
         ended(module(name, *arguments, f"--output={alone}"))
         duration = time.monotonic() - begun
         good = writing = 0
-        for number in range(KILLS):
+        for number in range(_KILLS.value):
             place.mkdir(parents=True, exist_ok=True)
             process = module(name, *arguments, f"--output={place / 'out'}")
             if number % 4 == 0:
                 time.sleep(rng.uniform(0, duration))
             else:
-                wait_until(lambda: any(place.glob(".out.*.partial")), process)
+                wait_until(process, half_made, place)
                 time.sleep(rng.choice([0, rng.uniform(0, 0.3), rng.uniform(0, 1)]))
             process.kill()
             process.communicate()
-            writing += any(place.glob(".out.*.partial"))
+            writing += half_made(place)
             if not (place / "out").exists():
                 ended(module(name, *arguments, f"--output={place / 'out'}"))
             good += os.listdir(place) == ["out"] and same_folder(place / "out", alone)
             shutil.rmtree(place)
             print(f"{name}: {number + 1} kills, {good} good, {writing} while writing", flush=True)
-        report(f"kill_{name}", good, KILLS, "the folder of a command left alone", writing=writing)
+        report(
+            f"kill_{name}",
+            good,
+            _KILLS.value,
+            "the folder of a command left alone",
+            writing=writing,
+        )
 
 
 def errors(folder: Path, rng: random.Random) -> None:
@@ -214,39 +229,30 @@ def errors(folder: Path, rng: random.Random) -> None:
     ended(train(folder / "whole"))
     reference = outcome(folder / "whole")
     process = train(folder / "run")
-    wait_until(lambda: (folder / "run" / "checkpoints" / "8").exists(), process)
+    wait_until(process, (folder / "run" / "checkpoints" / "8").exists)
     process.kill()
     process.communicate()
     checkpoints = folder / "run" / "checkpoints"
     newest = max(ocp.utils.checkpoint_steps(checkpoints))
     good = 0
     for name in ERRORS:
-        for seconds in (LIMIT, 1.0):
-            workdir = folder / f"{name}-{seconds:.0f}"
+        for count in (2, 10**9):  # the next try succeeds, or none does
+            workdir = folder / f"{name}-{count}"
             shutil.copytree(folder / "run", workdir)
-            fault = {"LD_PRELOAD": str(library), "FAULT_PATH": f"/checkpoints/{newest}/state/"}
-            fault |= {"FAULT_ERROR": str(getattr(errno, name))}
-            process = train_until(workdir, fault, seconds)
-            if seconds == LIMIT:
+            kept = workdir / "checkpoints" / str(newest)
+            fault = {"LD_PRELOAD": library, "FAULT_PATH": f"{kept}/state/", "FAULT_COUNT": count}
+            fault |= {"FAULT_ERROR": getattr(errno, name)}
+            process, fine = train(workdir, env={key: str(x) for key, x in fault.items()}), True
+            if count > 2:
                 said = sentence(process)
-                kept = "it is kept" in said and str(workdir / "checkpoints" / str(newest)) in said
-                fine = kept and (workdir / "checkpoints" / str(newest)).exists()
+                fine = str(kept) in said and "it is kept" in said and kept.exists()
                 process = train(workdir)
-            else:
-                fine = True
             fine &= f"after step {newest} of" in ended(process)
-            fine &= not any((workdir / "checkpoints").glob("damaged*"))
-            good += fine and same_run(workdir, reference)
-            print(f"{name} for {seconds:.0f} s: {good} good", flush=True)
+            fine &= not any(kept.parent.glob("damaged*")) and same_run(workdir, reference)
+            good += fine
+            print(f"{name}, {count} times: {good} good", flush=True)
+            shutil.rmtree(workdir)
     report("passing_errors", good, 2 * len(ERRORS), "a checkpoint that is kept", kinds=len(ERRORS))
-
-
-def train_until(workdir: Path, fault: dict[str, str], seconds: float) -> subprocess.Popen:
-    """The run, in which files cannot be opened from now on for so long."""
-    if seconds < LIMIT:
-        # Until the first try has failed, which is some seconds after the start.
-        fault = {**fault, "FAULT_UNTIL": str(int(time.time() + LIMIT))}
-    return train(workdir, env={"FAULT_UNTIL": str(int(time.time() + LIMIT)), **fault})
 
 
 @contextlib.contextmanager
@@ -290,7 +296,7 @@ def full(folder: Path, rng: random.Random) -> None:
             if happened(workdir):
                 fill(disk)
             process = train(workdir)
-            wait_until(lambda: happened(workdir), process)
+            wait_until(process, happened, workdir)
             fill(disk)
             said = sentence(process)
             (disk / "filler").unlink()
@@ -303,28 +309,25 @@ def full(folder: Path, rng: random.Random) -> None:
 
 
 def two(folder: Path, rng: random.Random) -> None:
-    begun = time.monotonic()
     ended(train(folder / "whole"))
-    begun = time.monotonic()
-    ended(train(folder / "again"))
-    duration = time.monotonic() - begun
     reference = outcome(folder / "whole")
     good = 0
-    for number in range(TRIES):
+    for number in range(_TRIES.value):
         workdir = folder / str(number)
-        first = train(workdir)
-        wait_until((workdir / ".lease.json").exists, first)
-        delay = rng.uniform(0, duration / 3)
+        begun, first = time.monotonic(), train(workdir)
+        wait_until(first, (workdir / ".lease.json").exists)
+        delay = rng.uniform(0, time.monotonic() - begun)
         time.sleep(delay)
-        # Stands still while the second starts: that is refused however long it takes.
         second = train(workdir)
+        if number % 2:  # so that it is there however long the second takes to start
+            first.send_signal(signal.SIGSTOP)
         said = sentence(second)
-        while first.poll() is not None and not said:
-            break
+        first.send_signal(signal.SIGCONT)
         ended(first)
         good += f"in use by process {first.pid} on" in said and same_run(workdir, reference)
         print(f"two: {number + 1} tries, {good} good, after {delay:.1f} s", flush=True)
-    report("two_runs", good, TRIES, "a run alone")
+        shutil.rmtree(workdir)
+    report("two_runs", good, _TRIES.value, "a run alone")
 
 
 def main(argv):

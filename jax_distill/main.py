@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     try:
         with Signals(interrupt=True):
             preflight.check_workdir(workdir)
-            with lease.of_run(workdir), saving.explained(workdir):
+            with saving.explained(workdir), lease.of_run(workdir):
                 preflight.check(config, workdir)
                 experiment.run(config, workdir)
     except Interrupted as stop:
