@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -333,6 +334,7 @@ def two(folder: Path, rng: random.Random) -> None:
 def main(argv):
     del argv
     logging.set_verbosity(logging.ERROR)
+    warnings.simplefilter("ignore")  # that arrays are read to where they were
     parts = {"kills": kills, "errors": errors, "full": full, "two": two}
     for name in _ONLY.value:
         with tempfile.TemporaryDirectory() as folder:

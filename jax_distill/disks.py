@@ -83,11 +83,16 @@ def _unnumbered(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno is None and not isinstance(error, of_content)
 
 
+def of_system(error: BaseException) -> str | None:
+    """The system's name of an error that is not of what stands in a folder; None for others."""
+    found = (number for number in numbers(error) if number not in _OF_CONTENT)
+    return next(map(os.strerror, found), None)
+
+
 def reason(error: BaseException) -> str:
     """An error in a few words: the system's name of it, or the beginning of its first line."""
-    for number in numbers(error):
-        if number not in _OF_CONTENT:
-            return os.strerror(number)
+    if (named := of_system(error)) is not None:
+        return named
     if any(isinstance(found, MemoryError) for found in chain(error)):
         return "out of memory"
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__

@@ -11,20 +11,23 @@ import inspect
 import logging as standard_logging
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from absl import logging
 
 from jax_distill import checkpoint, disks, processes
 from jax_distill.files import FileError
 
+PACKAGE = str(Path(__file__).parent)
 _WRITERS = ("/orbax/", "/clu/", "/asyncio/")
 
 
 @contextlib.contextmanager
 def explained(workdir: Path) -> Iterator[None]:
-    """Turns errors of a full disk in the block into a sentence that names the last good checkpoint.
+    """Ends a block whose disk is full, or fails, with a sentence that names the last checkpoint.
 
     Half a checkpoint that could not be written is removed.
 
@@ -36,7 +39,8 @@ def explained(workdir: Path) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if (found := disks.full(error)) is None:
+            found = disks.full(error) or _other(error)
+            if found is None:
                 raise
             sentence = _sentence(workdir, *found)
             for cause in disks.chain(error):  # lets go of writes that were abandoned
@@ -44,6 +48,20 @@ def explained(workdir: Path) -> Iterator[None]:
         gc.collect()
     if sentence is not None:
         raise FileError(sentence)
+
+
+def _other(error: Exception) -> tuple[str, str] | None:
+    """Likewise of another error of the system that a library has wrapped; that of a device is none.
+
+    Errors of the system themselves, and our own, say what they are of.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    known = isinstance(error, OSError) or frames[-1].filename.startswith(PACKAGE)
+    if known or any(isinstance(found, jax.errors.JaxRuntimeError) for found in disks.chain(error)):
+        return None
+    if (reason := disks.of_system(error)) is None:
+        return None
+    return f"it cannot be written ({reason})", "mend that"
 
 
 def _sentence(workdir: Path, what: str, fix: str) -> str:

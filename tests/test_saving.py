@@ -6,6 +6,7 @@ import resource
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,6 +67,16 @@ def test_every_error_of_a_full_disk_is_named_and_no_other(tmp_path, number):
             with saving.explained(tmp_path):
                 raise error
     for error in (OSError(errno.EIO, "x"), KeyError("x"), ValueError("RESOURCE_EXHAUSTED: x")):
+        with pytest.raises(type(error)), saving.explained(tmp_path):
+            raise error
+
+
+def test_other_errors_of_a_disk_are_named_where_a_library_wraps_them(tmp_path):
+    text = "UNKNOWN: Failed to write: Input/output error [os_error_code='5']"
+    with pytest.raises(FileError, match=r"cannot be written \(Input/output error\); last good"):
+        with saving.explained(tmp_path):
+            raise RuntimeError(text)
+    for error in (jax.errors.JaxRuntimeError(text), PermissionError(13, "x")):
         with pytest.raises(type(error)), saving.explained(tmp_path):
             raise error
 
