@@ -1,25 +1,19 @@
 """Training checkpoints: Orbax, asynchronous and atomic, with the input pipeline's position."""
 
-import contextlib
 import copy
-import gc
+import itertools
 import json
-import os
-import shutil
-import sys
-import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from absl import logging
 from jax.sharding import Mesh
 
-from jax_distill import processes
+from jax_distill import damage, processes
+from jax_distill.files import read_json
 from jax_distill.parallel import shard_state
 
 
@@ -29,6 +23,13 @@ class Saved(NamedTuple):
     state: Any
     position: dict[str, Any]  # of the input pipeline
     metrics: dict[str, Any]  # of the steps since the last logged one
+
+
+class Progress(TypedDict):
+    """What stands beside the state in a checkpoint."""
+
+    metrics: dict[str, Any]
+    checksums: dict[str, int]
 
 
 class Checkpoints:
@@ -90,41 +91,58 @@ class Checkpoints:
             or `jax.ShapeDtypeStruct`s.
 
         Raises:
+          damage.Other: the state that was saved has other arrays.
           Exception: of whatever kind, when the files are damaged.
         """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        found = _described(self.directory / str(step))
+        if difference := damage.difference(_flat(found), _flat(target)):
+            raise damage.Other(difference)
         items = {"state": ocp.args.StandardRestore(target), "data": ocp.args.JsonRestore()}
-        if (self.directory / str(step) / "progress").exists():  # the first versions had none
+        if _has_progress(self.directory / str(step)):
             items["progress"] = ocp.args.JsonRestore()
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         state, position = restored["state"], restored["data"]
-        progress = restored.get("progress") or {"metrics": {}, "checksums": {}}
+        progress = restored.get("progress", {"metrics": {}, "checksums": {}})
         found = checksums(state, position)
         if not progress["checksums"].items() <= found.items():
-            raise _Changed("its checksums do not fit what it holds")
+            raise damage.Changed("its checksums do not fit what it holds")
         return Saved(state, position, progress["metrics"])
 
     def restore_latest(self, like: Any) -> tuple[int, Saved] | None:
         """The latest checkpoint that is whole, with its step; None when there is none at all.
 
-        Damaged ones after it are renamed to `damaged-<step>`, with a warning.
+        Damaged ones after it are renamed to `damaged-<step>`, with a warning; nothing is deleted.
 
         Raises:
-          ValueError: there are checkpoints and none can be restored.
+          ValueError: there are checkpoints and none can be restored, the latest holds another
+            state, or it cannot be read for now.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         if not steps:
             return None
-        step, saved = _first_whole(self.directory, steps, lambda step: self.restore(step, like))
+        step, saved = damage.first_whole(
+            self.directory, steps, lambda step: self.restore(step, like), self._check_itself
+        )
         if step != steps[0]:
             if processes.is_leader():
                 for damaged in steps[: steps.index(step)]:
-                    aside = self.directory / f"damaged-{damaged}"
-                    shutil.rmtree(aside, ignore_errors=True)
-                    os.replace(self.directory / str(damaged), aside)
+                    _set_aside(self.directory / str(damaged))
             processes.wait("damaged checkpoints renamed")
             self._manager.reload()
         return step, saved
+
+    def _check_itself(self, step: int) -> None:
+        """Reads a checkpoint as it describes itself.
+
+        Raises:
+          Exception: of whatever kind, when the files are damaged.
+        """
+        folder = self.directory / str(step)
+        fields = _restore(folder, _described(folder))
+        position = ocp.JsonCheckpointHandler().restore(folder / "data")
+        if not _saved_sums(folder).items() <= _sums(fields, position).items():
+            raise damage.Changed("its checksums do not fit what it holds")
 
     def wait(self) -> None:
         """Returns when every save has reached the disk."""
@@ -171,35 +189,81 @@ def load_averaged(workdir: Path, mesh: Mesh | None = None, *, from_step: int = 0
       from_step: the earliest that will do.
 
     Raises:
-      ValueError: the run has no complete checkpoint, or none that can be restored.
+      ValueError: the run has no complete checkpoint, none that can be restored, or cannot be read
+        for now.
     """
     steps = [step for step in complete_steps(workdir) if step >= from_step]
     if not steps:
         raise ValueError(f"'{workdir}' has no complete checkpoint of step {from_step} or later")
     directory = (Path(workdir) / "checkpoints").resolve()
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def restore(step: int) -> dict:
-        path, handler = directory / str(step) / "state", ocp.PyTreeCheckpointHandler()
-        found = {"ema": handler.metadata(path).tree["ema"]}
-        places = jax.tree.map(lambda _: device, found) if mesh is None else shard_state(found, mesh)
-        target = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-            found,
-            places,
-        )
-        arguments = ocp.checkpoint_utils.construct_restore_args(target)
-        restored = handler.restore(
-            path, args=ocp.args.PyTreeRestore(target, arguments, partial_restore=True)
-        )
-        progress = directory / str(step) / "progress" / "metadata"
-        if progress.exists():
-            expected = json.loads(progress.read_text())["checksums"]["ema"]
-            if int(bit_sums(restored)["ema"]) != expected:
-                raise _Changed("its checksums do not fit what it holds")
+        folder = directory / str(step)
+        found = {"ema": _described(folder)["ema"]}
+        restored = _restore(folder, found, None if mesh is None else shard_state(found, mesh))
+        expected = _saved_sums(folder)
+        if expected and int(bit_sums(restored)["ema"]) != expected["ema"]:
+            raise damage.Changed("its checksums do not fit what it holds")
         return restored["ema"]
 
-    return _first_whole(directory, steps, restore)[1]
+    return damage.first_whole(directory, steps, restore)[1]
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """The state that a checkpoint holds, as a tree of shapes and types."""
+    return ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """The arrays of a tree by their names, such as "opt_state.1.0.mu.kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _restore(folder: Path, found: dict[str, Any], places: Any = None) -> dict[str, Any]:
+    """Reads a part of a checkpoint's state.
+
+    Args:
+      folder: of the checkpoint.
+      found: that part of what `_described` gives.
+      places: a tree of shardings; by default all is on the default device.
+    """
+    if places is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = jax.tree.map(lambda _: device, found)
+    target = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        found,
+        places,
+    )
+    arguments = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.PyTreeCheckpointHandler().restore(
+        folder / "state", args=ocp.args.PyTreeRestore(target, arguments, partial_restore=True)
+    )
+
+
+def _saved_sums(folder: Path) -> dict[str, int]:
+    """The checksums of a checkpoint; the first versions saved none."""
+    if not _has_progress(folder):
+        return {}
+    return read_json(folder / "progress" / "metadata", Progress)["checksums"]
+
+
+def _has_progress(folder: Path) -> bool:
+    """Whether a checkpoint was saved with what the first versions did not save; not: is whole."""
+    described = folder / "_CHECKPOINT_METADATA"
+    if (folder / "progress").exists() or not described.exists():
+        return (folder / "progress").exists()
+    return "progress" in (read_json(described).get("item_handlers") or {})
+
+
+def _set_aside(folder: Path) -> None:
+    """Renames a damaged checkpoint; those that were set aside before stay."""
+    for number in itertools.count():
+        aside = folder.with_name(f"damaged-{folder.name}" + f"-{number}" * bool(number))
+        if not aside.exists():
+            folder.rename(aside)
+            return
 
 
 def is_finished(workdir: Path, total_steps: int) -> bool:
@@ -210,16 +274,16 @@ def is_finished(workdir: Path, total_steps: int) -> bool:
         return False
 
 
-class _Changed(ValueError):
-    """A checkpoint does not hold what was saved; all processes find so."""
-
-
 def checksums(state: Any, position: dict[str, Any]) -> dict[str, int]:
     """A number for each field of the state (a NamedTuple) and one for the input's position.
 
     Orbax notices missing and cut files, but takes a flipped bit for data.
     """
-    numbers = jax.device_get(bit_sums(state._asdict()))
+    return _sums(state._asdict(), position)
+
+
+def _sums(fields: dict[str, Any], position: dict[str, Any]) -> dict[str, int]:
+    numbers = jax.device_get(bit_sums(fields))
     text = json.dumps(position, sort_keys=True)
     return {name: int(value) for name, value in numbers.items()} | {
         "data": zlib.crc32(text.encode())
@@ -236,49 +300,3 @@ def bit_sums(fields: dict[str, Any]) -> dict[str, jax.Array]:
 
     zero = jnp.zeros((), jnp.uint32)
     return {name: sum(map(add, jax.tree.leaves(tree)), zero) for name, tree in fields.items()}
-
-
-def _first_whole(
-    directory: Path, steps: Sequence[int], restore: Callable[[int], Any]
-) -> tuple[int, Any]:
-    """The first step that `restore` makes something of, and what; warns of those that it could not.
-
-    Raises:
-      ValueError: none could be restored; or one of several processes could not read its part, which
-        the others, who wait for it, do not know.
-    """
-    failures = []
-    for step in steps:
-        with _quiet_failures():
-            try:
-                restored = restore(step)
-            except Exception as error:  # Orbax and TensorStore raise all kinds
-                failures.append((step, str(error).partition("\n")[0][:200]))
-                if not processes.joined() or isinstance(error, _Changed):
-                    continue
-                raise ValueError(
-                    f"'{directory / str(step)}' is damaged ({failures[-1][1]}); remove it and start"
-                    " again, from the checkpoint before it"
-                ) from error
-        for damaged, reason in failures:
-            where = directory / str(damaged)
-            logging.warning("%s is damaged (%s); going back to step %d", where, reason, step)
-        return step, restored
-    reasons = "; ".join(f"step {step}: {reason}" for step, reason in failures)
-    raise ValueError(
-        f"'{directory}': no checkpoint can be restored ({reasons}); start again in another"
-        " --workdir, or with the configuration that made them"
-    )
-
-
-@contextlib.contextmanager
-def _quiet_failures() -> Iterator[None]:
-    """Keeps the terminal clear of the reads that Orbax abandons when one of them fails."""
-    previous, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # coroutines never awaited
-            yield
-            gc.collect()
-    finally:
-        sys.unraisablehook = previous

@@ -13,6 +13,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
+from jax_distill import peers
 from jax_distill.config import ConfigError
 
 PACKAGE = str(Path(__file__).parent)
@@ -23,6 +24,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         app.run(_prepared(main), flags_parser=_parse)
     except Exception as error:
+        peers.end_if_lost(error)
         if jax.distributed.is_initialized():
             _give_up(error)
         if not _mendable(error):

@@ -19,6 +19,7 @@ from jax_distill import (
     checkpoint,
     flow,
     frozen,
+    lease,
     parallel,
     pipeline,
     processes,
@@ -151,7 +152,8 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     reference = reference_row(teacher, source, config.samples)
     read, network = stored_network(config, teacher), teacher.params["network"]
     if before:
-        rescaled = rescale(before[0], workdir / "time_rescale", teacher, source)
+        with lease.of_run(workdir / "time_rescale"):
+            rescaled = rescale(before[0], workdir / "time_rescale", teacher, source)
         read = rescaled.taken
         if config.teacher.velocity == "rescaled":
             reference()

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jax_distill import adapters, build, checkpoint, embedded, flow, pipeline, ported, worlds
 from jax_distill import config as configuration
-from jax_distill.files import made_whole, write_atomically
+from jax_distill.files import check_no_partial, write_atomically
 from jax_distill.interop import (
     diffusers_folder,
     exported,
@@ -32,6 +32,7 @@ from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.inputs import GUIDANCE, INPUTS
 from jax_distill.models.mmdit import MMDiTConfig
+from jax_distill.outputs import made_whole
 from jax_distill.worlds.flux import (
     parts_folder,
     ported_config,
@@ -140,6 +141,7 @@ def _open(source: str) -> Weights:
         params, description = embedded.load("teacher")
         config = ConfigDict(description["config"])
         return Weights(config, jax.tree.map(StoredLeaf, params), lambda: None, None)
+    check_no_partial(source, "--checkpoint")
     folder = Path(source)
     config = ported_config(folder) if ported.is_ported(folder) else configuration.load(folder)
     if config.objective.name == "autoencoder":

@@ -2,9 +2,9 @@
 
 import codecs
 import contextlib
-import errno
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from jax_distill import disks, liveness
 
 TEXT_BYTES = 2**26
 """The most that is read of one text, or of one line of a file that is read line by line."""
@@ -23,6 +25,9 @@ _MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's does
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+
+
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,9})\.partial")
 
 
 class FileError(ValueError):
@@ -169,14 +174,28 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     Args:
       path: the file; its folder is made if it is missing.
       content: bytes, or text that is written as UTF-8.
+
+    Raises:
+      FileError: the disk is full, or cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    path = Path(path)
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        partial = partial_of(path)
+        try:
+            with partial.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        if (found := disks.full(error)) is None:
+            raise
+        what, fix = found
+        raise FileError(f"'{path}': {what}; {fix} and run the same command again") from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -184,40 +203,37 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
-@contextlib.contextmanager
-def made_whole(folder: Path) -> Iterator[Path]:
-    """A folder that is there once the block has ended well, and not before.
+def partial_of(path: Path) -> Path:
+    """Where this process makes a file or folder, until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def check_no_partial(path: str | Path, name: str) -> None:
+    """Checks that a source is not one that a process is making, or was when it died.
 
     Args:
-      folder: to make; its parent is made if it is missing.
-
-    Yields:
-      An empty folder beside it, to be filled; removed if the block fails.
+      path: of the source.
+      name: begins the message, such as "--source".
 
     Raises:
-      ValueError: the folder exists, or the disk is full.
+      FileError: it is.
     """
-    if folder.exists() or folder.is_symlink():
-        raise ValueError(f"--output: '{folder}' exists; remove it or choose another")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir()
-    try:
-        yield partial
-        _flush(partial)
-        partial.rename(folder)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        message = f"--output: no space left for '{folder}'; make room or choose another disk"
-        raise ValueError(message) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if any(_PARTIAL.fullmatch(part) for part in Path(path).absolute().parts):
+        raise FileError(f"{name}: '{path}' is half made; make it whole and give that")
 
 
-def _flush(folder: Path) -> None:
-    """Waits until the files of a folder are on the disk, where a rename alone would not."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+def remove_leftovers(path: Path) -> None:
+    """Removes what processes of this host left half made, of a file or folder, when they died."""
+    with contextlib.suppress(OSError):
+        for leftover in os.scandir(path.parent):
+            found = _PARTIAL.fullmatch(leftover.name)
+            if found is None or found["name"] != path.name:
+                continue
+            pid, changed = int(found["pid"]), leftover.stat(follow_symlinks=False).st_mtime
+            # A living process of that number may be a later one.
+            if liveness.is_alive(pid) and not liveness.started_after(pid, changed):
+                continue
+            if leftover.is_dir(follow_symlinks=False):
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                os.unlink(leftover)

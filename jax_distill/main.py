@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jax_distill import commands, experiment, preflight, processes
+from jax_distill import commands, experiment, lease, preflight, processes, saving
 from jax_distill.train import Interrupted, Signals
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -31,8 +31,10 @@ def main(argv: list[str]) -> None:
     processes.join()
     try:
         with Signals(interrupt=True):
-            preflight.check(config, workdir)
-            experiment.run(config, workdir)
+            preflight.check_workdir(workdir)
+            with saving.explained(workdir), lease.of_run(workdir):
+                preflight.check(config, workdir)
+                experiment.run(config, workdir)
     except Interrupted as stop:
         logging.info("%s; run the same command to go on", stop)
 

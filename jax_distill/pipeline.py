@@ -23,6 +23,7 @@ from jax_distill import (
     worlds,
 )
 from jax_distill import config as configuration
+from jax_distill.files import check_no_partial
 from jax_distill.flow import Text
 from jax_distill.models import lora
 from jax_distill.objectives.objective import Objective
@@ -242,6 +243,7 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
     if str(source) == EMBEDDED:
         config = ConfigDict(embedded.load("teacher")[1]["config"]).lock()
         return Pipeline(config, lambda: {"network": embedded.load("teacher")[0]})
+    check_no_partial(source, "checkpoint")
     workdir = Path(source)
     if ported.is_ported(workdir):
         config = ported_config(workdir)

@@ -11,9 +11,10 @@ from ml_collections import ConfigDict
 
 from jax_distill import config as configuration
 from jax_distill import port_settings, ported
-from jax_distill.files import made_whole, write_json
+from jax_distill.files import check_no_partial, write_json
 from jax_distill.interop import diffusers_folder, flux_config, sources
 from jax_distill.interop.parts import Part, write_part
+from jax_distill.outputs import made_whole
 
 DTYPES = {"keep": None, "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 _GUIDANCE = {"scm": 4.5}  # of T2I-Distill's students, at two steps
@@ -54,6 +55,7 @@ def port(
     flags = port_settings.Flags(
         objective, time_scale, guidance_factor, shift, text_length, guidance
     )
+    check_no_partial(base, "--base")
     described = ported.describe(Path(base)) if base else None
     with made_whole(output) as partial:
         network = described["parts"]["network"] if described else None

@@ -28,6 +28,7 @@ from jax_distill import (
 from jax_distill.config import ConfigError, base, load
 from jax_distill.data.pipeline import check_batch_size
 from jax_distill.data.records import LatentRecords
+from jax_distill.files import check_no_partial
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.objectives import imm
 from jax_distill.objectives.autoencoder import AutoencoderObjective
@@ -44,12 +45,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
     Raises:
       ConfigError or ValueError: one sentence that names the key and the fix.
     """
-    if workdir.parts and workdir.parts[0].endswith(":"):  # "gs://bucket/run", as a path
-        raise ConfigError(
-            f"--workdir: '{workdir}' is an address; mount the bucket and give a folder of it"
-        )
-    if workdir.exists() and not workdir.is_dir():
-        raise ConfigError(f"--workdir: '{workdir}' is a file; give a folder")
+    check_workdir(workdir)
     validate(config)
     make_optimizer(config.optimizer, config.total_steps)
     name = config.objective.name
@@ -72,6 +68,20 @@ def check(config: ConfigDict, workdir: Path) -> None:
     check_same_run(config, workdir)
     if name != "autoencoder":
         check_loss(config, teacher)
+
+
+def check_workdir(workdir: Path) -> None:
+    """Checks that a workdir is a folder, or may become one.
+
+    Raises:
+      ConfigError: it is something else.
+    """
+    if workdir.parts and workdir.parts[0].endswith(":"):  # "gs://bucket/run", as a path
+        raise ConfigError(
+            f"--workdir: '{workdir}' is an address; mount the bucket and give a folder of it"
+        )
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"--workdir: '{workdir}' is a file; give a folder")
 
 
 def check_objective(config: ConfigDict) -> None:
@@ -138,6 +148,7 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
                 " jax_distill.port made, or a run that began with one"
             )
         return ConfigDict(embedded.load("teacher")[1]["config"])
+    check_no_partial(source, "teacher.checkpoint")
     try:
         teacher = load(Path(source))
         if not ported.is_ported(Path(source)):

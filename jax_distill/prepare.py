@@ -19,6 +19,7 @@ from jax_distill.data import records, shapes
 from jax_distill.data.encoding import NULL_CAPTION, encode_drawn, encode_shapes
 from jax_distill.data.folder import plain_caption
 from jax_distill.files import read_lines
+from jax_distill.outputs import made_whole
 from jax_distill.worlds.flux import Flux, ported_config
 from jax_distill.worlds.shapes import embedded_codec
 
@@ -56,19 +57,26 @@ def main(argv: list[str]) -> None:
     for flag in ("captions", "steps", "guidance"):
         if flags.FLAGS[flag].present and not _TEACHER.value:
             raise ValueError(f"--{flag} needs --teacher, which draws")
+    if output.is_dir() and not any(output.iterdir()):
+        output.rmdir()
+    with made_whole(output) as partial:
+        count = prepare(partial)
+    print(f"wrote {count} examples to {output}; train on them with --config.data.path={output}")
+
+
+def prepare(output: Path) -> int:
+    """Writes what the flags ask for; returns how many examples there are."""
     if _TEACHER.value:
-        count = draw(output)
-    elif _SOURCE.value:
+        return draw(output)
+    if _SOURCE.value:
         config = ported_config(Path(_CHECKPOINT.value))
         with config.unlocked():
             config.data.resolution = (_HEIGHT.value, _WIDTH.value)
         build.token_shape(config)  # raises where sizes are no multiples of 16
         seed = _SEED.value if _LATENTS.value == "sample" else None
-        count = Flux(config).prepare(Path(_SOURCE.value), output, seed=seed)
-    else:
-        count = _EXAMPLES.value
-        encode_shapes(output, count, _SEED.value, embedded_codec().encode)
-    print(f"wrote {count} examples to {output}; train on them with --config.data.path={output}")
+        return Flux(config).prepare(Path(_SOURCE.value), output, seed=seed)
+    encode_shapes(output, _EXAMPLES.value, _SEED.value, embedded_codec().encode)
+    return _EXAMPLES.value
 
 
 def draw(output: Path) -> int:

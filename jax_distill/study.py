@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jax_distill import cells, commands
+from jax_distill import cells, commands, lease
 from jax_distill.train import Interrupted, Signals
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the study's configuration.")
@@ -29,7 +29,9 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"rows.{row}: there is no file '{file}'")
     try:
         with Signals(interrupt=True):
-            cells.run(config, Path(_WORKDIR.value or Path("runs") / config.name))
+            workdir = Path(_WORKDIR.value or Path("runs") / config.name)
+            with lease.of_folder(workdir):
+                cells.run(config, workdir)
     except Interrupted as stop:
         logging.info("%s; run the same command to go on", stop)
 

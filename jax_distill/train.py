@@ -2,8 +2,6 @@
 
 import functools
 import math
-import os
-import signal
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +14,13 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jax_distill import checkpoint, parallel, processes, rounding
+from jax_distill import checkpoint, damage, parallel, processes, rounding
 from jax_distill.checkpoint import Checkpoints
 from jax_distill.data.pipeline import batches, example_of_row
 from jax_distill.objectives.objective import Batch, Objective
 from jax_distill.optimizer import learning_rate, make_optimizer, trained
 from jax_distill.progress import Report
+from jax_distill.signals import Interrupted, Signals
 
 INIT_STREAM = 2**32 - 1  # apart from the streams of the steps
 ROUNDING_STREAM = 2**32 - 2  # of a step
@@ -39,10 +38,6 @@ class TrainState(NamedTuple):
 
 class NonFiniteLoss(RuntimeError):
     """Training stopped: a loss or gradient was not finite."""
-
-
-class Interrupted(BaseException):
-    """SIGTERM or SIGINT came; the state is saved. No `Exception`, so that nothing swallows it."""
 
 
 def init_state(
@@ -294,6 +289,8 @@ def finished(config: ConfigDict, workdir: Path, mesh: Mesh) -> dict | None:
         return None
     try:
         average = checkpoint.load_averaged(workdir, mesh, from_step=total)
+    except damage.Unreadable:
+        raise
     except ValueError:
         if processes.joined():
             raise
@@ -345,36 +342,3 @@ def _count(params: dict) -> str:
         if count >= unit:
             return f"{count / unit:.1f} {name} parameters"
     return f"{count} parameters"
-
-
-class Signals:
-    """Notes SIGTERM and SIGINT instead of dying of them, so that a step can end and be saved.
-
-    Of several processes, JAX notes SIGTERM, for all: see `processes.preempted`. SIGINT is made one.
-
-    Args:
-      interrupt: raise `Interrupted` at once instead: outside of steps there is nothing to save.
-    """
-
-    def __init__(self, interrupt: bool = False):
-        self._interrupt = interrupt
-
-    def __enter__(self) -> "Signals":
-        self.received = False
-        handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
-        if processes.joined():
-            handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
-        self._previous = {
-            number: signal.signal(number, handler) for number, handler in handlers.items()
-        }
-        return self
-
-    def _note(self, number, frame) -> None:
-        del number, frame
-        self.received = True
-        if self._interrupt:
-            raise Interrupted("stopped by a signal")
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)

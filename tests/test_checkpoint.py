@@ -1,6 +1,10 @@
 """Checkpoints: what comes back is what was saved, or it is refused."""
 
+import errno
 import json
+import os
+import resource
+import shutil
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jax_distill import checkpoint
+from jax_distill import checkpoint, damage
 from jax_distill.checkpoint import Checkpoints
 
 
@@ -100,7 +104,7 @@ def write_7_for_3(path):
 
 
 @pytest.mark.parametrize(
-    ("item", "damage"),
+    ("item", "harm"),
     [
         ("state/ocdbt.process_0", cut),
         ("state/ocdbt.process_0", flip_a_bit),
@@ -109,11 +113,16 @@ def write_7_for_3(path):
         ("data/metadata", delete),
         ("data/metadata", write_7_for_3),
         ("progress/metadata", cut),
+        ("progress/metadata", delete),
+        ("progress", shutil.rmtree),
+        ("state/manifest.ocdbt", cut),
+        ("data/metadata", lambda path: path.write_text("[]")),
+        ("progress/metadata", lambda path: path.write_text('{"metrics": {}}')),
     ],
 )
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, item, damage, caplog, capfd):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, item, harm, caplog, capfd):
     path = run / "checkpoints" / "3" / item
-    damage(largest(path) if path.is_dir() else path)
+    harm(largest(path) if harm is not shutil.rmtree and path.is_dir() else path)
     # What is sampled from need not be what is damaged. A reader changes nothing.
     average = checkpoint.load_averaged(run)
     assert same(average, state_at(2).ema) or same(average, state_at(3).ema)
@@ -132,15 +141,108 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, item, damage, ca
     assert (run / "checkpoints" / "damaged-3").is_dir()
 
 
-def test_a_state_of_another_shape_is_refused_and_nothing_is_moved(run):
-    def other(x):
-        return jax.ShapeDtypeStruct((*x.shape, 2), x.dtype)
+def other_shapes(state):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 2), x.dtype), state)
 
-    like = jax.tree.map(other, state_at(0))
+
+def another_ema_dtype(state):
+    return state._replace(ema=jax.tree.map(lambda x: x.astype(jnp.float16), state.ema))
+
+
+def more_arrays(state):
+    return state._replace(params={**state.params, "adapters": jnp.zeros(3)})
+
+
+def fewer_arrays(state):
+    return state._replace(ema={})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (other_shapes, r"ema.network.half has shape \(7,\) there and \(7, 2\) here"),
+        (another_ema_dtype, "ema.network.half is bfloat16 there and float16 here"),
+        (more_arrays, "it has no params.adapters"),
+        (fewer_arrays, "it has ema.network.half, which is not asked for"),
+    ],
+)
+def test_another_state_is_refused_by_name_and_nothing_is_moved(run, change, named):
     with Checkpoints(run / "checkpoints", keep=3) as checkpoints:
-        with pytest.raises(ValueError, match="no checkpoint can be restored .*another --workdir"):
-            checkpoints.restore_latest(like)
+        with pytest.raises(ValueError, match=f"3' holds another state: {named}; .*configuration"):
+            checkpoints.restore_latest(change(state_at(0)))
     assert latest(run)[0] == 3
+
+
+def test_a_damaged_checkpoint_of_another_state_is_damaged(run):
+    """Nothing tells the two apart but the checkpoint itself."""
+    with Checkpoints(run / "checkpoints", keep=4) as checkpoints:
+        checkpoints.save(4, more_arrays(state_at(4)), {"next_index": 4})
+    flip_a_bit(largest(run / "checkpoints" / "4" / "state" / "ocdbt.process_0"))
+    assert latest(run)[0] == 3
+
+
+FAULTS = [OSError(errno.EIO, "I/O"), MemoryError(), ValueError("UNKNOWN: [os_error_code='116']")]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_an_error_that_passes_retires_no_checkpoint(tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(damage, "PAUSES", (0, 0, 0))
+    (tmp_path / "7").mkdir()
+    left = [fault] * 4
+    tried = []
+
+    def restore(step):
+        tried.append(step)
+        if left:
+            raise left.pop()
+        return "state"
+
+    with pytest.raises(damage.Unreadable, match="7' cannot be read for now .*it is kept") as found:
+        damage.first_whole(tmp_path, [7, 5], restore)
+    assert "\n" not in str(found.value) and tried == [7] * 4
+    left[:] = [fault] * 3
+    assert damage.first_whole(tmp_path, [7, 5], restore) == (7, "state")
+
+
+def test_the_only_checkpoint_is_kept_when_files_cannot_be_opened(run, monkeypatch):
+    """A real error, of the system, that TensorStore reports in its own words."""
+    monkeypatch.setattr(damage, "PAUSES", (0,))
+    for step in (1, 2):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Checkpoints(run / "checkpoints", keep=3) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # those that are open stay open
+        try:
+            with pytest.raises(damage.Unreadable, match="Too many open files"):
+                checkpoints.restore_latest(state_at(0))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert latest(run)[0] == 3 and sorted(os.listdir(run / "checkpoints")) == ["3"]
+
+
+def test_a_file_that_cannot_be_read_is_kept(run, monkeypatch):
+    """Reading it fails with EIO, of which TensorStore tells nothing."""
+    monkeypatch.setattr(damage, "PAUSES", (0,))
+    path = run / "checkpoints" / "3" / "state" / "manifest.ocdbt"
+    content = path.read_bytes()
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    for read in (latest, checkpoint.load_averaged):
+        with pytest.raises(damage.Unreadable, match="Input/output error"):
+            read(run)
+    path.unlink()
+    path.write_bytes(content)
+    assert latest(run)[0] == 3
+
+
+def test_nothing_that_was_set_aside_is_deleted(run):
+    for _ in range(3):
+        flip_a_bit(largest(run / "checkpoints" / "3" / "state" / "ocdbt.process_0"))
+        assert latest(run)[0] == 2
+        with Checkpoints(run / "checkpoints", keep=3) as checkpoints:
+            checkpoints.save(3, state_at(3), {"next_index": 3})
+    names = set(os.listdir(run / "checkpoints"))
+    assert names == {"1", "2", "3", "damaged-3", "damaged-3-1", "damaged-3-2"}
 
 
 def test_what_a_killed_save_left_is_ignored_and_removed(run):

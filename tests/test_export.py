@@ -189,7 +189,7 @@ def test_bad_sources_make_nothing(run, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        with pytest.raises(ValueError, match="no space left for '.*out'; make room"):
+        with pytest.raises(ValueError, match="out': no space left; make room"):
             export(str(run), tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 

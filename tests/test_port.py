@@ -238,7 +238,7 @@ def test_a_full_disk_makes_nothing(source, tmp_path, monkeypatch):
 
     opened = []
     monkeypatch.setattr(orbax_tree.ts, "open", lambda *_, **__: Full())
-    with pytest.raises(ValueError, match="no space left for '.*out'; make room"):
+    with pytest.raises(ValueError, match="out': no space left; make room"):
         port(source, tmp_path / "out")
     assert opened and not list(tmp_path.iterdir())
 

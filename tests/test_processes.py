@@ -18,7 +18,7 @@ import pytest
 from absl import flags
 from regression import Regression, Source, frozen, parameters, small_config
 
-from jax_distill import processes, train
+from jax_distill import peers, processes, train
 from jax_distill.checkpoint import Checkpoints
 from jax_distill.optimizer import make_optimizer
 
@@ -201,3 +201,20 @@ def test_processes_are_killed_stopped_and_go_on_as_one(tmp_path, count):
     assert expected.keys() == found.keys()
     for step, values in expected.items():
         np.testing.assert_allclose(values, found[step], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "lost"),
+    [
+        ("INTERNAL: Barrier failed because: task is set to ERROR: Task 1 heartbeat timeout", True),
+        ("UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:61", True),
+        ("UNAVAILABLE: Socket closed", True),
+        ("INTERNAL: a bug of the compiler", False),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes", False),
+    ],
+)
+def test_errors_of_a_lost_process_are_known(text, lost):
+    wrapped = RuntimeError("orbax")
+    wrapped.__cause__ = jax.errors.JaxRuntimeError(text)
+    assert peers.is_of_lost(wrapped) == peers.is_of_lost(wrapped.__cause__) == lost
+    assert not peers.is_of_lost(ValueError(text))  # of our own

@@ -15,6 +15,7 @@ from flax import serialization
 
 from jax_distill.files import (
     FileError,
+    check_no_partial,
     check_regular,
     read_json,
     write_atomically,
@@ -59,6 +60,7 @@ class LatentRecords:
     """
 
     def __init__(self, path: Path):
+        check_no_partial(path, "data.path")
         self._path = path = Path(path)
         try:
             self.description = read_json(path / DESCRIPTION, Description, fix=_AGAIN)

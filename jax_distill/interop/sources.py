@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jax_distill.files import check_no_partial
 from jax_distill.interop import (
     diffusers_folder,
     float8,
@@ -65,6 +66,7 @@ def locate(source: str | Path) -> Path:
     Raises:
       ValueError: it is none of them, or the hub cannot be reached.
     """
+    check_no_partial(source, "--source")
     path = Path(source)
     if path.exists():
         return path
