@@ -263,6 +263,24 @@ def load(workdir: Path) -> ConfigDict:
     return ConfigDict(values).lock()
 
 
+def check_teachers(workdir: Path) -> None:
+    """Checks that a run of adapters is not, over the runs that it stands beside, its own teacher.
+
+    Raises:
+      ConfigError: it is, or one of them is not what it should be.
+    """
+    passed: list[Path] = []
+    folder = Path(workdir).resolve()
+    while (config := load(folder)).lora.rank and config.teacher.checkpoint not in ("", "embedded"):
+        passed.append(folder)
+        folder = Path(config.teacher.checkpoint).resolve()
+        if folder in passed:
+            raise ConfigError(
+                f"teacher.checkpoint: '{workdir}' stands beside '{folder}', which stands beside"
+                " itself; put the config.json of one of them back"
+            )
+
+
 def _completed(values: dict[str, Any]) -> dict[str, Any]:
     """The values of a file, with those of keys that its version did not have.
 

@@ -57,6 +57,10 @@ def check(config: ConfigDict, workdir: Path) -> None:
     else:
         if name not in FROM_SCRATCH:
             teacher = teacher_config(config)
+            if pipeline.absolute(config.teacher.checkpoint) == str(workdir.resolve()):
+                raise ConfigError(
+                    f"teacher.checkpoint: '{workdir}' is the run's own --workdir; give another"
+                )
             config = student_config(config, teacher)
         check_evaluation(config)
         check_data(config)
@@ -130,6 +134,7 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
         return ConfigDict(embedded.load("teacher")[1]["config"])
     try:
         teacher = load(Path(source))
+        configuration.check_teachers(Path(source))
         if not ported.is_ported(Path(source)):
             checkpoint.complete_steps(Path(source))
     except ValueError as error:

@@ -22,11 +22,9 @@ FREE = "may change"
 SAID = "a line says so"
 REFUSED = "refused"
 
-ALL, NETWORKS, STUDENTS, ADAPTERS, AUTOENCODER, TEACHERS = (
-    *("all runs", "networks", "students", "adapters", "the autoencoder"),
-    "networks from scratch",
-)
-"""Runs that read a setting; of others it may change."""
+ALL, AUTOENCODER = "all runs", "the autoencoder"
+NETWORKS, FIRST, STUDENTS, ADAPTERS = "networks", "first teachers", "students", "adapters"
+"""Runs that read a setting; of others it may change. A first teacher is trained on data alone."""
 
 
 class Row(NamedTuple):
@@ -48,7 +46,8 @@ class Row(NamedTuple):
 TABLE = (
     Row(("name",), REFUSED, "it tells one run from another"),
     Row(("world",), REFUSED, "pictures and captions are of another kind"),
-    Row(("objective.name", "objective.*"), REFUSED, "the student would learn something else"),
+    Row(("objective.name",), REFUSED, "another method would go on from the state of this one"),
+    Row(("objective.*",), REFUSED, "the network would learn something else"),
     Row(("seed",), REFUSED, "every random number comes from it, and the order of the data"),
     Row(("teacher.*",), REFUSED, "the student would learn from another network", STUDENTS),
     Row(
@@ -56,10 +55,7 @@ TABLE = (
         SAID,
         "pictures are drawn with other guidance from here on, and students learn it; training does"
         " not read it",
-        TEACHERS,
-    ),
-    Row(
-        ("teacher.checkpoint", "teacher.velocity"), FREE, "there is no teacher to be read", TEACHERS
+        FIRST,
     ),
     Row(
         ("rescale.*",),
@@ -151,9 +147,10 @@ TABLE = (
         ),
         SAID,
         "scores before and after are not of the same pictures",
+        NETWORKS,
     ),
-    Row(("evaluation.every",), FREE, "how often a student under way is scored"),
-    Row(("samples.*",), FREE, "which grids are drawn"),
+    Row(("evaluation.every",), FREE, "how often a student under way is scored", STUDENTS),
+    Row(("samples.*",), FREE, "which grids are drawn, and when", NETWORKS),
     Row(("log_every",), FREE, "how many lines metrics.jsonl has"),
     Row(("checkpoint.*",), FREE, "how often the run is saved, and how many checkpoints are kept"),
     Row(("mesh.*",), FREE, "the same run to rounding, on other devices"),
@@ -174,7 +171,7 @@ def row_of(key: str, config: ConfigDict) -> Row | None:
         NETWORKS: config.objective.name != "autoencoder",
         STUDENTS: config.objective.name not in FROM_SCRATCH,
         ADAPTERS: config.objective.name not in FROM_SCRATCH and config.lora.rank > 0,
-        TEACHERS: config.objective.name in FROM_SCRATCH,
+        FIRST: config.objective.name == "flow_matching",
     }
     for row in TABLE:
         if reads[row.runs] and any(fnmatch.fnmatchcase(key, name) for name in row.keys):
@@ -287,7 +284,8 @@ def check_same_data(before: ConfigDict, config: ConfigDict, workdir: Path) -> st
     if known is None and not moved:
         return None
     known, found = known or _identity(old, workdir), _identity(new, workdir)
-    fix = f"give another --workdir, or set --config.data.path={old} to what it was"
+    fix = f"set --config.data.path back to {old!r}" if moved else "put the old data back"
+    fix += ", or give another --workdir"
     if known is None or found is None:
         missing, path = ("old", old) if known is None else ("new", new)
         raise ConfigError(
@@ -310,10 +308,21 @@ def _identity(path: str, workdir: Path) -> Identity | None:
     return identity(folder) if (folder / DESCRIPTION).is_file() else None
 
 
+def known_keys() -> list[str]:
+    """Every setting that there is, of all objectives."""
+    keys = flatten(base().to_dict())
+    for name, kind in KINDS.items():
+        keys |= flatten({"objective": {"name": name, **settings_of(kind)}})
+    return list(keys)
+
+
 def table() -> str:
-    """`TABLE` in Markdown."""
-    lines = ["| setting | of | when it changes | |", "|---|---|---|---|"]
+    """`TABLE` in Markdown, with every setting by its name."""
+    lines = ["| settings | of | when they change | |", "|---|---|---|---|"]
+    left = {runs: known_keys() for runs in (ALL, AUTOENCODER, NETWORKS, FIRST, STUDENTS, ADAPTERS)}
     for row in TABLE:
-        keys = ", ".join(f"`{key}`" for key in row.keys)
+        found = [key for name in row.keys for key in fnmatch.filter(left[row.runs], name)]
+        left[row.runs] = [key for key in left[row.runs] if key not in found]
+        keys = ", ".join(f"`{key}`" for key in found)
         lines.append(f"| {keys} | {row.runs} | {row.kind} | {row.effect} |")
     return "\n".join(lines) + "\n"
