@@ -251,6 +251,8 @@ def validate(config: ConfigDict) -> None:
         given["model"] = {key: value for key, value in model.items() if value is not None}
     # A student's model is its teacher's, where the configuration says nothing else.
     configuration.check(given, partial=("model",) if distils else ())
+    if not config.name:
+        raise ConfigError("name: '' is not a word; it names the default workdir")
 
 
 def check_same_run(config: ConfigDict, workdir: Path) -> None:

@@ -167,8 +167,8 @@ def is_pattern(text: str) -> bool:
 
 
 def _is_name(value: str) -> bool:
-    """Of words between slashes, which lead nowhere but down."""
-    parts = value.split("/")
+    """Of words between slashes, which lead nowhere but down; or empty, which runs may not be."""
+    parts = value.split("/") if value else ()
     plain = len(value) <= 200 and value.isprintable() and "\\" not in value
     return plain and all(part.strip(". ") for part in parts)
 
