@@ -9,6 +9,8 @@ from ml_collections.config_dict import placeholder
 
 from jax_distill import rules
 from jax_distill.files import FileError, read_json, write_atomically
+from jax_distill.models.autoencoder import AutoencoderConfig
+from jax_distill.models.mmdit import MMDiTConfig
 from jax_distill.objectives.methods import KINDS, settings_of
 from jax_distill.settings import ConfigError, check_keys, flatten, shown
 
@@ -258,6 +260,7 @@ def load(workdir: Path) -> ConfigDict:
     try:
         values = _completed(values)
         check(values, partial=("model",))  # where the network has defaults of its own
+        _check_shapes(values)
     except ConfigError as error:
         raise ConfigError(f"'{path}' is no configuration of a run: {error}") from None
     return ConfigDict(values).lock()
@@ -306,8 +309,21 @@ def _completed(values: dict[str, Any]) -> dict[str, Any]:
     return complete
 
 
+def _check_shapes(values: Mapping[str, Any]) -> None:
+    """Checks that the sizes of networks fit together.
+
+    Raises:
+      ConfigError: naming the setting.
+    """
+    for section, kind in (("model", MMDiTConfig), ("autoencoder", AutoencoderConfig)):
+        try:
+            kind(**values[section])
+        except ValueError as error:
+            raise ConfigError(f"{section}.{error}") from None
+
+
 def check(values: Mapping[str, Any], partial: Sequence[str] = ()) -> None:
-    """Checks names, types and ranges of all settings, and that networks have a shape.
+    """Checks names, types and ranges of all settings.
 
     Args:
       values: of a configuration, nested.

@@ -14,7 +14,7 @@ from absl import logging
 from regression import Regression, Source, frozen, parameters
 from regression import small_config as unnamed
 
-from jax_distill import acceptance, preflight, resuming, stages, train
+from jax_distill import acceptance, experiment, preflight, resuming, stages, train
 from jax_distill import config as configuration
 from jax_distill.config import ConfigError, base
 from jax_distill.data import identity, records
@@ -386,3 +386,15 @@ def test_a_run_that_goes_on_as_it_was_writes_nothing(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     acceptance.accept(small_config(), tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_that_begins_leaves_the_configuration_of_one_that_is_there(tmp_path):
+    folder = write_data(tmp_path / "foxes", CAPTIONS)
+    run = tmp_path / "run"
+    experiment.begin(on_data(folder), run)
+    assert acceptance.known(run)["records"] == identity.identity(folder)
+    before = fingerprint(run)
+    experiment.begin(on_data(tmp_path / "elsewhere"), run)
+    assert fingerprint(run) == before
+    experiment.begin(RUNS["scm"], tmp_path / "own")  # whose data is its own
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["config.json"]
