@@ -1,6 +1,5 @@
 """From a configuration to its parts: networks and objective."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,28 +13,15 @@ from jax_distill import adapters, worlds
 from jax_distill.config import ConfigError
 from jax_distill.flow import Network, Text
 from jax_distill.models import lora, mmdit
-from jax_distill.objectives.flow_matching import FlowMatching
-from jax_distill.objectives.imm import IMM
-from jax_distill.objectives.meanflow import MeanFlow
+from jax_distill.objectives.methods import OBJECTIVES, settings_of
 from jax_distill.objectives.objective import Batch, Objective
-from jax_distill.objectives.scm import SCM
 from jax_distill.objectives.teacher import (
     TeacherVelocity,
     classifier_free,
     embedded_guidance,
     unguided,
 )
-from jax_distill.objectives.time_rescale import TimeRescale
-
-PATCH = 16  # pixels along a side of a token: eight of the autoencoder's, two of the packing
-
-OBJECTIVES = {
-    "flow_matching": FlowMatching,
-    "time_rescale": TimeRescale,
-    "scm": SCM,
-    "meanflow": MeanFlow,
-    "imm": IMM,
-}
+from jax_distill.rules import PATCH
 
 TEACHERS = ("flow_matching", "time_rescale")
 """Objectives whose networks are velocities."""
@@ -118,12 +104,6 @@ def objective_settings(name: str, **settings: Any) -> dict[str, Any]:
     defaults = settings_of(OBJECTIVES[name])
     waiting = {key: placeholder(float) for key, value in defaults.items() if value is None}
     return {"name": name, **defaults, **waiting, **settings}
-
-
-def settings_of(kind: type[Objective]) -> dict[str, Any]:
-    """The settings of an objective and their defaults; networks and encoders are not settings."""
-    fields = dataclasses.fields(kind)
-    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
 
 
 def guidance_of(config: ConfigDict) -> str:

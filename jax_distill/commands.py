@@ -83,7 +83,8 @@ def _parse(argv: list[str]) -> list[str]:
     except SystemExit:  # absl has printed the help, which it counts as failure
         sys.exit(0)
     except Exception as error:
-        sys.exit(f"error: {_explain(error, path, argv)}")
+        words = _explain(error, path, argv).split()  # of a config file's exception, any
+        sys.exit(f"error: {' '.join(words)[:1000]}")
 
 
 _PLAIN_WORDS = {

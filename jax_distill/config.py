@@ -1,18 +1,30 @@
 """The configuration that every config file starts from; how it is kept."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jax_distill.files import write_atomically
+from jax_distill import rules
+from jax_distill.files import FileError, read_json, write_atomically
+from jax_distill.models.autoencoder import AutoencoderConfig
+from jax_distill.models.mmdit import MMDiTConfig
+from jax_distill.objectives.methods import KINDS, settings_of
+from jax_distill.settings import ConfigError, check_keys, flatten, shown
 
+LATER = (
+    *("world", "ema_dtype", "teacher.guidance", "data.resolution", "evaluation.every"),
+    *("lora.rank", "lora.alpha", "lora.targets", "lora.base", "samples.teacher_steps"),
+    *("rescale.total_steps", "rescale.batch_size", "rescale.learning_rate"),
+    *("model.remat", "model.attention", "model.guidance_factor", "mesh.split_tokens"),
+    *("optimizer.frozen", "optimizer.moments"),
+)
+"""Keys that older versions did not have; their defaults are what those did."""
 
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the key and the fix."""
+FORMER = ("evaluation.batch_size",)
+"""Keys of older versions that nothing reads any more."""
 
 
 def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
@@ -221,18 +233,124 @@ def shorten(config: ConfigDict) -> None:
 
 def save(config: ConfigDict, workdir: Path) -> None:
     """Writes the resolved configuration as `config.json` into the workdir, made if missing."""
-    write_atomically(workdir / "config.json", config.to_json_best_effort(indent=2) + "\n")
+    write_atomically(workdir / "config.json", to_json(config))
+
+
+def to_json(config: ConfigDict) -> str:
+    """The text of `config.json`."""
+    return config.to_json_best_effort(indent=2) + "\n"
 
 
 def load(workdir: Path) -> ConfigDict:
-    """Reads what `save` wrote; raises ConfigError when it is not there or not JSON."""
+    """Reads what `save` wrote, in this version or an older one, whose keys are completed.
+
+    Raises:
+      ConfigError: it is not there, or not what it should be.
+    """
     path = Path(workdir) / "config.json"
     try:
-        return ConfigDict(json.loads(path.read_text())).lock()
-    except FileNotFoundError:
+        values = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"'{workdir}' is no workdir of a run: it has no config.json; make one with"
             " python -m jax_distill.main"
         ) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"'{path}' is not valid JSON ({error}); restore or remove it") from None
+    except FileError as error:
+        raise ConfigError(str(error)) from None
+    try:
+        values = _completed(values)
+        check(values, partial=("model",))  # where the network has defaults of its own
+        _check_shapes(values)
+    except ConfigError as error:
+        raise ConfigError(f"'{path}' is no configuration of a run: {error}") from None
+    return ConfigDict(values).lock()
+
+
+def check_teachers(workdir: Path) -> None:
+    """Checks that a run of adapters is not, over the runs that it stands beside, its own teacher.
+
+    Raises:
+      ConfigError: it is, or one of them is not what it should be.
+    """
+    passed: list[Path] = []
+    folder = Path(workdir).resolve()
+    while (config := load(folder)).lora.rank and config.teacher.checkpoint not in ("", "embedded"):
+        passed.append(folder)
+        folder = Path(config.teacher.checkpoint).resolve()
+        if folder in passed:
+            raise ConfigError(
+                f"teacher.checkpoint: '{workdir}' stands beside '{folder}', which stands beside"
+                " itself; put the config.json of one of them back"
+            )
+
+
+def _completed(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a file, with those of keys that its version did not have.
+
+    Raises:
+      ConfigError: other keys are missing.
+    """
+    complete = dict(values)
+    for key, default in flatten(base().to_dict()).items():
+        name, _, rest = key.partition(".")
+        section = complete.get(name, {})
+        if name == "objective" or (rest and not isinstance(section, Mapping)):
+            continue  # `check` says so
+        if (rest in section) if rest else (name in complete):
+            continue
+        if key not in LATER:
+            raise ConfigError(f"{key}: missing; restore the file")
+        if name != "model":
+            complete[name] = {**section, rest: default} if rest else default
+    for key in FORMER:
+        name, _, rest = key.partition(".")
+        if isinstance(complete.get(name), Mapping):
+            complete[name] = {k: value for k, value in complete[name].items() if k != rest}
+    return complete
+
+
+def _check_shapes(values: Mapping[str, Any]) -> None:
+    """Checks that the sizes of networks fit together.
+
+    Raises:
+      ConfigError: naming the setting.
+    """
+    for section, kind in (("model", MMDiTConfig), ("autoencoder", AutoencoderConfig)):
+        try:
+            kind(**values[section])
+        except ValueError as error:
+            raise ConfigError(f"{section}.{error}") from None
+
+
+def check(values: Mapping[str, Any], partial: Sequence[str] = ()) -> None:
+    """Checks names, types and ranges of all settings.
+
+    Args:
+      values: of a configuration, nested.
+      partial: sections of which some keys may be missing.
+
+    Raises:
+      ConfigError: naming the key, its value, and what it must be.
+    """
+    objective = values.get("objective")
+    if not isinstance(objective, Mapping) or not isinstance(objective.get("name"), str):
+        raise ConfigError(f"objective: {shown(objective)} must be a section that has a name")
+    given, known = dict(values), base().to_dict()
+    given.pop("objective"), known.pop("objective")
+    check_keys(given, known, partial=partial)
+    rules.check(flatten(given), rules.of_runs())
+    check_objective(objective)
+
+
+def check_objective(section: Mapping[str, Any]) -> None:
+    """Checks names, types and ranges of an objective's settings.
+
+    Raises:
+      ConfigError: as `check`.
+    """
+    given = dict(section)
+    name = given.pop("name")
+    if name not in KINDS:
+        raise ConfigError(f"objective.name: {shown(name)} is not one of {', '.join(KINDS)}")
+    check_keys(given, settings_of(KINDS[name]), "objective.", partial=("objective",))
+    rules.check(flatten({"objective": given}), rules.of_objectives())

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from jax_distill import (
+    acceptance,
     adapters,
     build,
     checkpoint,
@@ -57,15 +58,17 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def begin(config: ConfigDict, workdir: Path) -> None:
-    """Writes the configuration into the workdir.
+    """Writes the configuration of a new run; `train.fit` accepts that of one that goes on.
 
     Raises:
       ValueError: not all processes of the run see it there.
     """
-    if processes.is_leader():
+    path = workdir / "config.json"
+    if processes.is_leader() and not path.exists():
+        acceptance.note_data(config, workdir)
         configuration.save(config, workdir)
     processes.wait("configuration written")
-    if not (workdir / "config.json").exists():
+    if not path.exists():
         raise ValueError(
             f"--workdir: process {jax.process_index()} does not see what process 0 writes into"
             f" '{workdir}'; give a folder that all hosts share"

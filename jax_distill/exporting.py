@@ -148,6 +148,7 @@ def _open(source: str) -> Weights:
         raise ValueError(f"--checkpoint: '{folder}' is the run of an autoencoder, not of a network")
     if ported.is_ported(folder):
         return Weights(config, open_tree(folder / "network"), lambda: None, folder)
+    configuration.check_teachers(folder)
     step = folder / "checkpoints" / str(checkpoint.complete_steps(folder)[0])
     averaged = open_tree(step / "state", ("ema",), checked=True)
 

@@ -27,6 +27,7 @@ def main(argv: list[str]) -> None:
         )
     config.unlock()
     config.lock()  # all of it: sections that were set as a whole are still open
+    preflight.validate(config)
     workdir = Path(_WORKDIR.value or Path("runs") / config.name)
     processes.join()
     try:

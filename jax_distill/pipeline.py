@@ -255,6 +255,7 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
 
         return Pipeline(config, read)
     config = configuration.load(workdir)
+    configuration.check_teachers(workdir)
     checkpoint.complete_steps(workdir)
     if config.get("world", "shapes") == "flux" or processes.joined():
         mesh = mesh or parallel.make_mesh(parallel.ALL_FSDP)

@@ -1,12 +1,8 @@
 """What can be wrong with a run, found before anything is written."""
 
-import difflib
-import itertools
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import logging
@@ -20,23 +16,21 @@ from jax_distill import (
     parallel,
     pipeline,
     ported,
-    rules,
+    resuming,
     scoring,
     stages,
     worlds,
 )
+from jax_distill import config as configuration
 from jax_distill.config import ConfigError, base, load
 from jax_distill.data.pipeline import check_batch_size
 from jax_distill.data.records import LatentRecords
 from jax_distill.files import check_no_partial
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.objectives import imm
-from jax_distill.objectives.autoencoder import AutoencoderObjective
 from jax_distill.optimizer import make_optimizer
+from jax_distill.settings import flatten
 from jax_distill.stages import FROM_SCRATCH
-
-KINDS = {"autoencoder": AutoencoderObjective, **build.OBJECTIVES}
-"""What `objective.name` may be."""
 
 
 def check(config: ConfigDict, workdir: Path) -> None:
@@ -49,8 +43,6 @@ def check(config: ConfigDict, workdir: Path) -> None:
     validate(config)
     make_optimizer(config.optimizer, config.total_steps)
     name = config.objective.name
-    if name not in KINDS:
-        raise ConfigError(f"objective.name: {name!r} is not one of {', '.join(KINDS)}")
     check_objective(config)
     teacher = None
     if name == "autoencoder":
@@ -61,6 +53,10 @@ def check(config: ConfigDict, workdir: Path) -> None:
     else:
         if name not in FROM_SCRATCH:
             teacher = teacher_config(config)
+            if pipeline.absolute(config.teacher.checkpoint) == str(workdir.resolve()):
+                raise ConfigError(
+                    f"teacher.checkpoint: '{workdir}' is the run's own --workdir; give another"
+                )
             config = student_config(config, teacher)
         check_evaluation(config)
         check_data(config)
@@ -85,11 +81,9 @@ def check_workdir(workdir: Path) -> None:
 
 
 def check_objective(config: ConfigDict) -> None:
-    """Checks the names and types of an objective's settings."""
+    """Checks an objective's settings, and what they ask of others."""
     given = dict(config.objective)
-    known = build.settings_of(KINDS[given.pop("name")])
-    check_keys(given, known, "objective.", partial=("objective",))
-    rules.check(flatten({"objective": given}), rules.of_objectives())
+    configuration.check_objective(given)
     if given.get("mix_from", 0) > given.get("mix_to", 1):
         raise ConfigError(
             f"objective.mix_from: {given['mix_from']} is after mix_to, {given['mix_to']}"
@@ -151,6 +145,7 @@ def teacher_config(config: ConfigDict) -> ConfigDict:
     check_no_partial(source, "teacher.checkpoint")
     try:
         teacher = load(Path(source))
+        configuration.check_teachers(Path(source))
         if not ported.is_ported(Path(source)):
             checkpoint.complete_steps(Path(source))
     except ValueError as error:
@@ -260,128 +255,17 @@ def validate(config: ConfigDict) -> None:
     Raises:
       ConfigError: naming the key, its value, and what it must be.
     """
-    distils = config.objective.get("name") not in FROM_SCRATCH
-    given, known = config.to_dict(), base().to_dict()
-    given.pop("objective", None), known.pop("objective")
-    if distils:  # None is the teacher's
-        given["model"] = {key: x for key, x in given["model"].items() if x is not None}
+    given = config.to_dict()
+    objective, model = given.get("objective"), given.get("model")
+    distils = isinstance(objective, dict) and objective.get("name") not in FROM_SCRATCH
+    if distils and isinstance(model, dict):  # None is the teacher's
+        given["model"] = {key: value for key, value in model.items() if value is not None}
     # A student's model is its teacher's, where the configuration says nothing else.
-    check_keys(given, known, partial=("model",) if distils else ())
-    rules.check(flatten(given), rules.of_runs())
-
-
-def check_keys(
-    given: Mapping[str, Any],
-    known: Mapping[str, Any],
-    prefix: str = "",
-    partial: Sequence[str] = (),
-) -> None:
-    """Checks that settings have the keys of their defaults, with values of their types.
-
-    Args:
-      given: what was set, nested.
-      known: the defaults, nested in the same way; None takes any type, a tuple
-        one value or more of its first one's type.
-      prefix: of the keys in error messages, such as "objective.".
-      partial: names of the keys below which some may be missing; "" for all.
-
-    Raises:
-      ConfigError: naming the first key that is unknown, missing or of another type.
-    """
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known: {', '.join(known)}"
-            raise ConfigError(f"{prefix}{key}: there is no such key; {hint}")
-    for key, default in known.items():
-        name = prefix + key
-        if key not in given:
-            if prefix.rstrip(".") in partial:
-                continue
-            raise ConfigError(
-                f"{name}: missing; set keys of config.{prefix.rstrip('.')} one by one instead of"
-                " replacing it"
-            )
-        value = given[key]
-        if isinstance(default, Mapping) and isinstance(value, Mapping):
-            check_keys(value, default, f"{name}.", partial)
-        elif not _fits(value, default):
-            kind = type(default).__name__
-            if isinstance(default, tuple):
-                kind = f"a list of one {type(default[0]).__name__} or more"
-            raise ConfigError(f"{name}: {value!r} must be {kind}")
-
-
-def _fits(value: Any, default: Any) -> bool:
-    if default is None:
-        return True
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(default, bool) and isinstance(value, bool)
-    if isinstance(default, float):
-        return isinstance(value, float | int)
-    if isinstance(default, tuple):
-        return (
-            isinstance(value, tuple | list) and value and all(_fits(v, default[0]) for v in value)
-        )
-    return isinstance(value, type(default))
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} to {"a.b": 1}."""
-    flat = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+    configuration.check(given, partial=("model",) if distils else ())
+    if not config.name:
+        raise ConfigError("name: '' is not a word; it names the default workdir")
 
 
 def check_same_run(config: ConfigDict, workdir: Path) -> None:
-    """Checks that a workdir is empty or holds a run that `config` can go on with.
-
-    What makes a run the one it is may not change. Its length, its batches, its learning rate, how
-    often it logs and saves, and how it is evaluated may.
-
-    Raises:
-      ConfigError: naming the key that differs.
-    """
-    if not (workdir / "config.json").exists():
-        return
-    identity = [
-        "name",
-        "world",
-        "seed",
-        "objective",
-        "optimizer.name",
-        "data.examples",
-        "data.seed",
-    ]
-    if config.objective.name == "autoencoder":
-        identity += ["autoencoder"]
-    else:
-        identity += ["model", "data.text_length", "data.resolution"]
-    if config.objective.name not in FROM_SCRATCH:
-        identity += ["teacher", "rescale", "lora"]
-    old, new = _identifying(load(workdir)), _identifying(config)
-    # A key that an older version did not know had today's default.
-    defaults = flatten(base().to_dict())
-    old = {key: defaults[key] for key in new.keys() & defaults.keys()} | old
-    for name, key in itertools.product(identity, sorted(old.keys() | new.keys())):
-        if not f"{key}.".startswith(f"{name}."):
-            continue
-        if key in old and key in new and old[key] != new[key]:
-            raise ConfigError(
-                f"--workdir: '{workdir}' holds another run, of {key}={old[key]!r} and not"
-                f" {new[key]!r}; give another --workdir or set --config.{key} back"
-            )
-
-
-def _identifying(config: ConfigDict) -> dict[str, Any]:
-    """The configuration flat and as JSON has it, the objective's defaults filled in."""
-    whole = config.to_dict()
-    kind = KINDS.get(whole["objective"]["name"])
-    defaults = build.settings_of(kind) if kind else {}
-    whole["objective"] = {**defaults, **whole["objective"]}
-    whole["teacher"]["checkpoint"] = pipeline.absolute(whole["teacher"]["checkpoint"])
-    return json.loads(json.dumps(flatten(whole)))
+    """As `resuming.check`."""
+    resuming.check(config, workdir)

@@ -4,11 +4,12 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import TypedDict
 
 from absl import logging
 
 from jax_distill import processes
-from jax_distill.files import write_atomically
+from jax_distill.files import FileError, parse_json, read_lines, write_atomically
 
 METRICS = "metrics.jsonl"
 
@@ -105,17 +106,23 @@ class Report:
         self.close()
 
 
+class _Line(TypedDict):
+    step: int
+
+
 def _forget_after(path: Path, step: int) -> None:
     """Drops the lines of later steps, and what a killed run left half written, atomically."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for number, text in read_lines(path):
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
+            line = parse_json(text, _Line, where=f"'{path}', line {number}", fix="it is left out")
+        except FileError as error:
+            logging.warning("%s", error)
             continue
+        if line["step"] <= step:
+            kept.append(text + "\n")
     write_atomically(path, "".join(kept))
 
 

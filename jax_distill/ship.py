@@ -7,6 +7,7 @@ from absl import flags
 
 from jax_distill import checkpoint, commands, embedded
 from jax_distill import config as configuration
+from jax_distill.files import read_json
 
 _RUN = flags.DEFINE_string("run", None, "Workdir of configs/autoencoder.py or configs/teacher.py.")
 
@@ -17,7 +18,7 @@ def main(argv: list[str]) -> None:
     config = configuration.load(run)
     params = checkpoint.load_averaged(run)
     if config.objective.name == "autoencoder":
-        name, description = "autoencoder", json.loads((run / "autoencoder.json").read_text())
+        name, description = "autoencoder", read_json(run / "autoencoder.json")
     else:
         name, params = "teacher", params["network"]
         description = {"config": json.loads(config.to_json_best_effort())}

@@ -14,7 +14,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jax_distill import checkpoint, damage, parallel, processes, rounding
+from jax_distill import acceptance, checkpoint, damage, parallel, processes, rounding
 from jax_distill.checkpoint import Checkpoints
 from jax_distill.data.pipeline import batches, example_of_row
 from jax_distill.objectives.objective import Batch, Objective
@@ -202,6 +202,7 @@ def fit(
     mesh = parallel.make_mesh(config.mesh)
     average = finished(config, workdir, mesh)
     if average is not None:
+        acceptance.accept(config, workdir)
         return average
     optimizer = make_optimizer(config.optimizer, config.total_steps)
     if not isinstance(initial, Initial):
@@ -230,7 +231,12 @@ def fit(
             del params
         else:
             start, (state, position, window) = found
-            iterator.set_state(position)
+            iterator.set_state(
+                acceptance.in_examples(
+                    position, workdir, config.batch_size, objective.rows_per_example
+                )
+            )
+        acceptance.accept(config, workdir)
         if start >= total:
             if found is None:  # a stage of no steps: what it starts from is what comes of it
                 checkpoints.save(start, state, iterator.get_state())

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from jax_distill import cells, pipeline
+from jax_distill import cells, pipeline, study
 from jax_distill import config as configuration
 from jax_distill.config import ConfigError
 from jax_distill.evaluation import comparison
 from jax_distill.models.mmdit import MMDiTConfig
 from jax_distill.planning import program
-from jax_distill.preflight import flatten
+from jax_distill.settings import flatten
 from jax_distill.stages import student_config
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +115,28 @@ def test_every_row_of_the_studies_is_a_configuration_that_exists(preset):
             assert key in known.keys() | model
             kind = type(known.get(key, 1000.0))
             assert kind is bool and value in ("True", "False") or kind(value) is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, None),
+        ({"rows": 3}, "rows"),
+        ({"rows": (("sCM", "configs/scm.py", 3),)}, r"Expected `str`, got `int` .* `\$.rows"),
+        ({"rows": (("sCM",),)}, "rows: each needs a name and a config file"),
+        ({"seeds": ("one",)}, "seeds"),
+        ({"teacher": {"checkpoint": ""}}, "teacher"),
+        ({"name": "../study"}, "name: '../study' is not a word"),
+    ],
+    ids=str,
+)
+def test_a_study_that_is_none_is_told_so(changes, expected):
+    config = load_config("study").get_config().to_dict()
+    if expected is None:
+        return study.check(ConfigDict(config))
+    with pytest.raises(ValueError, match=expected) as caught:
+        study.check(ConfigDict({**config, **changes}))
+    assert "\n" not in str(caught.value)
 
 
 def load_config(name):

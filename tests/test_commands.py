@@ -187,6 +187,15 @@ def test_a_gap_that_bfloat16_does_not_see_is_warned_of(preset, dtype, gap, warne
         ("config.model = {'layers': 2}", "model.layers: there is no such key"),
         ("config.batch_size = 2 * undefined", "line 4: NameError: name 'undefined'"),
         ("config = None", "get_config returns"),
+        ("raise RuntimeError('one' + chr(10) + 'two')", "line 4: RuntimeError: one two"),
+        ("config.unlock().model = None", "model: None must be a section"),
+        ("config.unlock().objective = None; return config", "objective: None must be a section"),
+        ("config.objective.name = 'scm'; del config.unlock().name; return config", "name: missing"),
+        (
+            "config.objective.name, config.name = 'scm', '../x'; return config",
+            "name: '../x' is not a word",
+        ),
+        ("config.data.text_length = 10**9", "data.text_length: 1000000000 is not 8192 or less"),
     ],
 )
 def test_what_is_wrong_in_a_configuration_file_is_said_with_its_place(

@@ -66,6 +66,29 @@ def test_a_stream_goes_on_from_its_saved_position(point):
     np.testing.assert_array_equal(take(restored, 20 - point), whole[point:])
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_batches_of_changing_sizes_miss_no_example_and_repeat_none(seed):
+    """Of runs that are killed, and go on with another batch, other rows and micro-batches."""
+    rng = np.random.default_rng(seed)
+    stream = take(batches(Numbers(24), 1, seed), 400).ravel()
+    position, given = {"examples": 0}, []
+    for _ in range(8):
+        rows_per_example, accumulate = rng.integers(1, 4, 2)
+        examples = rng.integers(1, 8) * accumulate
+        size = examples * rows_per_example
+        layout = example_of_row(size, accumulate, rows_per_example)
+        run = batches(Numbers(24), size, seed, layout=layout)
+        run.set_state(position)
+        saved = rng.integers(0, 4)
+        found = take(run, saved) if saved else np.zeros((0, size))
+        firsts = np.unique(layout, return_index=True)[1]
+        given.extend(found[:, firsts].ravel())
+        position = run.get_state()
+        take(run, rng.integers(1, 3))  # read after what was saved, and lost
+    np.testing.assert_array_equal(given, stream[: len(given)])
+    assert position == {"examples": len(given)} and len(given) > 24
+
+
 @pytest.mark.parametrize("shares", [([0, 1, 2], [3, 4, 5]), ([0, 3], [1, 4], [2, 5])])
 def test_processes_read_the_rows_of_one_stream(shares):
     """Together the batches of one process, from the same position."""

@@ -26,6 +26,8 @@ def tiny_config(objective: str):
         "pooled_projection_dim": 144,
         "axes_dims_rope": (4, 6, 6),
         "guidance_embeds": objective != "flow_matching",
+        "time_scale": 1000.0,
+        "interval_embeds": False,
     }
     return config.lock()
 

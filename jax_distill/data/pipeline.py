@@ -1,6 +1,7 @@
-"""Input pipelines: a random-access source, shuffled, repeated and batched by grain."""
+"""Input pipelines: a random-access source, shuffled and repeated by grain, in batches."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import grain
 import jax
@@ -77,17 +78,51 @@ def example_of_row(batch_size: int, accumulate: int, rows_per_example: int) -> n
     return rows // (accumulate * rows_per_example) * accumulate + rows % accumulate
 
 
+class Batches:
+    """An endless stream of batches that knows how many examples it has given.
+
+    Args:
+      read: makes a batch of the examples that begin at a place of the stream of examples.
+      count: examples a batch.
+    """
+
+    def __init__(self, read: Callable[[int], Batch], count: int):
+        self._read, self._count = read, count
+        self.set_state({"examples": 0})
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._ahead)
+        self._taken += self._count
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The position, JSON-able; what is read ahead does not count."""
+        return {"examples": self._taken}
+
+    def set_state(self, position: dict[str, int]) -> None:
+        """Goes on where a stream was, whatever the size of its batches."""
+        start = self._taken = position["examples"]
+        numbers = grain.MapDataset.range((sys.maxsize - start) // self._count)
+        dataset = numbers.map(lambda number: self._read(start + number * self._count))
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        self._ahead = iter(dataset.to_iter_dataset(options))
+
+
 def batches(
     source,
     batch_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
     layout: Sequence[int] | None = None,
-) -> grain.DatasetIterator:
+) -> Batches:
     """An endless stream of shuffled batches whose position can be saved and restored.
 
-    Position and order depend on (source, examples in a batch, seed) alone; how many processes read,
-    and which rows, makes no difference to either.
+    The order of examples depends on (source, seed) alone, and the position is how many were given:
+    batches of any size go through the same ones. How many processes read, and which rows, makes no
+    difference to either.
 
     Args:
       source: random-access, of `Batch` without the leading axis.
@@ -106,13 +141,11 @@ def batches(
     held, places = np.unique(layout if rows is None else layout[rows], return_inverse=True)
     indices = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
 
-    def read(batch: np.ndarray) -> Batch:
-        examples = [source[index] for index in batch[held]]
+    def read(start: int) -> Batch:
+        examples = [source[indices[start + int(place)]] for place in held]
         return jax.tree.map(lambda *leaves: np.stack(leaves), *[examples[i] for i in places])
 
-    dataset = indices.batch(count, drop_remainder=True).map(read)
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return iter(dataset.to_iter_dataset(options))
+    return Batches(read, count)
 
 
 def check_batch_size(
