@@ -2,10 +2,9 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import ml_dtypes
@@ -16,7 +15,8 @@ from ml_collections import ConfigDict
 
 from jax_distill import adapters, build, checkpoint, embedded, flow, pipeline, ported, worlds
 from jax_distill import config as configuration
-from jax_distill.files import made_whole, write_atomically
+from jax_distill.evaluation.results import read_results
+from jax_distill.files import made_whole, read_json, write_atomically
 from jax_distill.interop import (
     diffusers_folder,
     exported,
@@ -32,6 +32,7 @@ from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.inputs import GUIDANCE, INPUTS
 from jax_distill.models.mmdit import MMDiTConfig
+from jax_distill.quoting import code, prose, word
 from jax_distill.worlds.flux import (
     parts_folder,
     ported_config,
@@ -50,6 +51,12 @@ _FLUX_SCHEDULE = {
     "use_dynamic_shifting": True,
 }
 _STEPS = {"scm": 2, "meanflow": 4, "imm": 4}  # that the card's program takes
+
+
+class _Progress(TypedDict):
+    """What stands beside a checkpoint, as far as it is read here."""
+
+    checksums: dict[str, int]
 
 
 class Weights(NamedTuple):
@@ -127,7 +134,7 @@ def export(
             if config.interval_embeds:
                 exported.write_flow_map(partial, card.sampler.get("time_max", 1.0))
             exported.write_index(partial, flow_map=config.interval_embeds)
-        (partial / "README.md").write_text(model_card.text(card))
+        write_atomically(partial / "README.md", model_card.text(card))
 
 
 def _world(config: ConfigDict) -> str:
@@ -152,7 +159,7 @@ def _open(source: str) -> Weights:
     def check() -> None:
         """Compares with the checksum that was saved; the first versions saved none."""
         path = step / "progress" / "metadata"
-        saved = json.loads(path.read_text())["checksums"] if path.exists() else {}
+        saved = read_json(path, _Progress)["checksums"] if path.exists() else {}
         found = sum(leaf.checksum() for leaf in jax.tree.leaves(averaged)) % 2**32
         if saved.get("ema", found) != found:
             raise ValueError(f"'{step}' is damaged: its checksums do not fit; remove that folder")
@@ -248,10 +255,10 @@ def _base(weights: Weights) -> model_card.Base:
     teacher = weights.teacher
     folder = "embedded" if teacher.folder is None else str(teacher.folder)
     if teacher.folder is not None and ported.is_ported(teacher.folder):
-        where = f"the diffusers folder that '{folder}' was ported from"
+        where = f"the diffusers folder that '{prose(folder)}' was ported from"
     else:
-        command = f"python -m jax_distill.export --checkpoint={folder} --output=FLUX"
-        where = f"what `{command}` makes"
+        command = f"python -m jax_distill.export --checkpoint={word(folder)} --output=FLUX"
+        where = f"what {code(command)} makes"
     inputs = ("guidance_embeds", "interval_embeds")
     return model_card.Base(
         where=where,
@@ -261,13 +268,10 @@ def _base(weights: Weights) -> model_card.Base:
     )
 
 
-def _scores(weights: Weights) -> dict[str, float]:
+def _scores(weights: Weights) -> dict[int, float]:
     """Scores by steps, of a run that has been evaluated."""
-    path = weights.folder / "results.json" if weights.folder else None
-    if path is None or not path.exists():
-        return {}
-    students = json.loads(path.read_text()).get("student", {})
-    return {steps: result["score"] for steps, result in students.items()}
+    found = read_results(weights.folder / "results.json") if weights.folder else None
+    return {} if found is None else {steps: x.score for steps, x in found.student.items()}
 
 
 def _shapes(
@@ -334,7 +338,7 @@ def _flux(
             tree = open_tree(home / name)
             exported.write_text_encoder(folder, name, parts[name], tree, names[name])
         for name in diffusers_folder.TOKENIZERS:
-            diffusers_folder.copy(home / name, folder / name)
+            diffusers_folder.copy_tokenizer(home / name, folder / name)
     return _card(
         weights,
         layout,

@@ -24,7 +24,8 @@ import numpy as np
 from flax import nnx
 
 from jax_distill.models.binding import binder, parameters
-from jax_distill.models.layers import Layers, attend, check_sizes, scan, split_heads
+from jax_distill.models.layers import Layers, attend, scan, split_heads
+from jax_distill.models.sizes import check_positive, check_sizes
 
 _SIZES = (
     "vocab_size",
@@ -75,6 +76,7 @@ class T5Config:
 
     def __post_init__(self) -> None:
         check_sizes(self, _SIZES)
+        check_positive(self, ("layer_norm_epsilon",))
         buckets = self.relative_attention_num_buckets
         if buckets < 4 or buckets % 2:
             raise ValueError(
