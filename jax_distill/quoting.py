@@ -6,6 +6,7 @@ import shlex
 from typing import Any
 
 _LENGTH = 500  # characters of a stranger's text; a longer one says nothing more
+_COMMAND = 10_000  # of a command, which must be whole
 _MARKUP = re.compile(r"([\\`*<>&\[\]])")
 
 
@@ -38,11 +39,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def one_line(text: str) -> str:
-    """Text without what breaks lines, moves the cursor or turns its direction around."""
-    plain = "".join(x if x.isprintable() else " " for x in text[: _LENGTH + 1])
-    plain = " ".join(plain.split())
-    return plain if len(text) <= _LENGTH else plain[:_LENGTH] + "..."
+def one_line(text: str, longest: int = _LENGTH) -> str:
+    """Text without what breaks lines, moves the cursor or turns its direction around.
+
+    Args:
+      text: of a stranger.
+      longest: characters of it that are kept.
+    """
+    plain = "".join(x if x.isprintable() else " " for x in text[:longest])
+    return " ".join(plain.split()) + ("..." if len(text) > longest else "")
 
 
 def prose(text: str) -> str:
@@ -52,7 +57,7 @@ def prose(text: str) -> str:
 
 def code(text: str) -> str:
     """Text as code in a line of Markdown, whose end no backtick in it can be."""
-    text = one_line(text)
+    text = one_line(text, _COMMAND)
     runs = [len(run) for run in re.findall("`+", text)]
     fence = "`" * next(n for n in range(1, len(runs) + 2) if n not in runs)
     space = " " if text.startswith("`") or text.endswith("`") else ""
@@ -61,4 +66,4 @@ def code(text: str) -> str:
 
 def word(text: str) -> str:
     """Text as one word of a shell command; what is not printable is no part of it."""
-    return shlex.quote(one_line(text))
+    return shlex.quote(one_line(text, _COMMAND))
