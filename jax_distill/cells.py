@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ _AGAIN = "remove the run's folder and run the study again"
 class _Cost(TypedDict):
     """cost.json: the command of a run, and the peak of its memory."""
 
-    command: str
+    command: NotRequired[str]
     peak_gib: Annotated[float, Meta(ge=0, le=1e6)]
 
 
@@ -114,8 +114,8 @@ def train(file: str, workdir: Path, settings: Sequence[str]) -> str:
     flags += [f"--config.{setting}" for setting in settings]
     spoken = shlex.join(["python", "-m", "jax_distill.main", *flags])
     cost = workdir / COST
-    known = _cost(workdir) if cost.exists() else {"command": "", "peak_gib": 0.0}
-    if scoring.concluded(workdir) and known["command"] == spoken:
+    known = _cost(workdir) if cost.exists() else {"peak_gib": 0.0}
+    if scoring.concluded(workdir) and known.get("command") == spoken:
         logging.info("%s is finished", workdir)
         return spoken
     code, peak = _run("main", flags)

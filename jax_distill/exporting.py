@@ -25,7 +25,7 @@ from jax_distill.interop import (
     model_card,
     time_scale,
 )
-from jax_distill.interop.orbax_tree import StoredLeaf, open_tree
+from jax_distill.interop.orbax_tree import StoredLeaf, check_shapes, open_tree
 from jax_distill.interop.parts import tensors_of
 from jax_distill.interop.safetensors_files import SHARD_BYTES
 from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
@@ -152,7 +152,9 @@ def _open(source: str) -> Weights:
     if config.objective.name == "autoencoder":
         raise ValueError(f"--checkpoint: '{folder}' is the run of an autoencoder, not of a network")
     if ported.is_ported(folder):
-        return Weights(config, open_tree(folder / "network"), lambda: None, folder)
+        tree = open_tree(folder / "network")
+        _check_shapes(folder, config, tree)
+        return Weights(config, tree, lambda: None, folder)
     step = folder / "checkpoints" / str(checkpoint.complete_steps(folder)[0])
     averaged = open_tree(step / "state", ("ema",), checked=True)
 
@@ -165,7 +167,10 @@ def _open(source: str) -> Weights:
             raise ValueError(f"'{step}' is damaged: its checksums do not fit; remove that folder")
 
     beside = adapters.settings(config)
+    if "network" not in averaged:
+        raise ValueError(f"'{step}' holds no network; give another --checkpoint")
     if beside is None:
+        _check_shapes(step, config, averaged["network"])
         return Weights(config, averaged["network"], check, folder)
     teacher = _open(config.teacher.checkpoint or pipeline.EMBEDDED)
     frozen = teacher.tree
@@ -178,6 +183,12 @@ def _open(source: str) -> Weights:
 
     whole = beside.attach(frozen, averaged["network"])
     return Weights(config, whole, check_both, folder, teacher)
+
+
+def _check_shapes(where: Path, config: ConfigDict, tree: Mapping[str, Any]) -> None:
+    """Raises ValueError when stored parameters are not those of the network in the config."""
+    build.network_config(config)
+    check_shapes(str(where), tree, jax.eval_shape(lambda: build.initial_parameters(config)))
 
 
 def _refits(
@@ -331,11 +342,11 @@ def _flux(
         described = ported.describe(home)
         parts, names = (described[key] for key in ("parts", "names"))
     if home is not None and layout != "lora":
-        tree = open_tree(home / "autoencoder")
+        tree = ported.open_part(home, "autoencoder", parts["autoencoder"])
         exported.write_autoencoder(folder, parts["autoencoder"], tree)
     if home is not None and layout == "diffusers":
         for name in ("clip", "t5"):
-            tree = open_tree(home / name)
+            tree = ported.open_part(home, name, parts[name])
             exported.write_text_encoder(folder, name, parts[name], tree, names[name])
         for name in diffusers_folder.TOKENIZERS:
             diffusers_folder.copy_tokenizer(home / name, folder / name)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from msgspec import Meta
 
 from jax_distill.files import FileError, read_json
-from jax_distill.interop import flux_config, scheduler_config
+from jax_distill.interop import diffusers_folder, flux_config, scheduler_config
 from jax_distill.interop.orbax_tree import check_shapes, open_tree
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.clip import ClipConfig
@@ -140,6 +140,22 @@ def load_part(
         except Exception as error:  # Orbax and TensorStore raise all kinds
             reason = one_line(str(error).partition("\n")[0][:200])
             raise ValueError(f"'{path}' cannot be read ({reason}); port it again") from None
+
+
+def open_part(folder: Path, name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of one part, nested `StoredLeaf`s, of which nothing is read yet.
+
+    Args:
+      folder: a ported folder.
+      name: one of `PARTS`.
+      values: the part's own config, as `describe` gives it.
+
+    Raises:
+      ValueError: they are damaged, or of other shapes than the config says.
+    """
+    tree = open_tree(Path(folder) / name)
+    check_shapes(str(Path(folder) / name), tree, diffusers_folder.shapes(_CONFIGS[name](values)))
+    return tree
 
 
 def shapes(path: Path) -> dict[str, Any]:

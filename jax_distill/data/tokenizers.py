@@ -144,8 +144,8 @@ class FluxTokenizer:
             ids = np.asarray(padded["input_ids"], np.int32)
         if ids.shape != (len(captions), limit):
             raise ValueError(
-                f"the {name} tokenizer makes ids of shape {ids.shape} of {len(captions)} captions and"
-                f" {limit} tokens; {_FIX}"
+                f"the {name} tokenizer makes ids of shape {ids.shape} of {len(captions)} captions"
+                f" and {limit} tokens; {_FIX}"
             )
         return ids
 

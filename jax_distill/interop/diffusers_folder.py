@@ -133,11 +133,11 @@ def transformer_part(
         ours = flux_config.from_diffusers(config, interval_embeds=interval)
     except ValueError as error:
         raise ValueError(f"'{where}': {error}") from None
-    return Part(where, config, tensors, table, _shapes(ours))
+    return Part(where, config, tensors, table, shapes(ours))
 
 
 @functools.cache
-def _shapes(config: Any) -> dict[str, Any]:
+def shapes(config: Any) -> dict[str, Any]:
     """The parameters' shapes of the network that has this config."""
     match config:
         case mmdit.MMDiTConfig():
@@ -154,7 +154,7 @@ def autoencoder(folder: Path, variant: str = variants.PLAIN) -> Part:
     values = _config(folder)
     config = _understood(folder, AutoencoderConfig.from_dict, values)
     tensors = read_folder(folder, DIFFUSERS_STEM, variant)
-    return Part(str(folder), values, tensors, AUTOENCODER_KEYS, _shapes(config))
+    return Part(str(folder), values, tensors, AUTOENCODER_KEYS, shapes(config))
 
 
 def clip_text(folder: Path, variant: str = variants.PLAIN) -> Part:
@@ -163,7 +163,7 @@ def clip_text(folder: Path, variant: str = variants.PLAIN) -> Part:
     tensors = read_folder(folder, TRANSFORMERS_STEM, variant)
     if not tensors:
         raise ValueError(f"'{folder}' has no tensors; download it again")
-    return Part(str(folder), values, tensors, clip_keys(tensors), _shapes(config), (min(tensors),))
+    return Part(str(folder), values, tensors, clip_keys(tensors), shapes(config), (min(tensors),))
 
 
 def t5_encoder(folder: Path, variant: str = variants.PLAIN) -> Part:
@@ -171,7 +171,7 @@ def t5_encoder(folder: Path, variant: str = variants.PLAIN) -> Part:
     config = _understood(folder, t5.T5Config.from_dict, values)
     tensors = read_folder(folder, TRANSFORMERS_STEM, variant)
     names = tuple(name for name in EMBEDDING_NAMES if name in tensors)
-    return Part(str(folder), values, tensors, t5_keys(tensors), _shapes(config), names)
+    return Part(str(folder), values, tensors, t5_keys(tensors), shapes(config), names)
 
 
 def scheduler(folder: Path) -> dict[str, Any]:
