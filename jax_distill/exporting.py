@@ -32,7 +32,7 @@ from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.inputs import GUIDANCE, INPUTS
 from jax_distill.models.mmdit import MMDiTConfig
-from jax_distill.quoting import code, prose, word
+from jax_distill.quoting import code, prose, shown, word
 from jax_distill.worlds.flux import (
     parts_folder,
     ported_config,
@@ -149,8 +149,11 @@ def _open(source: str) -> Weights:
         return Weights(config, jax.tree.map(StoredLeaf, params), lambda: None, None)
     folder = Path(source)
     config = ported_config(folder) if ported.is_ported(folder) else configuration.load(folder)
-    if config.objective.name == "autoencoder":
+    if (name := config.objective.name) == "autoencoder":
         raise ValueError(f"--checkpoint: '{folder}' is the run of an autoencoder, not of a network")
+    if name not in tuple(build.OBJECTIVES):
+        known = ", ".join(build.OBJECTIVES)
+        raise ValueError(f"'{folder / 'config.json'}': objective {shown(name)} is none of {known}")
     if ported.is_ported(folder):
         tree = open_tree(folder / "network")
         _check_shapes(folder, config, tree)

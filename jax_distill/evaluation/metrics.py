@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Iterator
@@ -89,6 +90,7 @@ def _texts(path: Path) -> Iterator[bytes | None]:
         whole = True
         while text := file.readline(_LINE_BYTES):
             ended = len(text) < _LINE_BYTES or text.endswith(b"\n")
+            text = text.removeprefix(codecs.BOM_UTF8)
             if whole and ended:
                 yield text
             elif ended:
@@ -118,7 +120,9 @@ def _line(text: bytes, names: dict[str, str]) -> dict[str, float] | None:
     numbers = {}
     for name, value in line.items():
         if isinstance(value, int | float) and not isinstance(value, bool):
-            if name not in names and len(names) < MOST_NAMES and _is_name(name):
+            if not _is_name(name):
+                return None
+            if name not in names and len(names) < MOST_NAMES:
                 names[name] = name
             try:
                 if name in names:

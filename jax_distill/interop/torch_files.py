@@ -109,6 +109,8 @@ def _places(
         name = info.filename.partition("/")[2]
         if info.compress_type != zipfile.ZIP_STORED:
             raise FileError(f"'{path}': '{one_line(name)}' is compressed; save it with PyTorch")
+        if not 0 <= info.header_offset < size:
+            raise zipfile.BadZipFile(f"'{one_line(name)}' is not in the file")
         # The local header has a length of its own.
         file.seek(info.header_offset + 26)
         start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jax_distill.models.sizes import check_positive, check_size, check_sizes, checked_sequence
+from jax_distill.quoting import shown
 
 _EPSILON = 1e-6
 _MOST_LEVELS, _MOST_BLOCKS = 8, 8  # more than any autoencoder has; each takes its time to be made
@@ -69,7 +70,7 @@ class AutoencoderConfig:
         check_positive(self, ("scaling_factor",))
         shift = self.shift_factor
         if isinstance(shift, bool) or not isinstance(shift, int | float) or not abs(shift) < 1e30:
-            raise ValueError(f"shift_factor: {shift!r} is not a finite number")
+            raise ValueError(f"shift_factor: {shown(shift)} is not a finite number")
         for width in self.block_out_channels:
             check_size("block_out_channels", width)
             if width % self.norm_num_groups:
@@ -107,7 +108,7 @@ class AutoencoderConfig:
                 got = list(got)
             if got != want and key in values:
                 raise ValueError(
-                    f"autoencoder config: {key}={got!r} is not supported; only {want!r} is."
+                    f"autoencoder config: {key}={shown(got)} is not supported; only {want!r} is."
                 )
         return config
 

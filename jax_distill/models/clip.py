@@ -18,6 +18,7 @@ from flax import nnx
 from jax_distill.models.binding import binder, parameters
 from jax_distill.models.layers import Layers, attend, scan, split_heads
 from jax_distill.models.sizes import MOST_WORDS, check_positive, check_size, check_sizes
+from jax_distill.quoting import shown
 
 # An eos_token_id of 2 is not the end token's id but the mark of configs that transformers wrote
 # wrongly until 2023 (FLUX's among them); theirs is the highest id of the vocabulary.
@@ -88,7 +89,7 @@ class ClipConfig:
             )
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise ValueError(
-                f"hidden_act: {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}"
+                f"hidden_act: {shown(self.hidden_act)} is not one of {', '.join(ACTIVATIONS)}"
             )
 
     @classmethod
@@ -108,7 +109,7 @@ class ClipConfig:
                 raise ValueError(f"CLIP config: {name!r} is missing.")
         if values["model_type"] != "clip_text_model":
             raise ValueError(
-                f"CLIP config: model_type={values['model_type']!r} is not supported; only"
+                f"CLIP config: model_type={shown(values['model_type'])} is not supported; only"
                 " 'clip_text_model' is."
             )
         return cls(**{name: values[name] for name in names})

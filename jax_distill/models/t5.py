@@ -26,6 +26,7 @@ from flax import nnx
 from jax_distill.models.binding import binder, parameters
 from jax_distill.models.layers import Layers, attend, scan, split_heads
 from jax_distill.models.sizes import check_positive, check_sizes
+from jax_distill.quoting import shown
 
 _SIZES = (
     "vocab_size",
@@ -109,7 +110,8 @@ class T5Config:
         for name, expected in _FIXED.items():
             if values[name] != expected:
                 raise ValueError(
-                    f"T5 config: {name}={values[name]!r} is not supported; only {expected!r} is."
+                    f"T5 config: {name}={shown(values[name])} is not supported; only {expected!r}"
+                    " is."
                 )
         return cls(**{name: values[name] for name in names})
 
