@@ -7,7 +7,6 @@ and what the objective trains besides, such as sCM's logvar. All else is the tea
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ml_collections import ConfigDict
 from jax_distill import processes
 from jax_distill.checkpoint import bit_sums
 from jax_distill.config import ConfigError
-from jax_distill.files import write_json
+from jax_distill.files import read_json, write_json
 from jax_distill.models import lora
 from jax_distill.objectives.objective import Batch, Objective
 
@@ -120,7 +119,8 @@ def check_teacher(
     if not path.exists() and not note:
         return
     found = {"checksum": int(bit_sums({"teacher": teacher})["teacher"])}
-    if path.exists() and json.loads(path.read_text()) != found:
+    fix = "restore it, or train anew in another --workdir"
+    if path.exists() and read_json(path, dict[str, int], fix=fix) != found:
         raise ValueError(
             f"teacher.checkpoint: '{config.teacher.checkpoint or 'embedded'}' is no longer what the"
             f" adapters in '{workdir}' were trained beside; put the old one back, or train anew in"

@@ -1,6 +1,5 @@
 """A study's cells: the runs that it compares, each in a folder of its own."""
 
-import json
 import os
 import re
 import shlex
@@ -9,11 +8,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
+from msgspec import Meta
 
 from jax_distill import build, pipeline, preflight, scoring
 from jax_distill import config as configuration
@@ -21,12 +22,22 @@ from jax_distill.config import ConfigError
 from jax_distill.data import records
 from jax_distill.evaluation import comparison, grids
 from jax_distill.evaluation.metrics import read_metrics
-from jax_distill.files import write_json
+from jax_distill.evaluation.results import parse_results, read_results
+from jax_distill.files import read_json, write_json
 from jax_distill.flops import count_flops
+from jax_distill.quoting import shown
 from jax_distill.worlds.shapes import preview_captions
 
 RESULTS = "study.json"
 COST = "cost.json"
+_AGAIN = "remove the run's folder and run the study again"
+
+
+class _Cost(TypedDict):
+    """cost.json: the command of a run, and the peak of its memory."""
+
+    command: NotRequired[str]
+    peak_gib: Annotated[float, Meta(ge=0, le=1e6)]
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -103,8 +114,8 @@ def train(file: str, workdir: Path, settings: Sequence[str]) -> str:
     flags += [f"--config.{setting}" for setting in settings]
     spoken = shlex.join(["python", "-m", "jax_distill.main", *flags])
     cost = workdir / COST
-    known = json.loads(cost.read_text()) if cost.exists() else {"command": "", "peak_gib": 0.0}
-    if scoring.concluded(workdir) and known["command"] == spoken:
+    known = _cost(workdir) if cost.exists() else {"peak_gib": 0.0}
+    if scoring.concluded(workdir) and known.get("command") == spoken:
         logging.info("%s is finished", workdir)
         return spoken
     code, peak = _run("main", flags)
@@ -143,23 +154,61 @@ def _run(module: str, flags: Sequence[str]) -> tuple[int, float]:
 
 
 def measured(cell: Path) -> dict:
-    """A finished cell: its scores, by training step too, and what it cost."""
-    results = json.loads((cell / "results.json").read_text())
+    """A finished cell: its scores, by training step too, and what it cost.
+
+    Raises:
+      ValueError: what the run has written is not there, or is something else.
+    """
+    results = _results(cell)
     config = configuration.load(cell)
     history = cell / scoring.SCORES
-    lines = read_metrics(cell / "metrics.jsonl").lines
+    metrics = read_metrics(cell / "metrics.jsonl")
+    lines = [] if metrics is None else metrics.lines
+    if not lines or not all(line.get("steps_per_sec", 0) > 0 for line in lines):
+        raise ConfigError(f"'{cell / 'metrics.jsonl'}' has no speeds of a run; {_AGAIN}")
     steps = [0, *(line["step"] for line in lines)]
     return {
-        "student": results["student"],
-        "history": json.loads(history.read_text()) if history.exists() else {},
+        "student": results.get("student", {}),
+        "history": _history(history) if history.exists() else {},
         "steps": config.total_steps,
         "train_seconds": sum(
             (step - before) / line["steps_per_sec"]
             for before, step, line in zip(steps, steps[1:], lines)
         ),
         "flops_per_step": step_flops(config, preflight.teacher_config(config)),
-        "peak_gib": json.loads((cell / COST).read_text())["peak_gib"],
+        "peak_gib": _cost(cell)["peak_gib"],
     }
+
+
+def _results(workdir: Path) -> dict:
+    """results.json of a finished run, checked as `read_results` does; ValueError without one."""
+    path = workdir / "results.json"
+    if read_results(path) is None:
+        raise ConfigError(f"'{path}' is missing; {_AGAIN}")
+    return read_json(path)
+
+
+def _history(path: Path) -> dict[str, dict]:
+    """Scores by training step, each by sampling steps; raises ValueError naming the file."""
+    history = read_json(path, dict[str, dict[str, Any]], fix=_AGAIN)
+    for step, scores in history.items():
+        try:
+            if not re.fullmatch("[0-9]{1,15}", step):
+                raise ValueError(f"{shown(step)} is no step")
+            parse_results({"student": scores})
+        except ValueError as error:
+            message = f"'{path}' does not hold scores by step ({error}); {_AGAIN}"
+            raise ConfigError(message) from None
+    return history
+
+
+def _cost(workdir: Path) -> _Cost:
+    """What `train` has noted of a run; raises ValueError when it is not there or damaged."""
+    path = workdir / COST
+    try:
+        return read_json(path, _Cost, fix=_AGAIN)
+    except FileNotFoundError:
+        raise ConfigError(f"'{path}' is missing; {_AGAIN}") from None
 
 
 def step_flops(config: ConfigDict, teacher: ConfigDict) -> int:
@@ -169,7 +218,10 @@ def step_flops(config: ConfigDict, teacher: ConfigDict) -> int:
 
 
 def _teacher(workdir: Path) -> dict:
-    return json.loads((workdir / "results.json").read_text())["teacher"]
+    teacher = _results(workdir).get("teacher", {})
+    if "nfe" not in teacher:
+        raise ConfigError(f"'{workdir / 'results.json'}' has no scores of a teacher; {_AGAIN}")
+    return {"tasks": {}, "few": {}, **teacher}
 
 
 def sampling_costs(

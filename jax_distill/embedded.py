@@ -5,16 +5,16 @@ by `python -m jax_distill.ship --run=runs/autoencoder` and `--run=runs/teacher`;
 `weights/shapes/README.md` has the seeds, times and scores.
 """
 
-import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import safetensors.numpy
 from flax import traverse_util
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from jax_distill.files import write_atomically, write_json
+from jax_distill.files import read_json, write_atomically, write_json
 
 FOLDER = Path(__file__).parent / "weights" / "shapes"
 
@@ -31,11 +31,16 @@ def load(name: str, folder: Path = FOLDER) -> tuple[dict, dict]:
     """Parameters in float32, and their description.
 
     Raises:
-      ValueError: the package was installed without its weights.
+      ValueError: the package was installed without its weights, or they are damaged.
     """
     path = folder / f"{name}.safetensors"
-    if not path.exists():
-        raise ValueError(f"'{path}' is missing; reinstall the package or train configs/{name}.py")
-    flat = {key: leaf.astype(np.float32) for key, leaf in load_file(path).items()}
-    description = json.loads((folder / f"{name}.json").read_text())
+    fix = f"reinstall the package or train configs/{name}.py"
+    try:
+        flat = {key: leaf.astype(np.float32) for key, leaf in load_file(path).items()}
+        description = read_json(folder / f"{name}.json", fix=fix)
+    except FileNotFoundError as error:
+        missing = error.filename or path
+        raise ValueError(f"'{missing}' is missing; {fix}") from None
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is damaged ({error}); {fix}") from None
     return traverse_util.unflatten_dict(flat, sep="/"), description

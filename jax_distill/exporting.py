@@ -2,10 +2,9 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax
 import ml_dtypes
@@ -16,7 +15,8 @@ from ml_collections import ConfigDict
 
 from jax_distill import adapters, build, checkpoint, embedded, flow, pipeline, ported, worlds
 from jax_distill import config as configuration
-from jax_distill.files import check_no_partial, write_atomically
+from jax_distill.evaluation.results import read_results
+from jax_distill.files import check_no_partial, read_json, write_atomically
 from jax_distill.interop import (
     diffusers_folder,
     exported,
@@ -25,7 +25,7 @@ from jax_distill.interop import (
     model_card,
     time_scale,
 )
-from jax_distill.interop.orbax_tree import StoredLeaf, open_tree
+from jax_distill.interop.orbax_tree import StoredLeaf, check_shapes, open_tree
 from jax_distill.interop.parts import tensors_of
 from jax_distill.interop.safetensors_files import SHARD_BYTES
 from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
@@ -33,6 +33,7 @@ from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.inputs import GUIDANCE, INPUTS
 from jax_distill.models.mmdit import MMDiTConfig
 from jax_distill.outputs import made_whole
+from jax_distill.quoting import code, prose, shown, word
 from jax_distill.worlds.flux import (
     parts_folder,
     ported_config,
@@ -51,6 +52,12 @@ _FLUX_SCHEDULE = {
     "use_dynamic_shifting": True,
 }
 _STEPS = {"scm": 2, "meanflow": 4, "imm": 4}  # that the card's program takes
+
+
+class _Progress(TypedDict):
+    """What stands beside a checkpoint, as far as it is read here."""
+
+    checksums: dict[str, int]
 
 
 class Weights(NamedTuple):
@@ -128,7 +135,7 @@ def export(
             if config.interval_embeds:
                 exported.write_flow_map(partial, card.sampler.get("time_max", 1.0))
             exported.write_index(partial, flow_map=config.interval_embeds)
-        (partial / "README.md").write_text(model_card.text(card))
+        write_atomically(partial / "README.md", model_card.text(card))
 
 
 def _world(config: ConfigDict) -> str:
@@ -144,10 +151,15 @@ def _open(source: str) -> Weights:
     check_no_partial(source, "--checkpoint")
     folder = Path(source)
     config = ported_config(folder) if ported.is_ported(folder) else configuration.load(folder)
-    if config.objective.name == "autoencoder":
+    if (name := config.objective.name) == "autoencoder":
         raise ValueError(f"--checkpoint: '{folder}' is the run of an autoencoder, not of a network")
+    if name not in tuple(build.OBJECTIVES):
+        known = ", ".join(build.OBJECTIVES)
+        raise ValueError(f"'{folder / 'config.json'}': objective {shown(name)} is none of {known}")
     if ported.is_ported(folder):
-        return Weights(config, open_tree(folder / "network"), lambda: None, folder)
+        tree = open_tree(folder / "network")
+        _check_shapes(folder, config, tree)
+        return Weights(config, tree, lambda: None, folder)
     configuration.check_teachers(folder)
     step = folder / "checkpoints" / str(checkpoint.complete_steps(folder)[0])
     averaged = open_tree(step / "state", ("ema",), checked=True)
@@ -155,13 +167,16 @@ def _open(source: str) -> Weights:
     def check() -> None:
         """Compares with the checksum that was saved; the first versions saved none."""
         path = step / "progress" / "metadata"
-        saved = json.loads(path.read_text())["checksums"] if path.exists() else {}
+        saved = read_json(path, _Progress)["checksums"] if path.exists() else {}
         found = sum(leaf.checksum() for leaf in jax.tree.leaves(averaged)) % 2**32
         if saved.get("ema", found) != found:
             raise ValueError(f"'{step}' is damaged: its checksums do not fit; remove that folder")
 
     beside = adapters.settings(config)
+    if "network" not in averaged:
+        raise ValueError(f"'{step}' holds no network; give another --checkpoint")
     if beside is None:
+        _check_shapes(step, config, averaged["network"])
         return Weights(config, averaged["network"], check, folder)
     teacher = _open(config.teacher.checkpoint or pipeline.EMBEDDED)
     frozen = teacher.tree
@@ -174,6 +189,12 @@ def _open(source: str) -> Weights:
 
     whole = beside.attach(frozen, averaged["network"])
     return Weights(config, whole, check_both, folder, teacher)
+
+
+def _check_shapes(where: Path, config: ConfigDict, tree: Mapping[str, Any]) -> None:
+    """Raises ValueError when stored parameters are not those of the network in the config."""
+    build.network_config(config)
+    check_shapes(str(where), tree, jax.eval_shape(lambda: build.initial_parameters(config)))
 
 
 def _refits(
@@ -251,10 +272,10 @@ def _base(weights: Weights) -> model_card.Base:
     teacher = weights.teacher
     folder = "embedded" if teacher.folder is None else str(teacher.folder)
     if teacher.folder is not None and ported.is_ported(teacher.folder):
-        where = f"the diffusers folder that '{folder}' was ported from"
+        where = f"the diffusers folder that '{prose(folder)}' was ported from"
     else:
-        command = f"python -m jax_distill.export --checkpoint={folder} --output=FLUX"
-        where = f"what `{command}` makes"
+        command = f"python -m jax_distill.export --checkpoint={word(folder)} --output=FLUX"
+        where = f"what {code(command)} makes"
     inputs = ("guidance_embeds", "interval_embeds")
     return model_card.Base(
         where=where,
@@ -264,13 +285,10 @@ def _base(weights: Weights) -> model_card.Base:
     )
 
 
-def _scores(weights: Weights) -> dict[str, float]:
+def _scores(weights: Weights) -> dict[int, float]:
     """Scores by steps, of a run that has been evaluated."""
-    path = weights.folder / "results.json" if weights.folder else None
-    if path is None or not path.exists():
-        return {}
-    students = json.loads(path.read_text()).get("student", {})
-    return {steps: result["score"] for steps, result in students.items()}
+    found = read_results(weights.folder / "results.json") if weights.folder else None
+    return {} if found is None else {steps: x.score for steps, x in found.student.items()}
 
 
 def _shapes(
@@ -330,14 +348,14 @@ def _flux(
         described = ported.describe(home)
         parts, names = (described[key] for key in ("parts", "names"))
     if home is not None and layout != "lora":
-        tree = open_tree(home / "autoencoder")
+        tree = ported.open_part(home, "autoencoder", parts["autoencoder"])
         exported.write_autoencoder(folder, parts["autoencoder"], tree)
     if home is not None and layout == "diffusers":
         for name in ("clip", "t5"):
-            tree = open_tree(home / name)
+            tree = ported.open_part(home, name, parts[name])
             exported.write_text_encoder(folder, name, parts[name], tree, names[name])
         for name in diffusers_folder.TOKENIZERS:
-            diffusers_folder.copy(home / name, folder / name)
+            diffusers_folder.copy_tokenizer(home / name, folder / name)
     return _card(
         weights,
         layout,

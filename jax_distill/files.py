@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -17,6 +18,10 @@ from jax_distill import disks, liveness
 
 TEXT_BYTES = 2**26
 """The most that is read of one text, or of one line of a file that is read line by line."""
+JSON_BYTES = 2**24
+"""The most that is read as JSON at once, which takes up to thirty times as much memory."""
+JSON_DEPTH = 64
+"""Lists and tables in one another that JSON may have."""
 
 _MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's does
     codecs.BOM_UTF8: "utf-8-sig",
@@ -128,16 +133,41 @@ def parse_json(text: str, kind: Any = Any, *, where: str, fix: str) -> Any:
       fix: ends it.
 
     Raises:
-      FileError: it is no JSON, or not of that kind.
+      FileError: it is no JSON, longer than `JSON_BYTES`, deeper than `JSON_DEPTH`, or not of that
+        kind.
     """
+    if len(text) > JSON_BYTES:
+        raise FileError(f"{where} is longer than the {JSON_BYTES >> 20} MiB of JSON that are read")
     try:
         value = json.loads(text)
         json.dumps(value, ensure_ascii=False).encode()  # no halves of characters
     except (ValueError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
         raise FileError(f"{where} is not valid JSON ({reason}); {fix}") from None
+    if text.count("{") + text.count("[") > JSON_DEPTH and len(list(_levels(value))) > JSON_DEPTH:
+        raise FileError(f"{where} has more than {JSON_DEPTH} tables in one another; {fix}")
     check_kind(value, kind, where=where, fix=fix)
     return value
+
+
+def _levels(value: Any) -> Iterator[list[Any]]:
+    """What JSON holds: the whole, what is in that, and so on, as far as its depth is allowed."""
+    level = [value]
+    for _ in range(JSON_DEPTH + 2):
+        yield level
+        nested = (
+            x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)
+        )
+        level = [child for children in nested for child in children]
+        if not level:
+            return
+
+
+def check_finite_numbers(value: Any, *, where: str, fix: str) -> None:
+    """Raises FileError when a number in what JSON holds is NaN or infinite."""
+    for level in _levels(value):
+        if any(isinstance(x, float) and not math.isfinite(x) for x in level):
+            raise FileError(f"{where} holds a number that is not finite; {fix}")
 
 
 def check_kind(value: Any, kind: Any, *, where: str, fix: str) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from jax_distill import build, commands
+from jax_distill.models.sizes import LONGEST
 from jax_distill.porting import DTYPES, port
 
 _SOURCE = flags.DEFINE_string(
@@ -28,6 +29,7 @@ _TEXT_LENGTH = flags.DEFINE_integer(
     None,
     "Tokens of T5's sequences: 256 (default) for FLUX.1-lite and schnell, 512 for dev.",
     lower_bound=2,
+    upper_bound=LONGEST,
 )
 _OBJECTIVE = flags.DEFINE_enum(
     "objective", "", ["", *build.OBJECTIVES], "What the network was trained for; default: told."

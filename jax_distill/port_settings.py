@@ -6,17 +6,18 @@ is taken from what the files say, or else from a flag. What neither says is aske
 all files like it agree; then it is assumed, and the assumption is kept with the network.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jax_distill import build
-from jax_distill.interop import flux_config
+from jax_distill.interop import flux_config, scheduler_config
 from jax_distill.interop.sources import Source
+from jax_distill.models.sizes import LONGEST
+from jax_distill.quoting import shown
 
 TEXT_LENGTH = 256  # of FLUX.1-schnell and lite; dev has 512
 _T2I_DISTILL = {"time_scale": 1.0, "guidance_factor": 1.0}
-_EULER = "FlowMatchEulerDiscreteScheduler"
+_EULER = scheduler_config.EULER
 _STEPS = {"_class_name": _EULER, "num_train_timesteps": 1000}
 _DYNAMIC = _STEPS | {
     "use_dynamic_shifting": True,
@@ -109,9 +110,9 @@ def _objective(
 ) -> str:
     """What the network was trained for."""
     told = source.told.get("objective")
-    if told is not None and told not in build.OBJECTIVES:
+    if told is not None and told not in tuple(build.OBJECTIVES):
         known = ", ".join(build.OBJECTIVES)
-        raise ValueError(f"'{where}': objective {told!r} is none of {known}; mend it there")
+        raise ValueError(f"'{where}': objective {shown(told)} is none of {known}; mend it there")
     if told and flags.objective and told != flags.objective:
         raise _contradiction("objective", where, told, flags.objective)
     if told or flags.objective:
@@ -251,13 +252,15 @@ def _given_shift(text: str) -> dict[str, Any]:
         shift = float(text)
     except ValueError:
         raise ValueError(f"{_SHIFT}, not {text!r}") from None
-    if not 0 < shift < math.inf:
+    if not 0 < shift <= 10**6:
         raise ValueError(f"{_SHIFT}, not {text!r}")
     return _STEPS | {"use_dynamic_shifting": False, "shift": shift}
 
 
 def _text_length(flags: Flags, base: Mapping[str, Any] | None, assumed: list[str]) -> int:
     if flags.text_length is not None:
+        if not 2 <= flags.text_length <= LONGEST:
+            raise ValueError(f"--text_length: {flags.text_length} is not between 2 and {LONGEST}")
         return flags.text_length
     if base is not None:
         assumed.append(f"captions are of {base['text_length']} tokens, as those of --base")
@@ -272,9 +275,9 @@ def _text_length(flags: Flags, base: Mapping[str, Any] | None, assumed: list[str
 def _guidance(where: str, source: Source, flags: Flags, objective: str, assumed: list[str]) -> str:
     """How the network is guided as a teacher."""
     embeds = source.parts["network"].config.get("guidance_embeds", False)
-    if (told := source.told.get("guidance", "auto")) not in build.GUIDANCE:
+    if (told := source.told.get("guidance", "auto")) not in tuple(build.GUIDANCE):
         known = ", ".join(build.GUIDANCE)
-        raise ValueError(f"'{where}': guidance {told!r} is none of {known}; mend it there")
+        raise ValueError(f"'{where}': guidance {shown(told)} is none of {known}; mend it there")
     if "auto" not in (told, flags.guidance) and told != flags.guidance:
         raise _contradiction("guidance", where, told, flags.guidance)
     if told != "auto":

@@ -9,19 +9,50 @@ A folder that was made from a transformer alone has `network` alone; its `config
 then names the ported folder that has the rest.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
+from msgspec import Meta
 
+from jax_distill.files import FileError, read_json
+from jax_distill.interop import diffusers_folder, flux_config, scheduler_config
+from jax_distill.interop.orbax_tree import check_shapes, open_tree
+from jax_distill.models.autoencoder import AutoencoderConfig
+from jax_distill.models.clip import ClipConfig
+from jax_distill.models.sizes import LONGEST
+from jax_distill.models.t5 import T5Config
 from jax_distill.parallel import shard_state
+from jax_distill.quoting import one_line
 
-PARTS = ("network", "autoencoder", "clip", "t5")
+_CONFIGS: Mapping[str, Callable[[dict[str, Any]], Any]] = {
+    "network": flux_config.from_diffusers,
+    "autoencoder": AutoencoderConfig.from_dict,
+    "clip": ClipConfig.from_dict,
+    "t5": T5Config.from_dict,
+}
+PARTS = tuple(_CONFIGS)
 DESCRIPTION = "ported.json"
+_FIX = "port it again"
+
+
+class _Origin(TypedDict):
+    layout: Literal["diffusers", "t2i_distill", "bfl"]
+
+
+class _Description(TypedDict):
+    """See `describe`."""
+
+    source: _Origin
+    dtype: str
+    parts: dict[Literal["network", "autoencoder", "clip", "t5"], dict[str, Any]]
+    names: dict[str, list[str]]
+    scheduler: dict[str, Any] | None
+    text_length: Annotated[int, Meta(ge=1, le=LONGEST)]
+    assumed: NotRequired[list[str]]
 
 
 def is_ported(folder: Path) -> bool:
@@ -46,14 +77,24 @@ def describe(folder: Path) -> dict[str, Any]:
     """
     path = Path(folder) / DESCRIPTION
     try:
-        return json.loads(path.read_text())
+        described = read_json(path, _Description, fix=_FIX)
     except FileNotFoundError:
         raise ValueError(
             f"'{folder}' is no ported folder: it has no {DESCRIPTION}; make one with"
             " python -m jax_distill.port"
         ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"'{path}' is not valid JSON ({error}); port it again") from None
+    if described["scheduler"] is not None:
+        where = f"'{path}': the scheduler"
+        scheduler_config.check(described["scheduler"], where=where, fix=_FIX)
+    for name in ("network", *described["parts"]):
+        values = described["parts"].get(name)
+        if values is None or name not in described["names"]:
+            raise FileError(f"'{path}' says nothing of its {name}; {_FIX}")
+        try:
+            _CONFIGS[name](values)
+        except ValueError as error:
+            raise FileError(f"'{path}': parts.{name}: {error}; {_FIX}") from None
+    return described
 
 
 def load_part(
@@ -92,33 +133,29 @@ def load_part(
         places,
     )
     path = (Path(folder) / name).resolve()
-    _check(path, target)
+    check_shapes(str(path), shapes(path), target)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             return checkpointer.restore(path, target)
         except Exception as error:  # Orbax and TensorStore raise all kinds
-            reason = str(error).partition("\n")[0][:200]
-            raise ValueError(f"'{path}' cannot be read ({reason}); port it again") from error
+            reason = one_line(str(error).partition("\n")[0][:200])
+            raise ValueError(f"'{path}' cannot be read ({reason}); port it again") from None
 
 
-def _check(path: Path, target: Any) -> None:
-    """Compares names and shapes, which Orbax would report as a fault of its own, or pad."""
-    found = {
-        "/".join(map(str, (key.key for key in keys))): tuple(leaf.shape)
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes(path))
-    }
-    wanted = {
-        "/".join(map(str, (key.key for key in keys))): tuple(leaf.shape)
-        for keys, leaf in jax.tree_util.tree_leaves_with_path(target)
-    }
-    for name in sorted(found.keys() ^ wanted.keys()):
-        kind = "is missing" if name in wanted else "is not expected"
-        raise ValueError(f"'{path}': parameter '{name}' {kind}; is config.model another network's?")
-    for name, shape in wanted.items():
-        if found[name] != shape:
-            raise ValueError(
-                f"'{path}': parameter '{name}' has shape {found[name]} where {shape} is expected"
-            )
+def open_part(folder: Path, name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of one part, nested `StoredLeaf`s, of which nothing is read yet.
+
+    Args:
+      folder: a ported folder.
+      name: one of `PARTS`.
+      values: the part's own config, as `describe` gives it.
+
+    Raises:
+      ValueError: they are damaged, or of other shapes than the config says.
+    """
+    tree = open_tree(Path(folder) / name)
+    check_shapes(str(Path(folder) / name), tree, diffusers_folder.shapes(_CONFIGS[name](values)))
+    return tree
 
 
 def shapes(path: Path) -> dict[str, Any]:
@@ -127,8 +164,4 @@ def shapes(path: Path) -> dict[str, Any]:
     Raises:
       ValueError: it cannot be read.
     """
-    try:
-        return ocp.PyTreeCheckpointHandler().metadata(Path(path).resolve()).tree
-    except Exception as error:  # Orbax raises all kinds
-        reason = str(error).partition("\n")[0][:200]
-        raise ValueError(f"'{path}' is no Orbax tree ({reason})") from error
+    return open_tree(Path(path))

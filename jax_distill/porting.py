@@ -85,7 +85,7 @@ def port(
         _check_space(output, weights, dtype)
         if weights.folder is not None:
             for name in diffusers_folder.TOKENIZERS:
-                diffusers_folder.copy(weights.folder / name, partial / name)
+                diffusers_folder.copy_tokenizer(weights.folder / name, partial / name)
         for name, part in weights.parts.items():
             count = write_part(part, partial / name, DTYPES[dtype])
             logging.info("%s: %d tensors, %.2f GB", name, len(part.tensors), count / 1e9)

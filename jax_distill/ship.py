@@ -8,6 +8,7 @@ from absl import flags
 from jax_distill import checkpoint, commands, embedded
 from jax_distill import config as configuration
 from jax_distill.files import read_json
+from jax_distill.models.autoencoder import AutoencoderConfig
 
 _RUN = flags.DEFINE_string("run", None, "Workdir of configs/autoencoder.py or configs/teacher.py.")
 
@@ -18,7 +19,13 @@ def main(argv: list[str]) -> None:
     config = configuration.load(run)
     params = checkpoint.load_averaged(run)
     if config.objective.name == "autoencoder":
-        name, description = "autoencoder", read_json(run / "autoencoder.json")
+        name, path = "autoencoder", run / "autoencoder.json"
+        try:
+            description = read_json(path)
+            AutoencoderConfig.from_dict(description)
+        except FileNotFoundError:
+            message = f"'{path}' is missing; train configs/autoencoder.py to its end"
+            raise ValueError(message) from None
     else:
         name, params = "teacher", params["network"]
         description = {"config": json.loads(config.to_json_best_effort())}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_distill.models.layers import Layers, attend, check_sizes, scan, split_heads
+from jax_distill.models.layers import Layers, attend, scan, split_heads
+from jax_distill.models.sizes import check_sizes
 from jax_distill.ops.attention import attention
 
 

@@ -7,16 +7,22 @@ them.
 Source: diffusers' `FluxPipeline.encode_prompt`, whose ids these are.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
+from jax_distill.files import check_regular
+from jax_distill.models.sizes import LONGEST
+from jax_distill.quoting import one_line, shown
+
 CLIP_FOLDER, T5_FOLDER = "tokenizer", "tokenizer_2"
+_FIX = "download the tokenizer's folder again"
 _SHOWN = 60  # characters of a caption in a message
-_UNLIMITED = 10**6  # transformers writes a larger number for a tokenizer without a limit
+_BYTES = 64 << 20  # of a file; T5's largest has 2 MB
 
 
 class TokenIds(NamedTuple):
@@ -45,12 +51,16 @@ class FluxTokenizer:
         Raises:
           ValueError: CLIP's tokenizer has no length, or `t5_length` has no room for a word.
         """
-        if clip.model_max_length > _UNLIMITED:
+        length = clip.model_max_length
+        if not isinstance(length, int) or not 2 <= length <= LONGEST:
             raise ValueError(
-                "CLIP tokenizer: it has no model_max_length; set it to 77 in tokenizer_config.json"
+                f"CLIP tokenizer: it has no model_max_length of captions ({shown(length)}); set it"
+                " to 77 in tokenizer_config.json"
             )
         if t5_length < 2:
             raise ValueError(f"t5_length: {t5_length} is not at least 2, a word and the end token")
+        if t5_length > LONGEST:
+            raise ValueError(f"t5_length: {t5_length} is more than {LONGEST}, FLUX's have 512")
         self._clip, self._t5 = clip, t5
         self.clip_length, self.t5_length = clip.model_max_length, t5_length
 
@@ -83,10 +93,15 @@ class FluxTokenizer:
             missing = [file for file in files.values() if not (path / file).is_file()]
             if missing and not (path / "tokenizer.json").is_file():
                 raise ValueError(f"'{path}' has neither tokenizer.json nor {missing[0]}")
-            try:
-                return kind.from_pretrained(path, local_files_only=True)
-            except Exception as error:  # tokenizers has no class of its own for bad files
-                raise ValueError(f"'{path}' holds no {kind.__name__}: {error}") from error
+            for file in path.iterdir():
+                if file.exists() and not file.is_dir():
+                    check_regular(file)
+                    if file.stat().st_size > _BYTES:
+                        raise ValueError(f"'{file}' is longer than any tokenizer's file")
+            # The class is ours: what a folder names in `auto_map` is not imported, and templates
+            # of chats are not rendered.
+            with _sentence(f"'{path}' holds no {kind.__name__}"):
+                return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
         return cls(read(CLIPTokenizer, CLIP_FOLDER), read(T5TokenizerFast, T5_FOLDER), t5_length)
 
@@ -113,7 +128,8 @@ class FluxTokenizer:
         self, name: str, tokenizer: Any, captions: list[str], limit: int, strict: bool
     ) -> np.ndarray:
         """Ids (B, limit) of one tokenizer; start and end tokens count."""
-        whole = tokenizer(captions, truncation=False, verbose=False)["input_ids"]
+        with _sentence(f"the {name} tokenizer cannot encode captions"):
+            whole = tokenizer(captions, truncation=False, verbose=False)["input_ids"]
         for caption, ids in zip(captions, whole):
             if len(ids) <= limit:
                 continue
@@ -123,5 +139,28 @@ class FluxTokenizer:
                 fix = "shorten it" + (" or raise t5_length" if name == "T5" else "")
                 raise ValueError(f"{found}; {fix}")
             logging.warning("%s; the rest is cut off", found)
-        padded = tokenizer(captions, padding="max_length", max_length=limit, truncation=True)
-        return np.asarray(padded["input_ids"], np.int32)
+        with _sentence(f"the {name} tokenizer cannot encode captions"):
+            padded = tokenizer(captions, padding="max_length", max_length=limit, truncation=True)
+            ids = np.asarray(padded["input_ids"], np.int32)
+        if ids.shape != (len(captions), limit):
+            raise ValueError(
+                f"the {name} tokenizer makes ids of shape {ids.shape} of {len(captions)} captions"
+                f" and {limit} tokens; {_FIX}"
+            )
+        return ids
+
+
+@contextlib.contextmanager
+def _sentence(what: str) -> Iterator[None]:
+    """Turns whatever a tokenizer's files make transformers raise into one sentence.
+
+    Raises:
+      ValueError: beginning with `what`.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # panics of Rust are no exceptions of Python's
+        reason = one_line(str(error).partition("\n")[0], 200) or type(error).__name__
+        raise ValueError(f"{what} ({reason}); {_FIX}") from None

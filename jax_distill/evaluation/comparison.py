@@ -14,6 +14,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from jax_distill.evaluation import page, plots
 from jax_distill.evaluation.plots import Theme
 from jax_distill.files import write_atomically
+from jax_distill.quoting import one_line, prose
 
 
 class Spread(NamedTuple):
@@ -111,7 +112,8 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     """A head and rows as a table in Markdown, for documents."""
     head, *lines = lines
     rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
+    cells = [[prose(cell).replace("|", "\\|") for cell in line] for line in (head, *lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [cells[0], rule, *cells[1:]])
 
 
 def score_by_steps(study: Mapping[str, Any]) -> Callable[[Axes, Theme], None]:
@@ -131,7 +133,7 @@ def score_by_steps(study: Mapping[str, Any]) -> Callable[[Axes, Theme], None]:
                 marker="o",
                 capsize=2.5,
                 linewidth=1.6,
-                label=name,
+                label=plots.label(name),
             )
         full = study["teacher"]["score"]
         few = {int(n): e["score"] / full for n, e in study["teacher"]["few"].items()}
@@ -171,7 +173,7 @@ def score_by_compute(study: Mapping[str, Any], steps: int) -> Callable[[Axes, Th
                     color=theme.methods[index % len(theme.methods)],
                     marker=".",
                     linewidth=1.4,
-                    label=None if seed else name,
+                    label=None if seed else plots.label(name),
                 )
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
@@ -240,8 +242,10 @@ def write(folder: Path, study: Mapping[str, Any], grid: Path | None = None) -> P
     for name, caption, draw in plots_of(study):
         plots.save(folder / f"{name}.svg", draw, PLOT)
         text.append(f"![{caption}]({name}.svg)")
-    text.append("## Commands\n\n" + "\n".join(f"    {command}" for command in commands))
-    write_atomically(folder / "study.md", f"# {study['name']}\n\n" + "\n\n".join(text) + "\n")
+    text.append("## Commands\n\n" + "\n".join(f"    {one_line(x)}" for x in commands))
+    write_atomically(
+        folder / "study.md", f"# {prose(str(study['name']))}\n\n" + "\n\n".join(text) + "\n"
+    )
     return folder / "study.html"
 
 

@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
+
+from jax_distill.files import check_regular
+
+MOST_LINES = 100_000  # that are kept; a plot shows fewer
+MOST_NAMES = 200
+_LINE_BYTES = 2**20
+_DRAWN = 1e100  # above, the arithmetic of a plot's axes ends in infinity
+_numbers = msgspec.json.Decoder(dict[str, float]).decode
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.jsonl: the logged lines by ascending step, and how many could not be read."""
+    """metrics.jsonl: the logged lines by ascending step, and how many could not be read.
+
+    One of `stride` lines is kept.
+    """
 
     lines: list[dict[str, float]]
     unreadable: int
+    stride: int = 1
 
     def names(self) -> list[str]:
         return list(dict.fromkeys(name for line in self.lines for name in line))
 
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and finite values of a metric, both (n,)."""
+        """Steps and finite values of a metric that a plot can show, both (n,)."""
         points = [
             (line["step"], line[name])
             for line in self.lines
-            if name in line and math.isfinite(line[name])
+            if name in line and abs(line[name]) < _DRAWN
         ]
         return tuple(np.array(points, np.float64).reshape(-1, 2).T)
 
@@ -42,20 +57,80 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> Metrics | None:
-    """Reads what can be read of a metrics.jsonl; None if there is no line to show."""
+    """Reads what can be read of a metrics.jsonl; None if there is no line to show.
+
+    Of more than `MOST_LINES` steps every second, fourth, .. is kept; of more than `MOST_NAMES`
+    metrics the first ones.
+
+    Raises:
+      FileError: it is no regular file.
+    """
     if not path.exists():
         return None
-    by_step, unreadable = {}, 0
-    for text in path.read_text(errors="replace").splitlines():
+    by_step: dict[int, dict[str, float]] = {}
+    names: dict[str, str] = {}  # each once in memory, however many lines have it
+    unreadable, stride = 0, 1
+    for text in _texts(path):
+        line = None if text is None else _line(text, names)
+        if line is None:
+            unreadable += text is None or bool(text.strip())
+            continue
+        by_step[int(line["step"])] = line
+        if len(by_step) > 2 * MOST_LINES:
+            by_step = {step: by_step[step] for step in sorted(by_step)[::2]}
+            stride *= 2
+    lines = [by_step[step] for step in sorted(by_step)]
+    return Metrics(lines, unreadable, stride) if lines else None
+
+
+def _texts(path: Path) -> Iterator[bytes | None]:
+    """The lines of a file; None for one that is too long, of which no more is read at once."""
+    check_regular(path)
+    with path.open("rb") as file:
+        whole = True
+        while text := file.readline(_LINE_BYTES):
+            ended = len(text) < _LINE_BYTES or text.endswith(b"\n")
+            text = text.removeprefix(codecs.BOM_UTF8)
+            if whole and ended:
+                yield text
+            elif ended:
+                yield None
+            whole = ended
+        if not whole:
+            yield None
+
+
+def _is_name(text: str) -> bool:
+    return len(text) <= 80 and text.isprintable()
+
+
+def _line(text: bytes, names: dict[str, str]) -> dict[str, float] | None:
+    """The numbers of a line, with its step; None where it is no such line."""
+    try:
+        line = _numbers(text)
+        if line.keys() <= names.keys():
+            return line if _is_step(line.get("step", math.nan)) else None
+    except (msgspec.DecodeError, ValueError):  # more than numbers, or NaN, which is Python's own
         try:
             line = json.loads(text)
-            line = {
-                name: float(value)
-                for name, value in line.items()
-                if isinstance(value, int | float) and not isinstance(value, bool)
-            }
-            by_step[int(line["step"])] = line
-        except (ValueError, AttributeError, KeyError, OverflowError):  # not JSON, or no step
-            unreadable += bool(text.strip())
-    lines = [by_step[step] for step in sorted(by_step)]
-    return Metrics(lines, unreadable) if lines else None
+        except (ValueError, RecursionError):
+            return None
+    if not isinstance(line, dict):
+        return None
+    numbers = {}
+    for name, value in line.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not _is_name(name):
+                return None
+            if name not in names and len(names) < MOST_NAMES:
+                names[name] = name
+            try:
+                if name in names:
+                    numbers[names[name]] = float(value)
+            except OverflowError:
+                return None
+    return numbers if _is_step(numbers.get("step", math.nan)) else None
+
+
+def _is_step(value: float) -> bool:
+    return 0 <= value < 2**53 and value == int(value)

@@ -9,9 +9,11 @@ from string import Template
 from PIL import Image
 
 from jax_distill.evaluation import plots
-from jax_distill.files import write_atomically
+from jax_distill.files import check_regular, write_atomically
 
 MAX_WIDTH = 2400  # px of a picture; wider ones are reduced, or a page of large ones gets too heavy
+MAX_PIXELS = 10**8  # of a picture that is read at all
+MAX_BYTES = 2**25  # of a file that is taken as it is
 
 
 def write(path: Path, title: str, body: str) -> None:
@@ -43,16 +45,22 @@ def figure(image: str, caption: str) -> str:
 def picture(path: Path) -> str | None:
     """A PNG file as a data URI, reduced if it is very wide; None if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        check_regular(path)
+        # Of Pillow's many formats some run other programs.
+        with Image.open(path, formats=("PNG",)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return None
             image.load()
-            if image.width <= MAX_WIDTH:
+            if image.width <= MAX_WIDTH and path.stat().st_size <= MAX_BYTES:
                 return plots.data_uri(path.read_bytes(), "image/png")
-            height = round(image.height * MAX_WIDTH / image.width)
+            width = min(image.width, MAX_WIDTH)
+            height = max(1, round(image.height * width / image.width))
             content = io.BytesIO()
-            reduced = image.convert("RGB").resize((MAX_WIDTH, height))
+            reduced = image.convert("RGB").resize((width, height))
             reduced.save(content, format="jpeg", quality=90)
             return plots.data_uri(content.getvalue(), "image/jpeg")
-    except (OSError, SyntaxError):  # Pillow's errors for a file cut short or of another kind
+    # Pillow's errors for a file that is cut short, of another kind, or made to be too large.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
 
 

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from jax_distill.files import write_atomically
+from jax_distill.quoting import one_line
 
 MAX_POINTS = 600  # of a curve; more cannot be told apart
 SMOOTHING = 0.05  # of a curve's points, averaged into one
@@ -51,6 +52,11 @@ DARK = Theme(
 def data_uri(content: bytes, kind: str) -> str:
     """A file as an address that holds it; `kind` as in "image/png"."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def label(text: str) -> str:
+    """Text of a stranger for axes and legends, where dollars would begin a formula."""
+    return one_line(text).replace("$", r"\$")
 
 
 def inline(draw: Callable[[Axes, Theme], None], size: tuple[float, float], alt: str) -> str:
@@ -171,7 +177,7 @@ def bars_by_task(
             y = np.arange(len(tasks)) + (index - (len(bars) - 1) / 2) * thickness
             values = [scores.get(task, np.nan) for task in tasks]
             axes.barh(y, values, thickness * 0.9, color=color, label=name)
-        axes.set_yticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
+        axes.set_yticks(range(len(tasks)), [label(task.replace("_", " ")) for task in tasks])
         axes.tick_params(axis="y", length=0)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)

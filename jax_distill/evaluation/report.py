@@ -16,8 +16,11 @@ import numpy as np
 from jax_distill.evaluation import page, plots
 from jax_distill.evaluation.metrics import Metrics, read_metrics
 from jax_distill.evaluation.results import Results, Score, parse_results, read_results
+from jax_distill.files import FileError, read_json
+from jax_distill.quoting import one_line
 
 MAX_SAMPLES = 4
+MAX_STAGES, MAX_PLOTS, MAX_SETTINGS = 8, 24, 1000  # more than runs have; a page must be done once
 
 
 def format_table(results: Mapping[str, Any]) -> str:
@@ -59,28 +62,28 @@ def write_report(workdir: str | Path) -> Path:
         raise ValueError(f"'{workdir}' is no folder; give the workdir of a run")
     results = read_results(workdir / "results.json")
     metrics = read_metrics(workdir / "metrics.jsonl")
-    notes = []
+    notes, config = [], {}
     try:
-        config = json.loads((workdir / "config.json").read_text())
+        config = read_json(workdir / "config.json")
     except FileNotFoundError:
-        config = {}
-    except ValueError:
-        config = {}
-        notes.append("config.json is not valid JSON and is left out.")
-    config = config if isinstance(config, dict) else {}
+        pass
+    except FileError:
+        notes.append("config.json is not valid JSON with the settings of a run and is left out.")
+    if metrics is not None and metrics.stride > 1:
+        notes.append(f"One of {metrics.stride} lines of metrics.jsonl is shown.")
     if metrics is not None and metrics.unreadable:
         count = metrics.unreadable
         notes.append(f"{count} unreadable {page.plural('line', count)} of metrics.jsonl left out.")
 
-    name = str(config.get("name") or workdir.resolve().name)
+    name = one_line(str(config.get("name") or workdir.resolve().name))
     sections = [
         _summary(results, metrics, config, notes),
         _scores(results),
         _samples(workdir / "samples"),
         _training("Training", metrics),
     ]
-    for path in sorted(workdir.glob("*/metrics.jsonl")):
-        stage = path.parent.name.replace("_", " ")
+    for path in sorted(workdir.glob("*/metrics.jsonl"))[:MAX_STAGES]:
+        stage = one_line(path.parent.name.replace("_", " "))
         sections.append(_training(f"Stage before: {stage}", read_metrics(path)))
     sections.append(_configuration(config))
     body = "\n".join(filter(None, sections))
@@ -146,16 +149,21 @@ def _score_sentences(results: Results) -> list[str]:
 
 def _training_sentence(metrics: Metrics, config: Mapping) -> str:
     total = config.get("total_steps")
-    of = f" of {total:,}" if isinstance(total, int) and total != metrics.last_step else ""
+    known = _is_count(total) and total != metrics.last_step
+    of = f" of {total:,}" if known else ""
     sentence = f"Trained for {metrics.last_step:,}{of} steps"
-    if isinstance(config.get("batch_size"), int):
+    if _is_count(config.get("batch_size")):
         sentence += f" of {config['batch_size']:,} pictures"
     objective = config.get("objective")
     if isinstance(objective, Mapping) and objective.get("name"):
-        sentence += f" with the objective {objective['name']}"
+        sentence += f" with the objective {one_line(str(objective['name']))}"
     if metrics.seconds:
         sentence += f" in {page.duration(metrics.seconds)}"
     return sentence + "."
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
 
 
 def _scores(results: Results | None) -> str:
@@ -212,12 +220,12 @@ def _samples(folder: Path) -> str:
     """The latest grid, and those before it in a box that opens."""
     found = []
     for path in folder.glob("*.png"):
-        step = re.search("[0-9]+", path.stem)
+        step = re.search("[0-9]{1,15}", path.stem)
         found.append((int(step[0]) if step else math.inf, path.stem, path))
     figures = []
     for step, stem, path in sorted(found, reverse=True)[:MAX_SAMPLES]:
         caption = {"final": "At the end"}.get(
-            stem, f"After {step:,} steps" if step < math.inf else stem
+            stem, f"After {step:,} steps" if step < math.inf else one_line(stem)
         )
         image = page.picture(path)
         if image:
@@ -238,7 +246,7 @@ def _training(heading: str, metrics: Metrics | None) -> str:
     if metrics is None:
         return ""
     speed = next((n for n in ("examples_per_sec", "steps_per_sec") if n in metrics.names()), None)
-    large, small, constant = [], [], []
+    large, small, constant, others = [], [], [], 0
     for name in metrics.names():
         steps, values = metrics.series(name)
         if name in ("step", "time") or not len(values):
@@ -263,6 +271,9 @@ def _training(heading: str, metrics: Metrics | None) -> str:
             log = bool(values.min() > 0 and values.max() > 100 * values.min())
             caption = name
         is_large = name in ("loss", speed)
+        if len(small) >= MAX_PLOTS and not is_large:
+            others += 1
+            continue
         draw = plots.curve(steps, values, log=log, from_zero=name == speed)
         size = (4.6, 2.6) if is_large else (3.3, 2.1)
         figure = page.figure(plots.inline(draw, size, f"{name} against training steps"), caption)
@@ -272,6 +283,8 @@ def _training(heading: str, metrics: Metrics | None) -> str:
     parts += [f'<div class="plots small">{"".join(small)}</div>'] * bool(small)
     if constant:
         parts.append(f'<p class="note">Constant throughout: {escape(", ".join(constant))}.</p>')
+    if others:
+        parts.append(f'<p class="note">{others} more {page.plural("metric", others)}.</p>')
     return "".join(parts)
 
 
@@ -285,10 +298,13 @@ def _configuration(config: Mapping) -> str:
 
     if not config:
         return ""
+    settings = flat(config, "")
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
-        for name, value in flat(config, "")
+        for name, value in settings[:MAX_SETTINGS]
     )
+    if len(settings) > MAX_SETTINGS:
+        rows += f"<tr><th>{len(settings) - MAX_SETTINGS} more</th><td></td></tr>"
     return (
         "<h2>Configuration</h2><details><summary>All settings</summary>"
         f'<div class="scroll"><table class="settings"><tbody>{rows}</tbody></table></div></details>'

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from jax_distill.files import FileError, parse_json, read_text
+from jax_distill.quoting import shown
+
+# What a table and a plot can show, and more than any evaluation here writes.
+_MOST_COUNTS, _MOST_TASKS, _MOST_KEYS, _LONGEST_NAME = 16, 32, 1000, 80
+_LARGEST = 1e6  # of a score
+_SMALLEST = 1e-9  # that others are shares of
 
 
 class Score(NamedTuple):
@@ -46,7 +52,7 @@ class Results:
 
     def shares(self, scores: Mapping[int, Score]) -> dict[int, float]:
         """Scores as shares of the teacher's; empty without a teacher that scores."""
-        if self.teacher is None or not self.teacher.score > 0:
+        if self.teacher is None or not self.teacher.score > _SMALLEST:
             return {}
         return {steps: score.score / self.teacher.score for steps, score in scores.items()}
 
@@ -68,18 +74,27 @@ def parse_results(results: Mapping[str, Any]) -> Results:
     """Checks the content of results.json, see `Results`; raises ValueError naming what is wrong."""
 
     def number(value: Any, name: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-            raise ValueError(f"{name} is {value!r}, not a finite number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            raise ValueError(f"{name} is {shown(value)}, not a finite number")
+        if not abs(value) <= _LARGEST:
+            raise ValueError(f"{name} is {shown(value)}, which is no score")
         return float(value)
 
-    def mapping(value: Any, name: str) -> Mapping[str, Any]:
+    def mapping(value: Any, name: str, most: int = _MOST_KEYS) -> Mapping[str, Any]:
         if not isinstance(value, Mapping):
-            raise ValueError(f"{name} is {value!r}, not a table of names and values")
+            raise ValueError(f"{name} is {shown(value)}, not a table of names and values")
+        if len(value) > most:
+            raise ValueError(
+                f"{name} has {len(value)} entries, more than the {most} that are shown"
+            )
         return value
 
     def score(value: Any, name: str) -> Score:
         value = mapping(value, name)
-        tasks = mapping(value.get("tasks", {}), f"{name}.tasks")
+        tasks = mapping(value.get("tasks", {}), f"{name}.tasks", _MOST_TASKS)
+        for task in tasks:
+            if len(task) > _LONGEST_NAME or not task.isprintable():
+                raise ValueError(f"{name}.tasks has {shown(task)} for the name of a task")
         return Score(
             number(value.get("score"), f"{name}.score"),
             {task: number(tasks[task], f"{name}.tasks.{task}") for task in tasks},
@@ -87,11 +102,16 @@ def parse_results(results: Mapping[str, Any]) -> Results:
 
     def by_steps(value: Any, name: str) -> dict[int, Score]:
         table = {}
-        for steps, content in mapping(value, name).items():
-            if not re.fullmatch("[1-9][0-9]*", str(steps)):
-                raise ValueError(f"{name} has {steps!r} for a number of steps")
+        for steps, content in mapping(value, name, _MOST_COUNTS).items():
+            if not re.fullmatch("[1-9][0-9]{0,6}", steps):
+                raise ValueError(f"{name} has {shown(steps)} for a number of steps")
             table[int(steps)] = score(content, f"{name}.{steps}")
         return dict(sorted(table.items()))
+
+    def count(value: Any, name: str) -> int:
+        if number(value, name) != int(value) or not 1 <= value < 10**7:
+            raise ValueError(f"{name} is {shown(value)}, not a number of steps")
+        return int(value)
 
     results = mapping(results, "the content")
     student = by_steps(results.get("student", {}), "student")
@@ -100,7 +120,7 @@ def parse_results(results: Mapping[str, Any]) -> Results:
     teacher = mapping(results["teacher"], "teacher")
     return Results(
         teacher=score(teacher, "teacher"),
-        nfe=int(number(teacher["nfe"], "teacher.nfe")) if "nfe" in teacher else None,
+        nfe=count(teacher["nfe"], "teacher.nfe") if "nfe" in teacher else None,
         few=by_steps(teacher.get("few", {}), "teacher.few"),
         student=student,
     )
@@ -110,9 +130,10 @@ def read_results(path: Path) -> Results | None:
     """Reads a results.json; None if there is none, ValueError if it is not one."""
     if not path.exists():
         return None
+    fix, text = "evaluate again to replace it", read_text(path)
     try:
-        return parse_results(json.loads(path.read_text()))
+        return parse_results(parse_json(text, where="it", fix=fix))
+    except FileError as error:
+        raise FileError(f"'{path}' does not hold the scores of a run: {error}") from None
     except ValueError as error:
-        raise ValueError(
-            f"'{path}' does not hold the scores of a run ({error}); evaluate again to replace it"
-        ) from None
+        raise ValueError(f"'{path}' does not hold the scores of a run ({error}); {fix}") from None

@@ -1,16 +1,16 @@
 """The layout of diffusers' FLUX folders."""
 
 import functools
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from flax import nnx
 
-from jax_distill.interop import flux_config, unreadable, variants
+from jax_distill.files import check_regular, read_json
+from jax_distill.interop import flux_config, scheduler_config, unreadable, variants
 from jax_distill.interop.autoencoder_keys import AUTOENCODER_KEYS
 from jax_distill.interop.clip_keys import clip_keys
 from jax_distill.interop.key_table import KeyTable
@@ -31,27 +31,38 @@ SUBFOLDERS = {
     "t5": "text_encoder_2",
 }
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "spiece.model"),
+)
+_TOKENIZER_BYTES = 64 << 20  # of a file; T5's largest has 2 MB
 SCHEDULER = "scheduler"
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 OWN_EMBEDDERS = "own_embedders.safetensors"  # of a network that was refitted for stock diffusers
 FLOW_MAP_CLASS = "FlowMapTransformer2DModel"  # of exported networks with two time embedders
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file; raises ValueError when it is missing or damaged."""
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads a JSON file of the folder; raises ValueError when it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
+        return read_json(path, fix="download it again")
     except FileNotFoundError:
         raise ValueError(f"'{path}' is missing; give a whole diffusers folder of FLUX") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{path}' is not valid JSON ({error}); download it again") from None
 
 
 def _config(folder: Path) -> dict[str, Any]:
     """A model's config.json; raises ValueError when its weights are quantised."""
-    values = read_json(folder / "config.json")
+    values = read_config(folder / "config.json")
     unreadable.check_config(folder / "config.json", values)
     return values
+
+
+def _understood(folder: Path, read: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> Any:
+    """What a config says to the class that it is of; raises ValueError naming the file."""
+    try:
+        return read(values)
+    except ValueError as error:
+        raise ValueError(f"'{folder / 'config.json'}': {error}") from None
 
 
 def parts(folder: Path, variant: str = variants.PLAIN) -> dict[str, Part]:
@@ -118,12 +129,15 @@ def transformer_part(
       table: `TRANSFORMER_KEYS`, or one that ignores some names.
     """
     interval = flux_config.has_interval(tensors)
-    ours = flux_config.from_diffusers(config, interval_embeds=interval)
-    return Part(where, config, tensors, table, _shapes(ours))
+    try:
+        ours = flux_config.from_diffusers(config, interval_embeds=interval)
+    except ValueError as error:
+        raise ValueError(f"'{where}': {error}") from None
+    return Part(where, config, tensors, table, shapes(ours))
 
 
 @functools.cache
-def _shapes(config: Any) -> dict[str, Any]:
+def shapes(config: Any) -> dict[str, Any]:
     """The parameters' shapes of the network that has this config."""
     match config:
         case mmdit.MMDiTConfig():
@@ -138,37 +152,75 @@ def _shapes(config: Any) -> dict[str, Any]:
 
 def autoencoder(folder: Path, variant: str = variants.PLAIN) -> Part:
     values = _config(folder)
-    config = AutoencoderConfig.from_dict(values)
+    config = _understood(folder, AutoencoderConfig.from_dict, values)
     tensors = read_folder(folder, DIFFUSERS_STEM, variant)
-    return Part(str(folder), values, tensors, AUTOENCODER_KEYS, _shapes(config))
+    return Part(str(folder), values, tensors, AUTOENCODER_KEYS, shapes(config))
 
 
 def clip_text(folder: Path, variant: str = variants.PLAIN) -> Part:
     values = _config(folder)
-    config = clip.ClipConfig.from_dict(values)
+    config = _understood(folder, clip.ClipConfig.from_dict, values)
     tensors = read_folder(folder, TRANSFORMERS_STEM, variant)
-    return Part(str(folder), values, tensors, clip_keys(tensors), _shapes(config), (min(tensors),))
+    if not tensors:
+        raise ValueError(f"'{folder}' has no tensors; download it again")
+    return Part(str(folder), values, tensors, clip_keys(tensors), shapes(config), (min(tensors),))
 
 
 def t5_encoder(folder: Path, variant: str = variants.PLAIN) -> Part:
     values = _config(folder)
-    config = t5.T5Config.from_dict(values)
+    config = _understood(folder, t5.T5Config.from_dict, values)
     tensors = read_folder(folder, TRANSFORMERS_STEM, variant)
     names = tuple(name for name in EMBEDDING_NAMES if name in tensors)
-    return Part(str(folder), values, tensors, t5_keys(tensors), _shapes(config), names)
+    return Part(str(folder), values, tensors, t5_keys(tensors), shapes(config), names)
 
 
 def scheduler(folder: Path) -> dict[str, Any]:
-    """The config of a pipeline's scheduler."""
-    return read_json(folder / SCHEDULER / "scheduler_config.json")
+    """The config of a pipeline's scheduler; raises ValueError when it is missing or damaged."""
+    path = folder / SCHEDULER / "scheduler_config.json"
+    values = read_config(path)
+    scheduler_config.check(values, where=f"'{path}'", fix="download it again")
+    return values
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copies a folder of small files, such as a tokenizer's.
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies what a tokenizer is read from, and nothing else that its folder may hold.
+
+    Links are followed to the folder's own pipeline and to the blobs of the hub's cache that it
+    lies in, nowhere else: a link to some other file would carry that file along.
+
+    Args:
+      source: a folder in that of a pipeline, or in a ported one.
+      target: to make.
 
     Raises:
-      ValueError: it is missing.
+      ValueError: it is missing, or a file leads elsewhere or is longer than any tokenizer's.
     """
     if not source.is_dir():
         raise ValueError(f"'{source}' is missing; give a whole diffusers folder of FLUX")
-    shutil.copytree(source, target)
+    pipeline = source.parent.resolve()
+    allowed = [pipeline]
+    if pipeline.parent.name == "snapshots":  # models--owner--name/snapshots/revision, ../blobs
+        allowed.append(pipeline.parent.parent / "blobs")
+    target.mkdir()
+    for name in TOKENIZER_FILES:
+        path = source / name
+        if not path.exists() and not path.is_symlink():
+            continue
+        found = path.resolve()
+        if not any(found.is_relative_to(folder) for folder in allowed):
+            raise ValueError(
+                f"'{path}' is a link to '{found}', outside of '{pipeline}'; put the file itself"
+                " there"
+            )
+        try:
+            check_regular(found)
+            content = found.open("rb").read(_TOKENIZER_BYTES + 1)
+        except FileNotFoundError:
+            raise ValueError(f"'{path}' leads to no file; download it again") from None
+        if len(content) > _TOKENIZER_BYTES:
+            raise ValueError(f"'{path}' is longer than any tokenizer's file; download it again")
+        (target / name).write_bytes(content)
+    if others := sum(path.name not in TOKENIZER_FILES for path in source.iterdir()):
+        logging.info(
+            "'%s': %d other files, which no tokenizer is read from, left out", source, others
+        )

@@ -155,7 +155,7 @@ def write_flow_map(folder: Path, time_max: float) -> None:
       time_max: where the schedule begins.
     """
     inner = folder / diffusers_folder.SUBFOLDERS["network"]
-    config = diffusers_folder.read_json(inner / "config.json")
+    config = diffusers_folder.read_config(inner / "config.json")
     config |= {"_class_name": diffusers_folder.FLOW_MAP_CLASS, "time_max": time_max}
     write_json(inner / "config.json", config)
     for target, (module, _) in ((inner, _FLOW_MAP_TRANSFORMER), (folder, _FLOW_MAP_PIPELINE)):

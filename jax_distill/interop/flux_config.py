@@ -6,11 +6,13 @@ three are there unless they are those of diffusers' own networks: 1000, 1000, "f
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax_distill.models.mmdit import MMDiTConfig
+from jax_distill.quoting import shown
 
 CLASS = "FluxTransformer2DModel"
 TIME_SCALE = GUIDANCE_FACTOR = 1000.0  # diffusers'
@@ -56,23 +58,36 @@ def from_diffusers(values: Mapping[str, Any], *, interval_embeds: bool = False) 
     Raises:
       ValueError: a size is missing, or the config is of another network.
     """
-    if values.get("_class_name", CLASS) != CLASS:
-        raise ValueError(
-            f"transformer config: {values['_class_name']} is not supported, only {CLASS}"
-        )
+    if (kind := values.get("_class_name", CLASS)) != CLASS:
+        raise ValueError(f"transformer config: {shown(kind)} is not supported, only {CLASS}")
     if missing := [name for name in _SHARED[:-2] if name not in values]:
         raise ValueError(f"transformer config: '{missing[0]}' is missing")
     for name, only in (("patch_size", 1), ("out_channels", values["in_channels"])):
-        if values.get(name) not in (None, only):
+        if (found := values.get(name)) not in (None, only):
             raise ValueError(
-                f"transformer config: {name}={values[name]} is not supported; only {only} is"
+                f"transformer config: {name}={shown(found)} is not supported; only {shown(only)} is"
             )
     shared = {name: values[name] for name in _SHARED if name in values}
-    own = {name: float(values.get(name, stock)) for name, stock in FACTORS.items()}
     try:
+        own = {name: factor(name, values.get(name, stock)) for name, stock in FACTORS.items()}
         return MMDiTConfig(**shared, **own, interval_embeds=interval_embeds)
     except ValueError as error:
         raise ValueError(f"transformer config: {error}") from None
+
+
+def factor(name: str, value: Any) -> float:
+    """A factor of `FACTORS` as a config or the header of a file has it: a number, or its digits.
+
+    Raises:
+      ValueError: it is none, or not a positive one.
+    """
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: {shown(value)} is not a positive number")
+    return number
 
 
 def to_diffusers(config: MMDiTConfig, purpose: Purpose = Purpose()) -> dict[str, Any]:  # noqa: B008
@@ -129,10 +144,17 @@ def from_shapes(
 
     def layers(kind: str) -> int:
         found = {int(m[1]) for name in shapes if (m := re.match(rf"{kind}\.(\d+)\.", name))}
-        return max(found, default=-1) + 1
+        if missing := set(range(len(found))) - found:
+            raise ValueError(
+                f"{where}: tensors of '{kind}.{min(missing)}' are missing, and there are some of"
+                f" '{kind}.{max(found)}'; download it again"
+            )
+        return len(found)
 
     width, channels = shape("x_embedder.weight", 2)
     (head,) = shape("transformer_blocks.0.attn.norm_q.weight", 1)
+    if not head:
+        raise ValueError(f"{where}: heads are 0 wide; it is no transformer of FLUX")
     if axes_dims_rope is None and head != sum(FLUX_AXES):
         raise ValueError(
             f"{where}: heads are {head} wide where FLUX.1's are {sum(FLUX_AXES)}, so that its"

@@ -9,6 +9,7 @@ from typing import Any
 from jax_distill.interop import flux_config, snippets
 from jax_distill.interop.time_scale import Refitted
 from jax_distill.models.inputs import GUIDANCE, INPUTS
+from jax_distill.quoting import literal, prose
 
 # Of a refitted time embedder's variation, in stock pipelines of bfloat16; a test measures them.
 LOST_IN_BFLOAT16, LOST_IN_FLOAT32 = 0.05, 0.013
@@ -35,7 +36,7 @@ class Base:
     """The network that exported adapters are beside.
 
     Attributes:
-      where: it is to be had, in words.
+      where: it is to be had, in Markdown of this program's own.
       rank: of the adapters.
       int8: whether they were trained beside its kernels in int8.
       same_inputs: whether it takes guidance and interval as the student does.
@@ -102,9 +103,19 @@ class Card:
     has_autoencoder: bool = True
     has_text: bool = False
     scheduler: Mapping[str, Any] | None = None
-    scores: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    scores: Mapping[int, float] = dataclasses.field(default_factory=dict)
     base: Base | None = None
     assumed: Sequence[str] = ()
+
+    def __post_init__(self):
+        """Raises ValueError when a value that programs or sentences show as a number is none."""
+        names = ("time_scale", "guidance_factor", "guidance", "steps", "patch", "channels")
+        numbers = {name: getattr(self, name) for name in (*names, "time_shift", "text_length")}
+        numbers |= {"height": self.resolution[0], "width": self.resolution[1]}
+        numbers |= {key: x for key, x in self.sampler.items() if key != "sampler"}
+        numbers |= {f"score in {steps} steps": score for steps, score in self.scores.items()}
+        for name, value in numbers.items():
+            literal(name, value)
 
 
 def scheduler_config(card: Card) -> dict[str, Any]:
@@ -156,10 +167,9 @@ def _pipeline_program(card: Card) -> str:
     # Parts of several types, as transformers reads them, do not go together.
     narrow = card.dtype.startswith("bfloat16") and (card.interval_embeds or not card.refits)
     dtype = "bfloat16" if narrow else "float32"
-    text = snippets.PIPELINE.lstrip("\n")
-    for name, piece in (("head", head), ("prompt", prompt)):
-        text = text.replace(f"${name}", piece)
-    return _filled(text, card, pipelines=pipelines, options=options, dtype=dtype)
+    pieces = {"head": head, "prompt": prompt}
+    pieces |= {"pipelines": pipelines, "options": options, "dtype": dtype}
+    return _filled(_assembled(snippets.PIPELINE.lstrip("\n"), pieces), card)
 
 
 def _own_program(card: Card) -> str:
@@ -174,7 +184,7 @@ def _own_program(card: Card) -> str:
         load += [snippets.TWO_TIMES, snippets.USE_TWO_TIMES]
     schedules = {"scm": snippets.SCM_SCHEDULE, "imm": snippets.IMM_SCHEDULE}
     interval = snippets.INTERVAL if card.interval_embeds else ""
-    draw = snippets.DRAW.replace("$schedule", schedules.get(card.method, ""))
+    schedule = schedules.get(card.method, "")
     null = snippets.NULL if card.guided else ""
     pieces = [
         head,
@@ -184,19 +194,20 @@ def _own_program(card: Card) -> str:
         snippets.NETWORK,
         snippets.GUIDED if card.guided else snippets.PLAIN,
         snippets.DECODE,
-        draw.replace("$interval", interval),
-        snippets.DRAW_EXAMPLES if card.captions else snippets.DRAW_PROMPT.replace("$null", null),
+        _assembled(snippets.DRAW, {"schedule": schedule, "interval": interval}),
+        snippets.DRAW_EXAMPLES
+        if card.captions
+        else _assembled(snippets.DRAW_PROMPT, {"null": null}),
     ]
     embeds = "None"
     if card.guidance_embeds:
         stock = card.guidance_factor == flux_config.GUIDANCE_FACTOR
-        factor = "" if stock else f" * {card.guidance_factor / flux_config.GUIDANCE_FACTOR:g}"
-        embeds = f"torch.full((len(x),), float(guidance){factor})"
+        embeds = snippets.EMBEDS if stock else snippets.EMBEDS_SCALED
     text = _joined(pieces)
     if "load_file(" not in text:
         text = text.replace("from safetensors.torch import load_file\n", "")
     length = "t" if _restarts(card) else "t - s"
-    return _filled(text, card, guidance_input=embeds, length=length)
+    return _filled(_assembled(text, {"guidance_input": embeds, "length": length}), card)
 
 
 def _joined(pieces: Sequence[str]) -> str:
@@ -210,27 +221,43 @@ def _joined(pieces: Sequence[str]) -> str:
     return text + "\n"
 
 
-def _filled(text: str, card: Card, **more: str) -> str:
+def _assembled(text: str, pieces: Mapping[str, str]) -> str:
+    """Python with pieces of this program's own in the places of their `$names`."""
+    for name, piece in pieces.items():
+        text = text.replace(f"${name}", piece)
+    return text
+
+
+def _filled(text: str, card: Card) -> str:
+    """Python with the card's values in it: nothing but finite numbers, and names of this program.
+
+    Raises:
+      ValueError: a value is no number.
+    """
     height, width = card.resolution
-    return string.Template(text).substitute(
-        height=height,
-        width=width,
-        patch=card.patch,
-        rows=height // card.patch,
-        columns=width // card.patch,
-        channels=card.channels,
-        time_scale=card.time_scale,
-        guidance=card.guidance,
-        steps=card.steps,
-        mu=card.time_shift,
-        shift=_shift(card),
-        time_max=card.sampler.get("time_max"),
-        text_length=card.text_length,
-        folder="." if card.has_text else TEACHER,
-        teacher=TEACHER,
-        vae='FOLDER / "vae"' if card.has_autoencoder else f'"{TEACHER}", subfolder="vae"',
-        **more,
-    )
+    numbers = {
+        "height": height,
+        "width": width,
+        "patch": card.patch,
+        "rows": height // card.patch,
+        "columns": width // card.patch,
+        "channels": card.channels,
+        "time_scale": card.time_scale,
+        "guidance_share": float(f"{card.guidance_factor / flux_config.GUIDANCE_FACTOR:g}"),
+        "guidance": card.guidance,
+        "steps": card.steps,
+        "mu": card.time_shift,
+        "shift": _shift(card),
+        "time_max": card.sampler.get("time_max", 1.0),
+        "text_length": card.text_length,
+    }
+    names = {
+        "folder": "." if card.has_text else TEACHER,
+        "teacher": TEACHER,
+        "vae": 'FOLDER / "vae"' if card.has_autoencoder else f'"{TEACHER}", subfolder="vae"',
+    }
+    literals = {name: literal(name, value) for name, value in numbers.items()}
+    return string.Template(text).substitute(**literals, **names)
 
 
 def _schedule(card: Card) -> str:
@@ -251,7 +278,7 @@ def _schedule(card: Card) -> str:
 def text(card: Card) -> str:
     """The README.md of the exported folder."""
     lines = [
-        f"# {card.name}",
+        f"# {prose(card.name)}",
         "",
         f"{METHODS[card.method]}; exported by jax_distill. {_FILES[card.layout]}.",
         "",
@@ -261,19 +288,19 @@ def text(card: Card) -> str:
         f"- guidance: {_guidance(card)}",
         f"- resolution: {card.resolution[0]} x {card.resolution[1]}",
         f"- time: the network embeds {card.time_scale:g} t" + _stock(card),
-        f"- type: {card.dtype}",
+        f"- type: {prose(card.dtype)}",
         *(_refitted(name, refit, card) for name, refit in card.refits.items()),
     ]
-    lines += [f"- assumed, for its source did not say: {words}" for words in card.assumed]
+    lines += [f"- assumed, for its source did not say: {prose(words)}" for words in card.assumed]
     if card.base is not None:
         lines += _beside(card.base)
     if card.scores:
-        scores = ", ".join(f"{score:.3f} in {steps}" for steps, score in card.scores.items())
+        scores = ", ".join(f"{score:.3f} in {steps:d}" for steps, score in card.scores.items())
         lines.append(f"- score by steps: {scores}")
     lines += ["", "## Drawing, with torch and diffusers alone", ""]
     if card.captions:
         lines += ["`examples.safetensors` has the embeddings of these captions:", ""]
-        lines += [f"- {caption}" for caption in card.captions] + [""]
+        lines += [f"- {prose(caption)}" for caption in card.captions] + [""]
     code = program(card)
     if f'"{TEACHER}"' in code:
         teacher = card.base.where if card.base else "the diffusers folder of the teacher"

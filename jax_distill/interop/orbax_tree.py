@@ -9,19 +9,42 @@ like any other.
 import errno
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
+from flax.traverse_util import flatten_dict
+
+from jax_distill.files import FileError, read_json
+from jax_distill.quoting import one_line, shown
 
 METADATA = "_METADATA"
+_KEY = re.compile(r"[\w-][\w .-]*")  # it becomes the name of a folder
 CHUNK_BYTES = 8 << 20
 _DICT_KEY = 2  # Orbax's number for a key of a dict
 
 # Weights of training are not rewritten: a folder that a crash of the machine has left is made anew.
 _CONTEXT = {"file_io_sync": False}
+
+
+class _Key(TypedDict):
+    key: str | int
+
+
+class _Entry(TypedDict):
+    key_metadata: list[_Key]
+
+
+class _Description(TypedDict):
+    """What is read of `METADATA`."""
+
+    tree_metadata: dict[str, _Entry]
+    use_ocdbt: bool
+    use_zarr3: bool
 
 
 class Leaf(NamedTuple):
@@ -188,25 +211,65 @@ def open_tree(
       ValueError: there is no such tree, or it is damaged.
     """
     folder, tree = Path(folder).resolve(), {}
+    fix = "make it anew"
     try:
-        description = json.loads((folder / METADATA).read_text())
+        description = read_json(folder / METADATA, _Description, fix=fix)
         context = ts.Context({})
         for entry in description["tree_metadata"].values():
-            path = tuple(key["key"] for key in entry["key_metadata"])
+            path = tuple(str(key["key"]) for key in entry["key_metadata"])
+            if strange := [key for key in path if not _KEY.fullmatch(key)]:
+                raise FileError(f"'{folder}' has a parameter {shown(strange[0])}; {fix}")
             if path[: len(under)] == under:
                 node = tree
                 for key in path[len(under) : -1]:
                     node = node.setdefault(key, {})
                 spec = _spec(folder, ".".join(path), description)
-                node[path[-1]] = StoredLeaf(
-                    ts.open(spec, context=context).result(), checked=checked
-                )
+                store = ts.open(spec, context=context).result()
+                _check_chunks(store)
+                node[path[-1]] = StoredLeaf(store, checked=checked)
     except FileNotFoundError:
         raise ValueError(f"'{folder}' is no Orbax tree: it has no {METADATA}") from None
-    except (KeyError, ValueError) as error:  # TensorStore's own are ValueErrors
-        reason = str(error).partition("\n")[0][:200]
+    except FileError:
+        raise
+    # TensorStore's own are ValueErrors; a leaf where a table should be has no keys.
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = one_line(str(error).partition("\n")[0][:200])
         raise ValueError(f"'{folder}' is damaged ({reason})") from None
     return tree
+
+
+def _check_chunks(store: ts.TensorStore) -> None:
+    """Raises ValueError when a store would read more for an element than the whole array has."""
+    chunk = store.chunk_layout.read_chunk.shape or ()
+    if any(length > max(size, 1) for length, size in zip(chunk, store.shape)):
+        raise ValueError(f"chunks of shape {chunk} for an array of shape {tuple(store.shape)}")
+
+
+def check_shapes(where: str, found: Mapping[str, Any], like: Mapping[str, Any]) -> None:
+    """Compares the names and shapes of stored parameters with those that are expected.
+
+    Args:
+      where: begins the message.
+      found: nested leaves with a `shape`.
+      like: likewise, of the network that it should be.
+
+    Raises:
+      ValueError: a parameter is missing, not expected or of another shape.
+    """
+    there, wanted = (
+        {"/".join(map(str, path)): tuple(leaf.shape) for path, leaf in flatten_dict(tree).items()}
+        for tree in (found, like)
+    )
+    for name in sorted(there.keys() ^ wanted.keys()):
+        kind = "is missing" if name in wanted else "is not expected"
+        raise ValueError(
+            f"'{where}': parameter '{name}' {kind}; is config.model another network's?"
+        )
+    for name, shape in wanted.items():
+        if there[name] != shape:
+            raise ValueError(
+                f"'{where}': parameter '{name}' has shape {there[name]} where {shape} is expected"
+            )
 
 
 def _spec(folder: Path, name: str, description: dict[str, Any]) -> dict[str, Any]:

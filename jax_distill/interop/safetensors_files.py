@@ -1,16 +1,20 @@
 """Safetensors files and folders of shards, read and written a tensor at a time."""
 
 import concurrent.futures
+import functools
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 from absl import logging
 from safetensors import SafetensorError, safe_open
 
+from jax_distill.files import check_regular, read_json
 from jax_distill.interop import unreadable, variants
 from jax_distill.interop.tensors import (
     CODES,
@@ -22,10 +26,19 @@ from jax_distill.interop.tensors import (
     Tensors,
     merged,
 )
+from jax_distill.quoting import one_line, shown
 
 _READABLE = {**DTYPES, **FLOAT8, **OTHER_DTYPES}
 SHARD_BYTES = 10 * 10**9  # diffusers' max_shard_size
 _ALIGNMENT = 8  # of the first tensor
+_HEADER_BYTES = 4 << 20  # of a file; those of FLUX's transformer have 0.1 MB
+_SHARD = re.compile(r"\w[\w.-]*\.safetensors")  # no folder in it
+
+
+class _Index(TypedDict):
+    """What is read of `<stem>.safetensors.index.json`."""
+
+    weight_map: dict[str, str]
 
 
 def read_file(path: Path) -> Tensors:
@@ -35,17 +48,22 @@ def read_file(path: Path) -> Tensors:
       ValueError: it is missing, cut short, damaged, of another kind than plain weights, or has a
         type that weights do not come in.
     """
+    _check_header(path)
+    begins = functools.cache(lambda: _begins(path))
 
     def reader(name: str, dtype: np.dtype, shape: list[int]) -> Callable[..., np.ndarray]:
         if dtype in FLOAT8.values():
-            return _raw_reader(path, name, dtype, shape)
+            return _raw_reader(path, name, dtype, shape, begins()[name])
 
         def read(start: int | None = None, stop: int | None = None) -> np.ndarray:
             # Opened for each tensor: mapped pages of a whole file would count as memory.
-            with safe_open(path, "np", backend="pread") as file:
-                if start is None:
-                    return file.get_tensor(name)
-                return file.get_slice(name)[start:stop]
+            try:
+                with safe_open(path, "np", backend="pread") as file:
+                    if start is None:
+                        return file.get_tensor(name)
+                    return file.get_slice(name)[start:stop]
+            except SafetensorError as error:
+                raise _damaged(path, error) from None
 
         return read
 
@@ -58,27 +76,60 @@ def read_file(path: Path) -> Tensors:
                 piece = file.get_slice(name)
                 shape, dtype = piece.get_shape(), _dtype(path, name, piece.get_dtype())
                 tensors[name] = Tensor(tuple(shape), dtype, reader(name, dtype, shape))
-    except FileNotFoundError:
-        raise ValueError(f"'{path}' is missing; download the folder again") from None
     except SafetensorError as error:
-        raise ValueError(f"'{path}' is cut short or damaged ({error}); download it again") from None
+        raise _damaged(path, error) from None
     return tensors
 
 
-def _raw_reader(
-    path: Path, name: str, dtype: np.dtype, shape: list[int]
-) -> Callable[..., np.ndarray]:
-    """Reads the bytes of a type that numpy does not have and the library cannot give it."""
+def _check_header(path: Path) -> None:
+    """Raises ValueError when a file is none, or begins with a header that no weights have."""
+    try:
+        check_regular(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+    except FileNotFoundError:
+        raise ValueError(f"'{path}' is missing; download the folder again") from None
+    if length > _HEADER_BYTES:
+        raise ValueError(
+            f"'{path}' is cut short or damaged (its header would be of {length} bytes); download it"
+            " again"
+        )
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"'{path}' is cut short or damaged ({one_line(str(error))}); download it again"
+    )
+
+
+def _begins(path: Path) -> dict[str, int]:
+    """Where in a file that the library has read each tensor begins."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        begin = 8 + length + json.loads(file.read(length))[name]["data_offsets"][0]
-    row = math.prod(shape[1:]) * dtype.itemsize
+        header = json.loads(file.read(length))
+    return {
+        name: 8 + length + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _raw_reader(
+    path: Path, name: str, dtype: np.dtype, shape: list[int], begin: int
+) -> Callable[..., np.ndarray]:
+    """Reads the bytes of a type that numpy does not have and the library cannot give it."""
+    row = math.prod(shape[1:])
 
     def read(start: int | None = None, stop: int | None = None) -> np.ndarray:
         if start is None:
-            return np.fromfile(path, dtype, math.prod(shape), offset=begin).reshape(shape)
-        flat = np.fromfile(path, dtype, (stop - start) * row, offset=begin + start * row)
-        return flat.reshape(stop - start, *shape[1:])
+            first, wanted = 0, tuple(shape)
+        else:
+            first, wanted = start, (stop - start, *shape[1:])
+        count = math.prod(wanted)
+        flat = np.fromfile(path, dtype, count, offset=begin + first * row * dtype.itemsize)
+        if flat.size != count:
+            raise ValueError(f"'{path}' was cut short while tensor '{name}' was read")
+        return flat.reshape(wanted)
 
     return read
 
@@ -86,6 +137,7 @@ def _raw_reader(
 def _dtype(path: Path, name: str, code: str) -> np.dtype:
     if code not in _READABLE:
         known = ", ".join([*DTYPES, *FLOAT8])
+        code = one_line(str(code))
         raise ValueError(f"'{path}': tensor '{name}' is of type {code}; only {known} can be read")
     return _READABLE[code]
 
@@ -117,10 +169,12 @@ def read_folder(folder: Path, stem: str, variant: str = variants.PLAIN) -> Tenso
     path = folder / found[chosen]
     if path.suffix == ".safetensors":
         return read_file(path)
-    try:
-        files = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise ValueError(f"'{path}' is no index of shards ({error!r}); download it again") from None
+    files = sorted(set(read_json(path, _Index, fix="download it again")["weight_map"].values()))
+    for file in files:
+        if not _SHARD.fullmatch(file):
+            raise ValueError(
+                f"'{path}' names {shown(file)}, which is no file beside it; download it again"
+            )
     return merged((folder / file, read_file(folder / file)) for file in files)
 
 

@@ -1,7 +1,8 @@
 """The programs of a model card: they draw with exported weights, with torch and diffusers alone.
 
-Pieces of Python text; `$names` stand for values of the card. Folders of diffusers are for its own
-pipelines; for single files and adapters a program makes the network and walks the schedule.
+Pieces of Python text; `$names` stand for numbers of the card, or for other pieces. Folders of
+diffusers are for its own pipelines; for single files and adapters a program makes the network and
+walks the schedule.
 """
 
 HEAD = """
@@ -91,6 +92,9 @@ def network(x, t, sequence, pooled, guidance):
         return_dict=False,
     )[0]
 '''
+
+EMBEDS = "torch.full((len(x),), float(guidance))"
+EMBEDS_SCALED = "torch.full((len(x),), float(guidance) * $guidance_share)"
 
 DECODE = '''
 def decode(x):

@@ -21,14 +21,19 @@ from jax_distill.interop import (
 from jax_distill.interop.key_table import KeyTable
 from jax_distill.interop.parts import Part
 from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
+from jax_distill.quoting import shown
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _HUB_FILES = [
     diffusers_folder.INDEX,
     *(f"{folder}/*.json" for folder in diffusers_folder.SUBFOLDERS.values()),
     *(f"{folder}/*.safetensors" for folder in diffusers_folder.SUBFOLDERS.values()),
-    *(f"{folder}/*" for folder in diffusers_folder.TOKENIZERS),
-    f"{diffusers_folder.SCHEDULER}/*",
+    *(
+        f"{folder}/{name}"
+        for folder in diffusers_folder.TOKENIZERS
+        for name in diffusers_folder.TOKENIZER_FILES
+    ),
+    f"{diffusers_folder.SCHEDULER}/*.json",
 ]
 _SAFETENSORS = (".safetensors", ".sft")
 _TORCH = (".pt", ".pth", ".bin", ".ckpt")
@@ -112,7 +117,7 @@ def read(
         return _folder(path, dtype, variant)
     if variant:
         raise ValueError(f"--variant: '{path}' is one file, which has none; leave it out")
-    return _file(path, base["axes_dims_rope"] if base else None, dtype)
+    return _file(path, base.get("axes_dims_rope") if base else None, dtype)
 
 
 def _folder(path: Path, dtype: np.dtype | None, variant: str) -> Source:
@@ -169,8 +174,8 @@ def _told(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
     told = {name: values[name] for name in flux_config.OWN_KEYS if name in values}
     for name in told.keys() & flux_config.FACTORS.keys():
         try:
-            told[name] = float(told[name])
-        except (TypeError, ValueError):
-            message = f"'{where}': {name} is {told[name]!r}, no number; mend it there"
-            raise ValueError(message) from None
+            told[name] = flux_config.factor(name, told[name])
+        except ValueError:
+            message = f"{name} is {shown(told[name])}, no number above 0; mend it there"
+            raise ValueError(f"'{where}': {message}") from None
     return told

@@ -4,126 +4,41 @@ Such a file is a zip archive, not compressed: `data.pkl` holds the objects, in w
 call of `torch._utils._rebuild_tensor_v2` on a place in a storage, and `data/<key>` has a storage's
 bytes; `_rebuild_tensor_v3` takes types for which there is no storage, such as float8. Unpickling
 can run any code; here the objects may be dicts, lists, numbers, text and tensors, and whatever else
-the pickle names is refused.
+the pickle names is refused (see `pickles`).
 
 Source: `torch.serialization`, version 3 of the format (PyTorch 1.6 and later).
 """
 
-import collections
+import io
 import math
 import pickle
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from jax_distill.interop import unreadable
-from jax_distill.interop.tensors import FLOAT8, Tensor, Tensors
+from jax_distill.files import FileError, check_regular
+from jax_distill.interop import pickles, unreadable
+from jax_distill.interop.pickles import STORAGES, View
+from jax_distill.interop.tensors import Tensor, Tensors
+from jax_distill.quoting import one_line, shown
 
-_STORAGES = {
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "HalfStorage": np.dtype(np.float16),
-    "FloatStorage": np.dtype(np.float32),
-    "DoubleStorage": np.dtype(np.float64),
-    "LongStorage": np.dtype(np.int64),
-    "IntStorage": np.dtype(np.int32),
-    "ShortStorage": np.dtype(np.int16),
-    "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8),
-    "BoolStorage": np.dtype(np.bool_),
-}
-_BYTES = "UntypedStorage"
-_NEW_TYPES = {str(dtype): dtype for dtype in FLOAT8.values()}  # PyTorch's names, and numpy's
-_STORAGE_NAMES = {dtype: name for name, dtype in _STORAGES.items()}
+_STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 _ARCHIVE = "archive"  # the folder in the zip; its name does not matter
 _ALIGNMENT = 64  # of storages, for torch.load(mmap=True)
+_MOST_AT_ONCE = pickles.MOST_BYTES  # of the pickle, and of the list of entries; FLUX has 0.1 MB
 
 
-class _Refused(Exception):
-    """What the pickle asks for is no tensor."""
+class _Archive(io.BufferedReader):
+    """A file for `zipfile`, which reads the list of the entries at once, whatever its length."""
 
-
-class _Storage(NamedTuple):
-    dtype: np.dtype
-    key: str
-    count: int  # elements
-
-
-class _View(NamedTuple):
-    """A tensor: the part of a storage that offset, shape and strides (in elements) mark."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-class _RebuildTensor:
-    __slots__ = ()
-
-    def __call__(self, storage, offset, shape, strides, *unused):
-        del unused  # whether it has a gradient, and its hooks
-        shape, strides = tuple(shape), tuple(strides)
-        numbers = (offset, *shape, *strides)
-        if not isinstance(storage, _Storage) or not all(_is_count(n) for n in numbers):
-            raise _Refused("a tensor that is none")
-        return _View(storage, offset, shape, strides)
-
-
-class _RebuildTypedTensor:
-    __slots__ = ()
-
-    def __call__(self, storage, offset, shape, strides, gradient, hooks, dtype, *unused):
-        del unused  # metadata
-        untyped = isinstance(storage, _Storage) and storage.dtype == np.uint8
-        if not (untyped and type(dtype) is str and dtype in _NEW_TYPES):
-            raise _Refused("a tensor that is none")
-        dtype = _NEW_TYPES[dtype]
-        storage = _Storage(dtype, storage.key, storage.count // dtype.itemsize)
-        return _RebuildTensor()(storage, offset, shape, strides, gradient, hooks)
-
-
-class _RebuildParameter:
-    __slots__ = ()
-
-    def __call__(self, view, *unused):
-        del unused
-        return view
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**62
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the names that a state dict needs and no others.
-
-    A pickle may also change the state of what it names: none of these has one.
-    """
-
-    _KNOWN = {
-        ("collections", "OrderedDict"): collections.OrderedDict,
-        ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
-        ("torch._utils", "_rebuild_tensor_v3"): _RebuildTypedTensor(),
-        ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
-        ("torch.storage", _BYTES): _BYTES,
-        **{("torch", name): name for name in (*_STORAGES, *_NEW_TYPES)},
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._KNOWN:
-            raise _Refused(f"{module}.{name}")
-        return self._KNOWN[module, name]
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, name, key, _, count = pid
-        known = kind == "storage" and type(name) is str and name in (*_STORAGES, _BYTES)
-        if not (known and type(key) is str and _is_count(count)):
-            raise _Refused("a storage that is none")
-        return _Storage(_STORAGES.get(name, np.dtype(np.uint8)), key, count)
+    def read(self, size: int = -1) -> bytes:
+        content = super().read(min(size, _MOST_AT_ONCE + 1) if size >= 0 else _MOST_AT_ONCE + 1)
+        if len(content) > _MOST_AT_ONCE:
+            raise zipfile.BadZipFile("its list of entries is longer than that of any weights")
+        return content
 
 
 def read_file(path: Path, key: str = "module") -> Tensors:
@@ -139,68 +54,99 @@ def read_file(path: Path, key: str = "module") -> Tensors:
     """
     objects, places = _open(path)
     state = objects.get(key, objects) if isinstance(objects, dict) else None
-    if not isinstance(state, dict) or not any(isinstance(x, _View) for x in state.values()):
+    if not isinstance(state, dict) or not any(isinstance(x, View) for x in state.values()):
         raise ValueError(f"'{path}' holds no state dict, neither as it is nor under {key!r}")
     unreadable.check_names(str(path), [name for name in state if isinstance(name, str)])
     tensors = {}
     for name, view in state.items():
-        if not (isinstance(name, str) and isinstance(view, _View)):
-            raise ValueError(f"'{path}': {name!r} is no tensor; the file is no student's")
+        if not (isinstance(name, str) and isinstance(view, View)):
+            raise ValueError(f"'{path}': {shown(name)} is no tensor; the file is no student's")
         tensors[name] = _tensor(path, name, view, places)
     return tensors
 
 
 def has_key(path: Path, key: str = "module") -> bool:
     """Whether the state dict of a file that `read_file` can read is under a key."""
-    return key in _open(path)[0]
+    objects = _open(path)[0]
+    return isinstance(objects, dict) and isinstance(objects.get(key), dict)
 
 
 def _open(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
     """The objects in a file, and where in it each storage's bytes are: (offset, count)."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            if "data.pkl" not in infos:
-                raise ValueError(f"'{path}' is a zip archive, but none of torch.save")
-            places, size = {}, path.stat().st_size
-            with path.open("rb") as file:
-                for name, info in infos.items():
-                    if info.compress_type != zipfile.ZIP_STORED:
-                        raise ValueError(f"'{path}': '{name}' is compressed; save it with PyTorch")
-                    # The local header has a length of its own.
-                    file.seek(info.header_offset + 26)
-                    start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
-                    if start + info.file_size > size or info.file_size != info.compress_size:
-                        raise zipfile.BadZipFile(f"'{name}' is longer than the file")
-                    places[name.removeprefix("data/")] = (start, info.file_size)
-            if "byteorder" in infos and archive.read(infos["byteorder"]) != b"little":
-                raise ValueError(f"'{path}' is big-endian, which cannot be read")
-            with archive.open(infos["data.pkl"]) as file:
-                return _Unpickler(file).load(), places
+        check_regular(path)
+        with _Archive(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
+            places = _places(path, file, archive.infolist())
+            if "byteorder" in places and _entry(file, places["byteorder"]) != b"little":
+                raise FileError(f"'{path}' is big-endian, which cannot be read")
+            return pickles.load(_entry(file, places["data.pkl"])), {
+                name.removeprefix("data/"): place for name, place in places.items()
+            }
     except FileNotFoundError:
         raise ValueError(f"there is no file '{path}'") from None
     except zipfile.BadZipFile as error:
         raise ValueError(
             f"'{path}' is cut short, or no file of torch.save ({error}); download it again"
         ) from None
-    except _Refused as error:
+    except pickles.Refused as error:
         raise ValueError(
-            f"'{path}' asks for {error}, which a file of weights does not; it was not run, and"
-            " the file cannot be trusted"
+            f"'{path}' asks for {one_line(str(error))}, which a file of weights does not; it was"
+            " not run, and the file cannot be trusted"
         ) from None
-    except ValueError:
+    except (FileError, OSError):
         raise
     except Exception as error:  # a damaged pickle raises all kinds
-        raise ValueError(f"'{path}' is damaged ({error!r}); download it again") from None
+        raise ValueError(f"'{path}' is damaged ({shown(error)}); download it again") from None
 
 
-def _tensor(path: Path, name: str, view: _View, places: dict[str, tuple[int, int]]) -> Tensor:
+def _places(
+    path: Path, file: io.BufferedReader, infos: list[zipfile.ZipInfo]
+) -> dict[str, tuple[int, int]]:
+    """Where in a file the bytes of each entry are: (offset, count)."""
+    places: dict[str, tuple[int, int]] = {}
+    size = path.stat().st_size
+    for info in infos:
+        name = info.filename.partition("/")[2]
+        if info.compress_type != zipfile.ZIP_STORED:
+            raise FileError(f"'{path}': '{one_line(name)}' is compressed; save it with PyTorch")
+        if not 0 <= info.header_offset < size:
+            raise zipfile.BadZipFile(f"'{one_line(name)}' is not in the file")
+        # The local header has a length of its own.
+        file.seek(info.header_offset + 26)
+        start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+        if start + info.file_size > size or info.file_size != info.compress_size:
+            raise zipfile.BadZipFile(f"'{one_line(name)}' is longer than the file")
+        if name in places:
+            raise zipfile.BadZipFile(f"'{one_line(name)}' is in it twice")
+        places[name] = start, info.file_size
+    if "data.pkl" not in places:
+        raise FileError(f"'{path}' is a zip archive, but none of torch.save")
+    for name in places.keys() & {"data.pkl", "byteorder"}:
+        if places[name][1] > pickles.MOST_BYTES:
+            raise FileError(f"'{path}': its '{name}' is longer than that of any weights")
+    end = 0
+    for start, count in sorted(places.values()):
+        if start < end:
+            raise zipfile.BadZipFile("its entries overlap")
+        end = start + count
+    return places
+
+
+def _entry(file: io.BufferedReader, place: tuple[int, int]) -> bytes:
+    file.seek(place[0])
+    return file.read(place[1])
+
+
+def _tensor(path: Path, name: str, view: View, places: dict[str, tuple[int, int]]) -> Tensor:
     dtype, key, count = view.storage
+    # A stride of 0 makes much of little; tensors of state dicts have each element once.
+    once = math.prod(view.shape) <= count
     start, available = places.get(key, (0, 0))
     empty = 0 in view.shape
     last = view.offset + sum((n - 1) * step for n, step in zip(view.shape, view.strides))
     if not empty and not (
         len(view.shape) == len(view.strides)
+        and once
         and last < count
         and count * dtype.itemsize <= available
     ):

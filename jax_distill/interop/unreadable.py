@@ -5,6 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jax_distill.files import check_regular
+from jax_distill.quoting import one_line, shown
+
 _PLAIN = "give the network in bfloat16, float16, float32 or float8 instead"
 _KINDS = (
     (
@@ -34,6 +37,7 @@ _KINDS = (
         "is an IP-Adapter, no transformer of FLUX; give the network that it goes beside",
     ),
 )
+_LONGEST_NAME = 300  # characters
 _PATTERNS = [(re.compile(pattern), words) for pattern, words in _KINDS]
 _OTHERS = (
     (re.compile(r".*\b(text_model|encoder\.block|transformer\.resblocks)\..*"), "a text encoder"),
@@ -44,11 +48,18 @@ _OTHERS = (
 def check_names(where: str, names: Iterable[str]) -> None:
     """Raises ValueError when tensors of these names are quantised, an adapter or a side network.
 
+    So it does for names that no tensor has, which would break lines of messages.
+
     Args:
       where: the file, for messages.
       names: of all of its tensors.
     """
     for name in names:
+        if len(name) > _LONGEST_NAME or not name.isprintable():
+            raise ValueError(
+                f"'{where}' has a tensor {shown(name)}, which is no tensor's name; download it"
+                " again"
+            )
         for pattern, words in _PATTERNS:
             if pattern.fullmatch(name):
                 raise ValueError(f"'{where}' {words} (it has a tensor '{name}')")
@@ -57,6 +68,7 @@ def check_names(where: str, names: Iterable[str]) -> None:
 def check_file(path: Path) -> None:
     """Raises ValueError when a file is of a format that has no reader here."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             begin = file.read(4)
     except FileNotFoundError:
@@ -72,6 +84,7 @@ def check_config(path: Path, values: Mapping[str, Any]) -> None:
     """Raises ValueError when a model's config.json says that its weights are quantised."""
     if (settings := values.get("quantization_config")) is not None:
         method = settings.get("quant_method", "?") if isinstance(settings, Mapping) else settings
+        method = one_line(str(method)) if isinstance(method, str) else shown(method)
         raise ValueError(
             f"'{path}' says that its weights are quantised ({method}), which is not read here;"
             f" {_PLAIN}"

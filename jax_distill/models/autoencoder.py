@@ -13,7 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_distill.models.sizes import check_positive, check_size, check_sizes, checked_sequence
+from jax_distill.quoting import shown
+
 _EPSILON = 1e-6
+_MOST_LEVELS, _MOST_BLOCKS = 8, 8  # more than any autoencoder has; each takes its time to be made
 
 # _PARITY[p, a, i] = 1 where entry i of a kernel over a doubled axis reads input a of its two, for
 # outputs of parity p.
@@ -57,8 +61,18 @@ class AutoencoderConfig:
     shift_factor: float = 0.1159
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block_out_channels", tuple(self.block_out_channels))
+        widths = checked_sequence(
+            "block_out_channels", self.block_out_channels, longest=_MOST_LEVELS
+        )
+        object.__setattr__(self, "block_out_channels", widths)
+        check_sizes(self, ("in_channels", "latent_channels", "norm_num_groups"))
+        check_size("layers_per_block", self.layers_per_block, most=_MOST_BLOCKS)
+        check_positive(self, ("scaling_factor",))
+        shift = self.shift_factor
+        if isinstance(shift, bool) or not isinstance(shift, int | float) or not abs(shift) < 1e30:
+            raise ValueError(f"shift_factor: {shown(shift)} is not a finite number")
         for width in self.block_out_channels:
+            check_size("block_out_channels", width)
             if width % self.norm_num_groups:
                 raise ValueError(
                     f"block_out_channels: {width} is not a multiple of norm_num_groups="
@@ -85,14 +99,16 @@ class AutoencoderConfig:
         if missing := [name for name in names if name not in values]:
             raise ValueError(f"autoencoder config: {missing[0]!r} is missing.")
         given = {name: values[name] for name in names}
-        config = cls(**given | {"shift_factor": given["shift_factor"] or 0.0})
+        if given["shift_factor"] is None:
+            given["shift_factor"] = 0.0
+        config = cls(**given)
         for key, expected in _FIXED.items():
             want, got = expected(config), values.get(key)
             if isinstance(got, tuple):
                 got = list(got)
             if got != want and key in values:
                 raise ValueError(
-                    f"autoencoder config: {key}={got!r} is not supported; only {want!r} is."
+                    f"autoencoder config: {key}={shown(got)} is not supported; only {want!r} is."
                 )
         return config
 

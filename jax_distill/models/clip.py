@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_distill.models.binding import binder, parameters
-from jax_distill.models.layers import Layers, attend, check_sizes, scan, split_heads
+from jax_distill.models.layers import Layers, attend, scan, split_heads
+from jax_distill.models.sizes import MOST_WORDS, check_positive, check_size, check_sizes
+from jax_distill.quoting import shown
 
 # An eos_token_id of 2 is not the end token's id but the mark of configs that transformers wrote
 # wrongly until 2023 (FLUX's among them); theirs is the highest id of the vocabulary.
@@ -77,17 +79,17 @@ class ClipConfig:
     eos_token_id: int = LEGACY_EOS
 
     def __post_init__(self) -> None:
-        if not isinstance(self.eos_token_id, int):
-            raise ValueError(f"eos_token_id: {self.eos_token_id!r} is not one token id")
+        check_size("eos_token_id", self.eos_token_id, least=0, most=MOST_WORDS)
         check_sizes(self, _SIZES)
+        check_positive(self, ("layer_norm_eps",))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads: {self.num_attention_heads} does not divide"
                 f" hidden_size={self.hidden_size}"
             )
-        if self.hidden_act not in ACTIVATIONS:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             raise ValueError(
-                f"hidden_act: {self.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}"
+                f"hidden_act: {shown(self.hidden_act)} is not one of {', '.join(ACTIVATIONS)}"
             )
 
     @classmethod
@@ -107,7 +109,7 @@ class ClipConfig:
                 raise ValueError(f"CLIP config: {name!r} is missing.")
         if values["model_type"] != "clip_text_model":
             raise ValueError(
-                f"CLIP config: model_type={values['model_type']!r} is not supported; only"
+                f"CLIP config: model_type={shown(values['model_type'])} is not supported; only"
                 " 'clip_text_model' is."
             )
         return cls(**{name: values[name] for name in names})

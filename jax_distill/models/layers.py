@@ -5,24 +5,12 @@ residual streams, is wide: float32, or float64 if that is the type of the comput
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-
-
-def check_sizes(config: Any, names: Iterable[str]) -> None:
-    """Checks that fields of a configuration are positive integers.
-
-    Raises:
-      ValueError: names the first field that is not.
-    """
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: {value!r} is not an integer of at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,12 +22,28 @@ from flax import nnx
 from jax_distill.flow import Network, Text
 from jax_distill.models import lora
 from jax_distill.models.binding import binder, parameters
+from jax_distill.models.sizes import (
+    DEEPEST,
+    check_flags,
+    check_positive,
+    check_size,
+    check_sizes,
+    checked_sequence,
+)
 from jax_distill.ops.attention import IMPLEMENTATIONS, attention
 from jax_distill.ops.placement import constrain
 
 TIME_FREQUENCIES = 256  # channels of the sinusoidal features of time, guidance and interval
 MLP_RATIO = 4
 NORM_EPSILON = 1e-6
+
+_WIDTHS = (
+    "in_channels",
+    "attention_head_dim",
+    "num_attention_heads",
+    "joint_attention_dim",
+    "pooled_projection_dim",
+)
 
 REMAT_POLICIES: Mapping[str, Any] = {
     "none": None,
@@ -64,7 +80,15 @@ class MMDiTConfig:
     attention: str = "auto"
 
     def __post_init__(self):
-        object.__setattr__(self, "axes_dims_rope", tuple(self.axes_dims_rope))
+        axes = checked_sequence("axes_dims_rope", self.axes_dims_rope, longest=3)
+        object.__setattr__(self, "axes_dims_rope", axes)
+        check_sizes(self, _WIDTHS)
+        for name in ("num_layers", "num_single_layers"):
+            check_size(name, getattr(self, name), least=0, most=DEEPEST)
+        for width in axes:
+            check_size("axes_dims_rope", width, least=0)
+        check_flags(self, ("guidance_embeds", "interval_embeds"))
+        check_positive(self, ("time_scale", "guidance_factor", "rope_theta"))
         if sum(self.axes_dims_rope) != self.attention_head_dim:
             raise ValueError(
                 f"axes_dims_rope: {self.axes_dims_rope} must add up to attention_head_dim, "
@@ -72,9 +96,6 @@ class MMDiTConfig:
             )
         if any(width % 2 for width in self.axes_dims_rope):
             raise ValueError(f"axes_dims_rope: {self.axes_dims_rope} must all be even")
-        for name in ("time_scale", "guidance_factor"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not a positive number")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat: {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
         if self.attention not in IMPLEMENTATIONS:

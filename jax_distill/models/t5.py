@@ -24,7 +24,9 @@ import numpy as np
 from flax import nnx
 
 from jax_distill.models.binding import binder, parameters
-from jax_distill.models.layers import Layers, attend, check_sizes, scan, split_heads
+from jax_distill.models.layers import Layers, attend, scan, split_heads
+from jax_distill.models.sizes import check_positive, check_sizes
+from jax_distill.quoting import shown
 
 _SIZES = (
     "vocab_size",
@@ -75,6 +77,7 @@ class T5Config:
 
     def __post_init__(self) -> None:
         check_sizes(self, _SIZES)
+        check_positive(self, ("layer_norm_epsilon",))
         buckets = self.relative_attention_num_buckets
         if buckets < 4 or buckets % 2:
             raise ValueError(
@@ -107,7 +110,8 @@ class T5Config:
         for name, expected in _FIXED.items():
             if values[name] != expected:
                 raise ValueError(
-                    f"T5 config: {name}={values[name]!r} is not supported; only {expected!r} is."
+                    f"T5 config: {name}={shown(values[name])} is not supported; only {expected!r}"
+                    " is."
                 )
         return cls(**{name: values[name] for name in names})
 

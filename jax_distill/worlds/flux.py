@@ -24,9 +24,12 @@ from jax_distill.models.autoencoder import Autoencoder, AutoencoderConfig
 from jax_distill.models.binding import parameters
 from jax_distill.models.latents import LatentCodec
 from jax_distill.models.text_encoders import Part, TextEncoders
+from jax_distill.quoting import shown
 
+_LARGEST_SHIFT = 50.0  # of mu: times are shifted by e^mu
 # What diffusers' FlowMatchEulerDiscreteScheduler can also do, and the only value that we follow.
 _FIXED = {
+    "num_train_timesteps": 1000,
     "time_shift_type": "exponential",
     "shift_terminal": None,
     "invert_sigmas": False,
@@ -258,16 +261,24 @@ def schedule_shift(scheduler: Mapping[str, Any] | None, tokens: int) -> float:
         return flow.flux_shift(tokens)
     for key, expected in _FIXED.items():
         if (found := scheduler.get(key, expected)) != expected:
-            raise ValueError(f"scheduler: {key}={found!r} is not supported; only {expected!r} is")
+            raise ValueError(
+                f"scheduler: {key}={shown(found)} is not supported; only {expected!r} is"
+            )
     if not scheduler.get("use_dynamic_shifting", False):
         return math.log(scheduler.get("shift", 1.0))
-    return flow.flux_shift(
+    shift = flow.flux_shift(
         tokens,
         scheduler.get("base_shift", 0.5),
         scheduler.get("max_shift", 1.15),
         scheduler.get("base_image_seq_len", 256),
         scheduler.get("max_image_seq_len", 4096),
     )
+    if abs(shift) > _LARGEST_SHIFT:
+        raise ValueError(
+            f"scheduler: at {tokens} tokens its shift is {shift:.3g}, which leaves no time but one;"
+            " mend scheduler_config.json and port it again"
+        )
+    return shift
 
 
 def load_stored(folder: Path, name: str, like: dict, mesh: Mesh | None = None) -> dict:

@@ -1,0 +1,48 @@
+"""diffusers' scheduler_config.json: what is read of it, and within which bounds."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, TypedDict
+
+from msgspec import Meta
+
+from jax_distill.files import FileError, check_finite_numbers, check_kind
+
+EULER = "FlowMatchEulerDiscreteScheduler"
+
+_Name = Annotated[str, Meta(pattern=r"\A[A-Za-z_]\w{0,99}\Z")]
+_Shift = Annotated[float, Meta(ge=-20, le=20)]  # mu, of which e^mu is taken
+_Tokens = Annotated[int, Meta(ge=1, le=2**20)]
+
+
+class SchedulerConfig(TypedDict, total=False):
+    """The keys that mean something here; others are kept as they are."""
+
+    _class_name: _Name
+    num_train_timesteps: Annotated[int, Meta(ge=1, le=10**6)]
+    shift: Annotated[float, Meta(gt=0, le=10**6)]
+    use_dynamic_shifting: bool
+    base_shift: _Shift
+    max_shift: _Shift
+    base_image_seq_len: _Tokens
+    max_image_seq_len: _Tokens
+
+
+def check(values: Mapping[str, Any], *, where: str, fix: str) -> None:
+    """Checks the types and sizes of a scheduler's config.
+
+    Args:
+      values: diffusers' keys.
+      where: begins the message, such as "'scheduler_config.json'".
+      fix: ends it.
+
+    Raises:
+      FileError: a value is of another type, not finite or out of bounds.
+    """
+    check_kind(values, SchedulerConfig, where=where, fix=fix)
+    check_finite_numbers(values, where=where, fix=fix)
+    lengths = (values.get("base_image_seq_len", 256), values.get("max_image_seq_len", 4096))
+    if lengths[0] >= lengths[1]:
+        raise FileError(
+            f"{where}: base_image_seq_len={lengths[0]} is not below max_image_seq_len={lengths[1]};"
+            f" {fix}"
+        )
