@@ -10,7 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jax_distill import adapters, worlds
+from jax_distill import adapters, streams, worlds
 from jax_distill.config import ConfigError
 from jax_distill.flow import Network, Text
 from jax_distill.models import lora, mmdit
@@ -28,6 +28,9 @@ from jax_distill.objectives.teacher import (
 from jax_distill.objectives.time_rescale import TimeRescale
 
 PATCH = 16  # pixels along a side of a token: eight of the autoencoder's, two of the packing
+
+MOST_PIXELS = 2**14
+"""Along a side of a picture; FLUX's are of 2^11."""
 
 OBJECTIVES = {
     "flow_matching": FlowMatching,
@@ -71,7 +74,8 @@ def network(config: ConfigDict, resolution: tuple[int, int] | None = None) -> Ne
 
 def initial_parameters(config: ConfigDict) -> dict:
     """Fresh parameters of the network, from the seed."""
-    return mmdit.initial_parameters(network_config(config), nnx.Rngs(config.seed))
+    with streams.default_settings():
+        return mmdit.initial_parameters(network_config(config), nnx.Rngs(streams.key(config.seed)))
 
 
 def objective(
@@ -196,7 +200,7 @@ def abstract_loss(config: ConfigDict, teacher: ConfigDict | None = None) -> tupl
     size = config.batch_size // config.accumulate
 
     def arguments():
-        key = jax.random.key(config.seed)
+        key = streams.key(config.seed)
         params = method.init(key, initial_parameters(config))
         null, text = (text_like(config, count) for count in (1, size))
         frozen = {"null": null, "average": params}
@@ -223,11 +227,13 @@ def token_grid(resolution: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of the tokens of a picture.
 
     Raises:
-      ValueError: the height or the width is no multiple of 16 pixels.
+      ValueError: the height or the width is no multiple of 16 pixels, or more than `MOST_PIXELS`.
     """
     for name, size in zip(("height", "width"), resolution):
         if size < 1 or size % PATCH:
             raise ValueError(f"{name}: {size} is no multiple of {PATCH} pixels")
+        if size > MOST_PIXELS:
+            raise ValueError(f"{name}: {size} is more than the {MOST_PIXELS} pixels that are drawn")
     return resolution[0] // PATCH, resolution[1] // PATCH
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jax_distill import cells, commands
+from jax_distill import cells, commands, streams
 from jax_distill.train import Interrupted, Signals
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the study's configuration.")
@@ -24,6 +24,9 @@ def main(argv: list[str]) -> None:
         raise ValueError("--config: give a study's file, such as configs/study.py")
     if not (config.rows and config.seeds):
         raise ValueError("rows, seeds: a study needs one of each or more")
+    for seed in config.seeds:
+        streams.check_seed(seed, "seeds")
+    streams.check_seed(config.data_seed, "data_seed")
     for row, file, *_ in config.rows:
         if not Path(file).is_file():
             raise ValueError(f"rows.{row}: there is no file '{file}'")

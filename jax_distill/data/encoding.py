@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from jax_distill import streams
 from jax_distill.data import folder, records, shapes
 from jax_distill.flow import Text
 
@@ -120,7 +121,7 @@ def encode_folder(
             batch = pictures[start : start + EMBEDDED_BATCH]
             rows = [*batch, *batch[:1] * (EMBEDDED_BATCH - len(batch))]  # one shape compiles
             images = np.stack([folder.read(row.path, *resolution) for row in rows])
-            key = None if seed is None else jax.random.fold_in(jax.random.key(seed), start)
+            key = None if seed is None else jax.random.fold_in(streams.key(seed), start)
             latents = np.asarray(encode(images, key=key), np.float16)
             text = _half(embed([row.caption for row in rows]))
             for row, *fields in zip(batch, latents, *text):
