@@ -81,8 +81,8 @@ def _reader_is_gone() -> bool:
 def explain(error: Exception) -> str | None:
     """One sentence for what a user can mend; None for a fault, which needs its trace."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-        asked = re.search(r"allocat\w* (?:of )?(\d+) bytes", str(error))
-        size = f" ({int(asked[1]) / 2**30:.3g} GiB were asked for)" if asked else ""
+        asked = re.search(r"allocat\w+ ([\d.]+) (bytes|[KMGTPE]iB)", str(error))
+        size = f" ({asked[1]} {asked[2]} were asked for)" if asked else ""
         return f"out of memory{size}; take a smaller batch or smaller pictures, or more devices"
     return str(error) if _mendable(error) else None
 
