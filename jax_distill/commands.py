@@ -6,6 +6,7 @@ import itertools
 import math
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -69,13 +70,9 @@ def _end(line: str, code: int) -> NoReturn:
 
 def _reader_is_gone() -> bool:
     """Whether what reads stdout, such as `head`, has ended."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def explain(error: Exception) -> str | None:

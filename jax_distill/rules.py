@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jax_distill import adapters, build, rounding, worlds
+from jax_distill import adapters, build, rounding, streams, worlds
 from jax_distill.config import ConfigError
+from jax_distill.draw_settings import MOST_STEPS
 
 Rule = tuple[Sequence[str], Callable[[Any], bool], str]
 """Keys, what must hold of their values, and how that is said."""
@@ -44,6 +45,7 @@ _NOT_NEGATIVE = (
 _SHARES = ("ema_decay", "optimizer.b1", "optimizer.b2")
 _SEEDS = ("seed", "data.seed")
 _STEP_COUNTS = ("evaluation.student_steps", "evaluation.teacher_steps")
+_RESOLUTION = f"a height and a width, multiples of {build.PATCH} up to {build.MOST_PIXELS} pixels"
 _CHOICES = {
     "on_nonfinite": ("stop", "skip"),
     "dtype": ("float32", "bfloat16"),
@@ -61,11 +63,13 @@ def of_runs() -> Iterable[Rule]:
     yield _POSITIVE, lambda value: 0 < value < math.inf, "positive"
     yield _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "zero or more"
     yield _SHARES, lambda value: 0 <= value < 1, "at least 0 and less than 1"
-    yield _SEEDS, lambda value: 0 <= value < 2**32, "at least 0 and less than 2^32"
+    yield _SEEDS, lambda value: 0 <= value <= streams.MOST_SEED, "at least 0 and less than 2^32"
     yield ("optimizer.decay_share",), lambda value: 0 <= value <= 1, "from 0 to 1"
     yield ("name",), bool, "a word; it names the default workdir"
-    yield ("data.resolution",), _is_resolution, "a height and a width, multiples of 16 pixels"
-    yield _STEP_COUNTS, lambda value: min(value) > 0, "a list of positive numbers"
+    yield ("data.resolution",), _is_resolution, _RESOLUTION
+    steps = f"a list of positive numbers up to {MOST_STEPS}"
+    yield _STEP_COUNTS, lambda value: 0 < min(value) and max(value) <= MOST_STEPS, steps
+    yield ("samples.teacher_steps",), lambda value: value <= MOST_STEPS, f"at most {MOST_STEPS}"
     for key, known in _CHOICES.items():
         yield (key,), known.__contains__, f"one of {', '.join(filter(None, known))}"
 
@@ -91,4 +95,5 @@ def of_objectives() -> Iterable[Rule]:
 
 
 def _is_resolution(value: Sequence[int]) -> bool:
-    return len(value) == 2 and all(size > 0 and size % build.PATCH == 0 for size in value)
+    sizes = range(build.PATCH, build.MOST_PIXELS + 1, build.PATCH)
+    return len(value) == 2 and all(size in sizes for size in value)
