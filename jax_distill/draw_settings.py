@@ -80,7 +80,7 @@ def guidance(value: Any, config: ConfigDict) -> float:
             " guidance scale and is drawn from without classifier-free guidance; leave it out"
         )
     number = _real(value)
-    if takes and not (0 <= number and np.isfinite(np.float32(min(number, 1e39)))):
+    if takes and not 0 <= number <= np.finfo(np.float32).max:
         raise ValueError(f"{name}: {value!r} is not a finite number of zero or more")
     return number
 

@@ -62,6 +62,7 @@ def of_runs() -> Iterable[Rule]:
     """Keys, what must hold of their values, and how that is said."""
     yield _POSITIVE, lambda value: 0 < value < math.inf, "positive"
     yield _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "zero or more"
+    yield (*_POSITIVE, *_NOT_NEGATIVE), _fits, "less than 2^31"
     yield _SHARES, lambda value: 0 <= value < 1, "at least 0 and less than 1"
     yield _SEEDS, lambda value: 0 <= value <= streams.MOST_SEED, "at least 0 and less than 2^32"
     yield ("optimizer.decay_share",), lambda value: 0 <= value <= 1, "from 0 to 1"
@@ -84,6 +85,7 @@ def of_objectives() -> Iterable[Rule]:
     yield keys(positive), lambda value: 0 < value < math.inf, "positive"
     at_least = "tangent_warmup discrete_warmup loss_power weight_power"
     yield keys(at_least), lambda value: 0 <= value < math.inf, "zero or more"
+    yield keys(at_least), _fits, "less than 2^31"
     shares = "equal_share drop_rate mix_from mix_to"
     yield keys(shares), lambda value: 0 <= value <= 1, "from 0 to 1"
     numbers = "time_mean angle_mean weight_offset omega kappa time_shift"
@@ -92,6 +94,11 @@ def of_objectives() -> Iterable[Rule]:
     yield keys("middle_angle"), lambda value: 0 < value < math.pi / 2, "between 0 and pi / 2"
     scales = "a list of finite numbers"
     yield keys("guidance_scales"), lambda value: all(map(math.isfinite, value)) and value, scales
+
+
+def _fits(value: float) -> bool:
+    """Whether a number fits the type that steps are counted in; only whole ones may not."""
+    return not isinstance(value, int) or value < 2**31
 
 
 def _is_resolution(value: Sequence[int]) -> bool:

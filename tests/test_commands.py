@@ -107,6 +107,11 @@ def one_sentence(error):
         ([SCM, "--config.evaluation.teacher_steps=4,10001"], "teacher_steps: .* up to 10000"),
         ([SCM, "--config.samples.teacher_steps=1000000000"], "samples.teacher_steps: .* 10000"),
         ([SCM, "--config.data.resolution=(16,1600000000)"], "data.resolution: .* 16384 pixels"),
+        ([TEACHER, "--config.total_steps=2147483648"], "total_steps: 2147483648 is not less than"),
+        (
+            [SCM, "--config.objective.tangent_warmup=4294967296"],
+            "tangent_warmup: 4294967296 is not",
+        ),
         ([TEACHER, "--config.seed=4294967296"], "seed: 4294967296 is not"),
         ([SCM, "--config.objective.guidance_scales=()"], "objective.guidance_scales"),
         ([SCM, "--config.objective.guidance_scales=(nan,)"], "guidance_scales"),

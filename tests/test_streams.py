@@ -105,7 +105,7 @@ def test_keys_are_made_in_one_place():
 
 def test_the_largest_seed_trains(tmp_path):
     trained = {}
-    for seed in (0, 2**31, 2**32 - 1):
+    for seed in (2**31 - 1, 2**32 - 1):
         config = small_config(seed=seed, total_steps=2)
         start = config, tmp_path / str(seed), Regression(), parameters(), frozen()
         trained[seed] = np.asarray(train.fit(*start, Source())["head"])
