@@ -71,7 +71,10 @@ def _end(line: str, code: int) -> NoReturn:
 def _reader_is_gone() -> bool:
     """Whether what reads stdout, such as `head`, has ended."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    try:
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+    except ValueError:  # it is closed, or no file
+        return False
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
@@ -103,7 +106,10 @@ def _prepared(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
         logging.get_absl_handler().addFilter(
             lambda record: record.levelno >= 40 or record.pathname.startswith(PACKAGE)
         )
-        with streams.default_settings():
+        with streams.default_settings() as changed:
+            if changed:
+                text = "of JAX's settings %s are not used: numbers are those of the defaults"
+                logging.warning(text, ", ".join(changed))
             main(argv)
         sys.stdout.flush()
 

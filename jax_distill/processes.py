@@ -61,6 +61,8 @@ def join() -> None:
     index = _number(flags.FLAGS.process_id, "JAX_PROCESS_ID")
     if count == 1 or (address, count, index) == (None, None, None) and clusters.count() == 1:
         return
+    if index is not None and (index < 0 or count is not None and index >= count):
+        raise ValueError(f"--process_id: {index} is none of {count or 'the'} processes, from 0")
     timeout = flags.FLAGS.heartbeat_timeout_seconds
     try:
         jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=timeout)

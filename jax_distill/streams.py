@@ -32,16 +32,21 @@ _DEFAULTS = {
 
 
 @contextlib.contextmanager
-def default_settings() -> Iterator[None]:
-    """A context, or decorator, in which JAX's settings that change numbers have their defaults.
+def default_settings() -> Iterator[list[str]]:
+    """A context in which JAX's settings that change numbers have their defaults.
 
     It touches those alone that have another value; the user's settings are as before after it.
+
+    Yields:
+      The settings that it changed, such as "jax_enable_x64".
     """
+    changed = []
     with contextlib.ExitStack() as stack:
         for name, default in _DEFAULTS.items():
             if getattr(jax.config, f"jax_{name}", default) != default:
                 stack.enter_context(getattr(jax, name)(default))
-        yield
+                changed.append(f"jax_{name}")
+        yield changed
 
 
 def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:

@@ -104,10 +104,10 @@ def one_sentence(error):
         ([SCM, "--config.teacher.velocity=fast"], "teacher.velocity: 'fast' is not one of"),
         ([SCM, "--config.evaluation.student_steps=1,b"], "student_steps: .* list of one int"),
         ([SCM, "--config.evaluation.student_steps=0,1"], "student_steps: .* list of positive"),
-        ([SCM, "--config.evaluation.teacher_steps=4,10001"], "teacher_steps: .* up to 10000"),
+        ([SCM, "--config.evaluation.teacher_steps=4,10001"], "teacher_steps: .* 10000"),
         ([SCM, "--config.samples.teacher_steps=1000000000"], "samples.teacher_steps: .* 10000"),
-        ([SCM, "--config.data.resolution=(16,1600000000)"], "data.resolution: .* 16384 pixels"),
-        ([TEACHER, "--config.total_steps=2147483648"], "total_steps: 2147483648 is not less than"),
+        ([SCM, "--config.data.resolution=(16,1600000000)"], "data.resolution: "),
+        ([TEACHER, "--config.total_steps=2147483648"], "total_steps: 2147483648 is not"),
         (
             [SCM, "--config.objective.tangent_warmup=4294967296"],
             "tangent_warmup: 4294967296 is not",
@@ -348,13 +348,14 @@ def test_ctrl_c_is_a_line_and_the_exit_code_of_shells(monkeypatch, capsys):
     assert caught.value.code == commands.INTERRUPTED and capsys.readouterr().err == "interrupted\n"
 
 
-def test_commands_run_under_the_default_settings_of_jax(monkeypatch):
-    """Whatever the environment says, such as JAX_ENABLE_X64."""
+def test_commands_run_under_the_default_settings_of_jax(monkeypatch, caplog):
+    """Whatever the environment says, such as JAX_ENABLE_X64; and a line says so."""
     monkeypatch.setattr(sys, "argv", ["main"])
     found = []
     with flagsaver.flagsaver(), jax.enable_x64(True), pytest.raises(SystemExit) as caught:
         commands.run(lambda argv: found.append(jax.numpy.zeros(()).dtype))
     assert not caught.value.code and found == ["float32"]
+    assert any("jax_enable_x64 are not used" in record.getMessage() for record in caplog.records)
 
 
 PRINTS = r"""

@@ -68,6 +68,7 @@ def _into(define, values):
     [
         ([], {}, []),
         (["--num_processes=1"], SLURM, []),
+        (["--num_processes=1"], {"JAX_PROCESS_ID": "3"}, []),
         ([], {**SLURM, "SLURM_NTASKS": "1"}, []),
         ([], SLURM, [(None, None, None)]),  # `jax.distributed` finds out itself
         (
@@ -89,6 +90,13 @@ def test_processes_are_named_by_flags_by_variables_or_by_the_cluster(
 def test_what_is_missing_is_said(join, monkeypatch):
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES: 'two' is not a whole number"):
         join([], {"JAX_NUM_PROCESSES": "two"})
+
+    for index, count in ((2, 2), (5, 3), (0, 0)):
+        with pytest.raises(ValueError, match=f"--process_id: {index} is none of "):
+            join([f"--process_id={index}"], {"JAX_NUM_PROCESSES": str(count)})
+    with pytest.raises(ValueError, match="--process_id: -1 is none of the processes"):
+        join([], {"JAX_PROCESS_ID": "-1", "JAX_NUM_PROCESSES": ""})
+    monkeypatch.delenv("JAX_PROCESS_ID")
 
     def initialize(*arguments, **options):
         raise ValueError("Number of processes must be defined.")
