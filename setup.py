@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["jax_distill", "jax_distill.*"]),
     package_data={"jax_distill": ["weights/*/*", "interop/flow_map/*.py"]},
     install_requires=[
-        "jax>=0.10",
+        "jax>=0.10,<0.11",  # clusters.py reads what is not public; tests/test_processes.py holds it
         "flax>=0.12",  # models: Flax NNX
         "optax>=0.2.5",  # optimizer.py
         "orbax-checkpoint>=0.11.20",  # checkpoint.py
@@ -39,9 +39,9 @@ setup(
         "ml-dtypes",  # interop/tensors.py
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10"],
-        "cuda": ["jax[cuda13]>=0.10"],
-        "cuda12": ["jax[cuda12]>=0.10"],  # for drivers older than CUDA 13's
+        "tpu": ["jax[tpu]>=0.10,<0.11"],
+        "cuda": ["jax[cuda13]>=0.10,<0.11"],
+        "cuda12": ["jax[cuda12]>=0.10,<0.11"],  # for drivers older than CUDA 13's
         # FLUX's tokenizers, and public data sets; what ships with the package needs neither.
         "flux": ["transformers>=4.56"],
         "data": ["tensorflow-datasets>=4.9"],

@@ -9,7 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jax_distill import adapters, worlds
+from jax_distill import adapters, streams, worlds
 from jax_distill.config import ConfigError
 from jax_distill.flow import Network, Text
 from jax_distill.models import lora, mmdit
@@ -21,7 +21,7 @@ from jax_distill.objectives.teacher import (
     embedded_guidance,
     unguided,
 )
-from jax_distill.rules import PATCH
+from jax_distill.rules import MOST_PIXELS, PATCH
 
 TEACHERS = ("flow_matching", "time_rescale")
 """Objectives whose networks are velocities."""
@@ -57,7 +57,8 @@ def network(config: ConfigDict, resolution: tuple[int, int] | None = None) -> Ne
 
 def initial_parameters(config: ConfigDict) -> dict:
     """Fresh parameters of the network, from the seed."""
-    return mmdit.initial_parameters(network_config(config), nnx.Rngs(config.seed))
+    with streams.default_settings():
+        return mmdit.initial_parameters(network_config(config), nnx.Rngs(streams.key(config.seed)))
 
 
 def objective(
@@ -176,7 +177,7 @@ def abstract_loss(config: ConfigDict, teacher: ConfigDict | None = None) -> tupl
     size = config.batch_size // config.accumulate
 
     def arguments():
-        key = jax.random.key(config.seed)
+        key = streams.key(config.seed)
         params = method.init(key, initial_parameters(config))
         null, text = (text_like(config, count) for count in (1, size))
         frozen = {"null": null, "average": params}
@@ -203,11 +204,13 @@ def token_grid(resolution: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of the tokens of a picture.
 
     Raises:
-      ValueError: the height or the width is no multiple of 16 pixels.
+      ValueError: the height or the width is no multiple of 16 pixels, or more than `MOST_PIXELS`.
     """
     for name, size in zip(("height", "width"), resolution):
         if size < 1 or size % PATCH:
             raise ValueError(f"{name}: {size} is no multiple of {PATCH} pixels")
+        if size > MOST_PIXELS:
+            raise ValueError(f"{name}: {size} is more than the {MOST_PIXELS} pixels that are drawn")
     return resolution[0] // PATCH, resolution[1] // PATCH
 
 

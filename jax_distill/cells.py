@@ -16,7 +16,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from msgspec import Meta
 
-from jax_distill import build, pipeline, preflight, scoring
+from jax_distill import build, pipeline, preflight, scoring, streams
 from jax_distill import config as configuration
 from jax_distill.config import ConfigError
 from jax_distill.data import records
@@ -253,7 +253,7 @@ def sampling_flops(config: ConfigDict, steps: int) -> int:
     def arguments():
         params = {"network": build.initial_parameters(config)}
         noise = jnp.zeros((1, *build.token_shape(config)))
-        return params, noise, build.text_like(config, 1), jax.random.key(0)
+        return params, noise, build.text_like(config, 1), streams.key(0)
 
     return count_flops(draw, *jax.eval_shape(arguments))
 

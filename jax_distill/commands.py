@@ -1,8 +1,12 @@
 """What all commands share: quiet libraries, and one clear sentence for what is wrong."""
 
+import contextlib
+import io
 import itertools
+import math
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,42 +17,75 @@ import jax
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from jax_distill import peers
+from jax_distill import peers, streams
 from jax_distill.config import ConfigError
 
 PACKAGE = str(Path(__file__).parent)
+
+
+INTERRUPTED, PIPE_CLOSED = 130, 141  # exit codes, 128 and the signal's number, as of shells
 
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs a command; what a user can mend ends it with `error: ...` and exit code 1."""
     try:
         app.run(_prepared(main), flags_parser=_parse)
+    except KeyboardInterrupt:
+        _end("interrupted", INTERRUPTED)
+    except BrokenPipeError as error:
+        if not _reader_is_gone():
+            _end(f"error: {error}", 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes again
+        _end("", PIPE_CLOSED)
     except Exception as error:
         peers.end_if_lost(error)
-        if jax.distributed.is_initialized():
-            _give_up(error)
-        if not _mendable(error):
+        sentence = explain(error)
+        if sentence is None and not jax.distributed.is_initialized():
             raise
-        sys.exit(f"error: {error}")
+        if sentence is None:
+            traceback.print_exception(error)
+            sentence = (
+                "this process failed, or one that it works with; when all have ended, run the"
+                " same command to go on"
+            )
+        _end(f"error: {sentence}", 1)
 
 
-def _give_up(error: Exception) -> NoReturn:
-    """Ends one of several processes at once: an orderly end would wait for the others.
+def _end(line: str, code: int) -> NoReturn:
+    """Ends the command with a line on stderr.
 
-    They notice, and end too, instead of waiting for ever.
+    One of several processes ends at once: an orderly end would wait for the others. They notice,
+    and end too, instead of waiting for ever.
     """
-    if _mendable(error):
-        print(f"error: {error}", file=sys.stderr)
-    else:
-        traceback.print_exception(error)
-        print(
-            "error: this process failed, or one that it works with; when all have ended, run the"
-            " same command to go on",
-            file=sys.stderr,
-        )
-    sys.stdout.flush()
+    if not jax.distributed.is_initialized() and code == 1:
+        sys.exit(line)  # which Python prints
+    if line:
+        print(line, file=sys.stderr)
+    if not jax.distributed.is_initialized():
+        sys.exit(code)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
+
+
+def _reader_is_gone() -> bool:
+    """Whether what reads stdout, such as `head`, has ended."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+    except ValueError:  # it is closed, or no file
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def explain(error: Exception) -> str | None:
+    """One sentence for what a user can mend; None for a fault, which needs its trace."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        asked = re.search(r"allocat\w+ ([\d.]+) (bytes|[KMGTPE]iB)", str(error))
+        size = f" ({asked[1]} {asked[2]} were asked for)" if asked else ""
+        return f"out of memory{size}; take a smaller batch or smaller pictures, or more devices"
+    return str(error) if _mendable(error) else None
 
 
 def _mendable(error: Exception) -> bool:
@@ -62,13 +99,20 @@ def _prepared(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     def command(argv):
         if len(argv) > 1:
             raise ValueError(f"unexpected arguments: {' '.join(argv[1:])}; flags begin with --")
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a name that its encoding lacks is no error
+            sys.stdout.reconfigure(errors="backslashreplace")
         logging.set_verbosity(logging.INFO)
         logging.get_absl_handler().setFormatter(None)
         # Libraries log through the same logger; the terminal is for our own lines.
         logging.get_absl_handler().addFilter(
             lambda record: record.levelno >= 40 or record.pathname.startswith(PACKAGE)
         )
-        main(argv)
+        with streams.default_settings() as changed:
+            if changed:
+                text = "of JAX's settings %s are not used: numbers are those of the defaults"
+                logging.warning(text, ", ".join(changed))
+            main(argv)
+        sys.stdout.flush()
 
     return command
 
@@ -79,12 +123,23 @@ def _parse(argv: list[str]) -> list[str]:
     if path is not None and "config" in flags.FLAGS and not Path(path).is_file():
         sys.exit(f"error: --config: there is no file '{path}'")
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        _check_finite()
+        return rest
     except SystemExit:  # absl has printed the help, which it counts as failure
         sys.exit(0)
     except Exception as error:
         words = _explain(error, path, argv).split()  # of a config file's exception, any
         sys.exit(f"error: {' '.join(words)[:1000]}")
+
+
+def _check_finite() -> None:
+    """Refuses NaN and infinity for numbers; configurations are checked where they are whole."""
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if isinstance(flag.parser, flags.FloatParser) and not name.startswith("config."):
+            if flag.value is not None and not math.isfinite(flag.value):
+                raise flags.IllegalFlagValueError(f"flag --{name}={flag.value}: not finite")
 
 
 _PLAIN_WORDS = {

@@ -26,6 +26,7 @@ from jax_distill import (
     processes,
     scoring,
     stages,
+    streams,
     train,
     worlds,
 )
@@ -34,6 +35,7 @@ from jax_distill.data import shapes
 from jax_distill.data.pipeline import Pictures
 from jax_distill.evaluation import grids, report
 from jax_distill.files import write_json
+from jax_distill.finite import NotFinite
 from jax_distill.models import autoencoder, lora
 from jax_distill.models.binding import binder, parameters
 from jax_distill.models.latents import LatentCodec
@@ -93,7 +95,7 @@ def train_autoencoder(config: ConfigDict, workdir: Path) -> None:
         kl_weight=config.objective.kl_weight,
         l1_weight=config.objective.l1_weight,
     )
-    params = parameters(autoencoder.Autoencoder(settings, rngs=nnx.Rngs(config.seed)))
+    params = parameters(autoencoder.Autoencoder(settings, rngs=nnx.Rngs(streams.key(config.seed))))
     source = Pictures(config.data.examples, config.data.seed)
     params = parallel.gather(train.fit(config, workdir, objective, params, {}, source))
     if not processes.is_leader():
@@ -119,7 +121,7 @@ def train_teacher(config: ConfigDict, workdir: Path) -> None:
     held = {"null": source.null}
     trained = pipeline.Pipeline(config, {}, world)
     preview = previewer(workdir, trained, source, {"teacher": config.evaluation.teacher_steps})
-    hooks = [(config.samples.every, preview)]
+    hooks = [(config.samples.every, under_way(preview))]
     fresh = functools.partial(build.initial_parameters, config)
     initial = train.Initial(jax.eval_shape(fresh), fresh)
     trained.params = train.fit(config, workdir, objective, initial, held, source, hooks=hooks)
@@ -171,7 +173,7 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     if world.scored:
         record = scoring.recorder(workdir / scoring.SCORES, student)
         hooks.append((config.evaluation.every, record))
-    hooks = [(every, of_whole(hook, whole)) for every, hook in hooks]
+    hooks = [(every, under_way(of_whole(hook, whole))) for every, hook in hooks]
     objective = build.objective(config, stage.teacher)
     held = {"teacher": network, "null": source.null}
     trained = train.fit(
@@ -301,7 +303,7 @@ def compare_stages(
     count = min(most, len(source) // devices * devices, max(devices, 64 // devices * devices))
     batch = jax.tree.map(lambda *rows: np.stack(rows), *[source[index] for index in range(count)])
     t = jnp.linspace(0.01, 0.99, count)
-    noise = jax.random.normal(jax.random.key(config.seed), batch.x.shape)
+    noise = jax.random.normal(streams.key(config.seed), batch.x.shape)
     guidance = jnp.full(count, config.evaluation.guidance)
     split = NamedSharding(mesh, parallel.BATCH)
     points = parallel.put((batch, noise, t, guidance), split)
@@ -391,6 +393,21 @@ def previewer(
         )
 
     return preview
+
+
+def under_way(hook: Callable[[int, dict], None]) -> Callable[[int, dict], None]:
+    """A hook of training that draws: pictures that are not finite are a line, not the run's end.
+
+    The run may get over it, and may be told to (`on_nonfinite`); what is drawn after it may not.
+    """
+
+    def warned(step: int, params: dict) -> None:
+        try:
+            hook(step, params)
+        except NotFinite as error:
+            logging.warning("step %d: nothing is drawn or scored; %s", step, error)
+
+    return warned
 
 
 def of_whole(hook: Callable[[int, dict], None], whole: Callable[[dict], dict]):

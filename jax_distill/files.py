@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,44 @@ def _checked(text: str, path: Path) -> str:
 
 def _no_text(path: Path, error: UnicodeDecodeError) -> FileError:
     return FileError(f"'{path}' is not UTF-8 text ({error.reason}); save it as UTF-8")
+
+
+def check_output(path: str | Path, endings: Sequence[str] = (), *, name: str = "--output") -> None:
+    """Checks that a file can be written, before the work that it is to hold; nothing is left there.
+
+    Args:
+      path: of the file; folders that are missing are made when it is written.
+      endings: that its name may have, such as ".png"; any by default.
+      name: of the flag, for the message.
+
+    Raises:
+      FileError: it has another ending, there is something else, or its folder cannot be written.
+    """
+    text, path = str(path), Path(path)
+    if re.match(r"[a-z][a-z0-9+.-]+:/", text):
+        raise FileError(f"{name}: '{text}' is an address; give a path, such as in a mounted bucket")
+    if not path.name or endings and path.suffix.lower() not in endings:
+        wanted = " or ".join(f"*{ending}" for ending in endings) or "a file"
+        raise FileError(f"{name}: '{text}' has not the right ending; name the file {wanted}")
+    folder = path.parent
+    try:
+        if os.path.lexists(path) and not path.is_file():
+            raise FileError(f"{name}: '{text}' is there and no regular file; choose another")
+        while not folder.exists():
+            if folder.is_symlink():
+                raise FileError(f"{name}: '{folder}' is a link to nothing; give another folder")
+            folder = folder.parent
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path.with_name(path.name + ".partial"))  # as it is written: too long a name?
+        with tempfile.TemporaryFile(dir=folder):  # has no name, where the file system knows such
+            pass
+    except FileError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FileError(
+            f"{name}: '{text}' cannot be written ({reason} at '{folder}'); give another path"
+        ) from None
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

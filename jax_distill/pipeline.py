@@ -3,11 +3,11 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -15,11 +15,14 @@ from jax_distill import (
     adapters,
     build,
     checkpoint,
+    draw_settings,
     embedded,
+    finite,
     frozen,
     parallel,
     ported,
     processes,
+    streams,
     worlds,
 )
 from jax_distill import config as configuration
@@ -35,6 +38,8 @@ EMBEDDED = "embedded"  # in the place of a workdir: the teacher that ships with 
 
 class Pipeline:
     """A network, its sampler, and the world that it draws in.
+
+    What it draws does not depend on the user's settings of JAX, see `streams.default_settings`.
 
     Args:
       config: of the run that trained the network.
@@ -57,7 +62,8 @@ class Pipeline:
     @property
     def params(self) -> dict:
         if callable(self._params):
-            self._params = self._params()
+            with streams.default_settings():
+                self._params = self._params()
         return self._params
 
     def taken(self) -> dict:
@@ -98,7 +104,8 @@ class Pipeline:
         Args:
           prompts: one caption or several.
           steps: of the sampler; 1, 2 or 4 for a student, 28 to 50 for a teacher.
-          seed: of the noise. The i-th picture depends on (prompt, seed, i) alone.
+          seed: of the noise, from 0 to 2^32 - 1. The i-th picture depends on (prompt, seed, i)
+            alone.
           guidance: scale; the configuration's by default.
           batch_size: pictures drawn at a time; the world's by default.
           height: in pixels, a multiple of 16; the world's by default.
@@ -110,26 +117,19 @@ class Pipeline:
           (B, height, width, 3) uint8.
 
         Raises:
-          ValueError: a caption is longer than the encoder takes, steps is not positive, or sizes do
-            not fit.
+          ValueError: a caption is longer than the encoder takes; a number or the noise is out of
+            its range, or not finite; sizes do not fit; or guidance is given to a network that
+            takes none.
+          NotFinite: what was drawn holds NaN or infinity.
         """
-        prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-        if not prompts:
-            raise ValueError("prompts: none given; pass one caption or more")
-        resolution = (height or self.world.resolution[0], width or self.world.resolution[1])
-        self._check(steps, resolution, noise, len(prompts))
-        if tile is not None:
-            self.world.codec.check_tile(tile)
-        return self.draw(
-            self._embed(prompts),
-            steps=steps,
-            seed=seed,
-            guidance=guidance,
-            batch_size=batch_size,
-            resolution=resolution,
-            noise=noise,
-            tile=tile,
+        prompts = draw_settings.captions(prompts)
+        resolution = draw_settings.resolution(height, width, self.world.resolution)
+        settings = self._settings(
+            len(prompts), steps, seed, guidance, batch_size, resolution, noise
         )
+        self._check_tile(tile)
+        with streams.default_settings():
+            return self._drawn(self._embed(prompts), settings, tile, prompts)
 
     def draw(
         self,
@@ -144,11 +144,11 @@ class Pipeline:
         tile: int | None = None,
     ) -> np.ndarray:
         """As calling the pipeline, for captions that are embedded: text (B, ..)."""
-        resolution = resolution or self.world.resolution
-        batches = self._sampled(text, steps, seed, guidance, batch_size, resolution, noise)
-        decode = functools.partial(self.world.codec.decode, tile=tile)
-        pictures = [decode(tokens, *resolution) for tokens in batches]
-        return np.concatenate(pictures)[: len(text.pooled)]
+        count = len(text.pooled)
+        settings = self._settings(count, steps, seed, guidance, batch_size, resolution, noise)
+        self._check_tile(tile)
+        with streams.default_settings():
+            return self._drawn(text, settings, tile)
 
     def latents(
         self,
@@ -162,37 +162,75 @@ class Pipeline:
         noise: np.ndarray | None = None,
     ) -> np.ndarray:
         """What `draw` decodes: packed latents (B, N, C) float32."""
-        resolution = resolution or self.world.resolution
-        batches = self._sampled(text, steps, seed, guidance, batch_size, resolution, noise)
-        return np.concatenate(list(batches))[: len(text.pooled)]
-
-    def _sampled(
-        self, text, steps, seed, guidance, batch_size, resolution, noise
-    ) -> Iterator[np.ndarray]:
-        """Tokens, a batch at a time; the last batch is filled up, so that one shape compiles."""
         count = len(text.pooled)
-        self._check(steps, resolution, noise, count)
-        sample = self._sampler(resolution, steps)
-        if guidance is not None and not build.takes_guidance(self.config):
-            logging.warning(
-                "guidance: %g changes nothing, this network takes no guidance scale and is drawn"
-                " from without classifier-free guidance",
-                guidance,
-            )
-        scale = self.config.evaluation.guidance if guidance is None else guidance
-        size = min(batch_size or self.world.batch_size, count)
+        settings = self._settings(count, steps, seed, guidance, batch_size, resolution, noise)
+        with streams.default_settings():
+            return np.concatenate(list(self._sampled(text, settings, None)))[:count]
+
+    def _settings(self, count, steps, seed, guidance, batch_size, resolution, noise) -> "_Settings":
+        """The settings of drawing so many pictures, checked."""
+        resolution = resolution or self.world.resolution
+        size = self.world.batch_size
+        if batch_size is not None:
+            size = streams.whole_number("batch_size", batch_size, 1)
+        shape = (count, *build.token_shape(self.config, resolution))
+        return _Settings(
+            draw_settings.steps(steps),
+            streams.check_seed(seed),
+            draw_settings.guidance(guidance, self.config),
+            min(size, count),
+            resolution,
+            None if noise is None else draw_settings.noise(noise, shape),
+        )
+
+    def _check_tile(self, tile: int | None) -> None:
+        if tile is not None:
+            self.world.codec.check_tile(streams.whole_number("tile", tile, 1))
+
+    def _drawn(
+        self,
+        text: Text,
+        settings: "_Settings",
+        tile: int | None,
+        prompts: Sequence[str] | None = None,
+    ) -> np.ndarray:
+        names = draw_settings.names(prompts, len(text.pooled))
+        names += names[-1:] * settings.batch_size  # of rows that fill up the last batch
+        pictures = []
+        for index, tokens in enumerate(self._sampled(text, settings, prompts)):
+            named = names[index * settings.batch_size :]
+            decode = self.world.codec.decode
+            pictures.append(decode(tokens, *settings.resolution, tile=tile, names=named))
+        return np.concatenate(pictures)[: len(text.pooled)]
+
+    def _sampled(self, text, settings: "_Settings", prompts) -> Iterator[np.ndarray]:
+        """Tokens, a batch at a time; the last batch is filled up, so that one shape compiles."""
+        count, size, noise = len(text.pooled), settings.batch_size, settings.noise
+        names = draw_settings.names(prompts, count)
+        for leaf in text:
+            cause = "the text encoder overflows in its type, or its weights are damaged"
+            finite.check_rows(leaf, names, "its embedded caption is", cause)
+        sample = self._sampler(settings.resolution, settings.steps)
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)
             part = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), text)
             given = None if noise is None else jnp.asarray(noise[rows])
-            yield np.asarray(sample(self.params, part, jnp.asarray(rows), scale, seed, given))
+            seed = np.uint32(settings.seed)
+            tokens = sample(self.params, part, jnp.asarray(rows), settings.guidance, seed, given)
+            tokens = np.asarray(tokens)
+            if finite.bad_rows(tokens):
+                named = [names[row] for row in rows]
+                finite.check_rows(tokens, named, "its latents are", self._cause(settings))
+            yield tokens
 
-    def _check(self, steps, resolution, noise, count) -> None:
-        if steps < 1:
-            raise ValueError(f"steps: {steps} is not at least 1")
-        shape = (count, *build.token_shape(self.config, resolution))
-        if noise is not None and noise.shape != shape:
-            raise ValueError(f"noise: shape {noise.shape} where {shape} is needed")
+    def _cause(self, settings: "_Settings") -> str:
+        """Why latents are not finite, as far as can be told, and what to do."""
+        if bad := finite.first_bad_array(self.params["network"]):
+            return f"the network's weights are not, in '{bad}'; load a checkpoint that is whole"
+        return (
+            f"the network overflows in dtype={self.config.dtype} with guidance"
+            f" {settings.guidance:g}; lower the guidance, or use another checkpoint"
+        )
 
     def _sampler(self, resolution: tuple[int, int], steps: int) -> Callable:
         """(params, text, rows, scale, seed, noise or None) -> tokens, compiled."""
@@ -203,7 +241,7 @@ class Pipeline:
 
             def sample(params, text, rows, scale, seed, noise):
                 def one_row(row):
-                    key = jax.random.fold_in(jax.random.key(seed), row)
+                    key = jax.random.fold_in(streams.key(seed), row)
                     key_noise, key_restart = jax.random.split(key)
                     return jax.random.normal(key_noise, shape), key_restart
 
@@ -216,6 +254,17 @@ class Pipeline:
                 sample, out_shardings=_everywhere(self.params)
             )
         return self._samplers[resolution, steps]
+
+
+class _Settings(NamedTuple):
+    """Checked, of one call of a pipeline."""
+
+    steps: int
+    seed: int
+    guidance: float
+    batch_size: int  # at most as many as there are pictures
+    resolution: tuple[int, int]
+    noise: np.ndarray | None
 
 
 def _everywhere(params: dict) -> NamedSharding | None:
@@ -240,6 +289,11 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
     Raises:
       ValueError: there is no such run, or it has no checkpoint yet.
     """
+    with streams.default_settings():
+        return _load(source, mesh)
+
+
+def _load(source: str | Path, mesh: jax.sharding.Mesh | None) -> Pipeline:
     if str(source) == EMBEDDED:
         config = ConfigDict(embedded.load("teacher")[1]["config"]).lock()
         return Pipeline(config, lambda: {"network": embedded.load("teacher")[0]})

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from jax_distill import build, commands, pipeline
+from jax_distill import build, commands, draw_settings, pipeline, streams
 from jax_distill.data import records, shapes
 from jax_distill.data.encoding import NULL_CAPTION, encode_drawn, encode_shapes
 from jax_distill.data.folder import plain_caption
@@ -25,7 +25,9 @@ from jax_distill.worlds.shapes import embedded_codec
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the latents, not there yet.")
 _EXAMPLES = flags.DEFINE_integer("examples", 12_800, "Examples of the shapes world.", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the shapes world's stream, and of what is drawn.", 0)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Of the shapes world's stream, and of what is drawn.", 0, streams.MOST_SEED
+)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of jax_distill.port: FLUX's parts.")
 _SOURCE = flags.DEFINE_string("source", None, "Folder of pictures with captions, for FLUX.")
 _HEIGHT = flags.DEFINE_integer("height", 512, "Pixels of the pictures, for FLUX.", 1)
@@ -84,6 +86,8 @@ def draw(output: Path) -> int:
     pipe = pipeline.load(_TEACHER.value)
     if (method := pipe.config.objective.name) not in build.TEACHERS:
         raise ValueError(f"--teacher: '{_TEACHER.value}' is a run of {method!r}, no teacher")
+    draw_settings.steps(_STEPS.value)
+    draw_settings.guidance(_GUIDANCE.value, pipe.config)
     flux = isinstance(pipe.world, Flux)
     resolution = (_HEIGHT.value, _WIDTH.value) if flux else pipe.world.resolution
     shape, steps, seed = build.token_shape(pipe.config, resolution), _STEPS.value, _SEED.value

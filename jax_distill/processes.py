@@ -14,8 +14,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import flags, logging
-from jax._src import clusters
 from jax.experimental import multihost_utils
+
+from jax_distill import clusters
 
 T = TypeVar("T")
 
@@ -53,18 +54,20 @@ def join() -> None:
     a TPU pod, Slurm, Open MPI.
 
     Raises:
-      ValueError: it is not said who they are, or they do not come.
+      ValueError: it is not said who they are, or not by all that know; or they do not come.
     """
     address = flags.FLAGS.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS") or None
     count = _number(flags.FLAGS.num_processes, "JAX_NUM_PROCESSES")
     index = _number(flags.FLAGS.process_id, "JAX_PROCESS_ID")
-    if count == 1 or (address, count, index) == (None, None, None) and _found() == 1:
+    if count == 1 or (address, count, index) == (None, None, None) and clusters.count() == 1:
         return
+    if index is not None and (index < 0 or count is not None and index >= count):
+        raise ValueError(f"--process_id: {index} is none of {count or 'the'} processes, from 0")
     timeout = flags.FLAGS.heartbeat_timeout_seconds
     try:
         jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=timeout)
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # of any kind: it reads a cluster's variables, and asks its servers
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"the processes of this run do not find each other ({reason}); give each the same"
             " --coordinator_address=HOST:PORT and --num_processes, and its own --process_id;"
@@ -82,19 +85,6 @@ def _number(flag: int | None, variable: str) -> int | None:
         return int(text)
     except ValueError:
         raise ValueError(f"{variable}: {text!r} is not a whole number") from None
-
-
-def _found() -> int:
-    """How many processes JAX's own detection finds here; 1 where it finds no cluster.
-
-    `jax.distributed.initialize` would wait for minutes for a name that single hosts with a TPU,
-    such as notebooks, do not have; what it finds is not public.
-    """
-    try:
-        detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
-        return detect("not asked", None, 0, [0], None, None)[1] or 1
-    except (AttributeError, TypeError):  # of another JAX: then flags or variables must say it
-        return 1
 
 
 def joined() -> bool:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jax_distill import streams
+
 DTYPES = ("float32", "bfloat16")
 
 
@@ -77,7 +79,7 @@ def in_bfloat16(optimizer: optax.GradientTransformation) -> optax.GradientTransf
 
     def update(gradient, state, params=None):
         updates, inner = optimizer.update(gradient, widen(state.inner), params)
-        key = jax.random.fold_in(jax.random.key(stream), state.count)
+        key = jax.random.fold_in(streams.key(stream), state.count)
         return updates, NarrowState(state.count + 1, narrow_as(key, inner, state.inner))
 
     return optax.GradientTransformation(init, update)

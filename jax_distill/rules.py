@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from jax_distill import streams
 from jax_distill.settings import ConfigError, shown
 
 Rule = tuple[Sequence[str], Callable[[Any], bool], str]
@@ -61,6 +62,13 @@ _NOT_NEGATIVE = (
 _SHARES = ("ema_decay", "optimizer.b1", "optimizer.b2")
 _SEEDS = ("seed", "data.seed")
 _STEP_COUNTS = ("evaluation.student_steps", "evaluation.teacher_steps")
+MOST_STEPS = 10_000
+"""Of a sampler; its schedule is held in memory."""
+PATCH = 16
+"""Pixels along a side of a token: eight of the autoencoder's, two of the packing."""
+MOST_PIXELS = 2**14
+"""Along a side of a picture; FLUX's are of 2^11."""
+_RESOLUTION = f"a height and a width, multiples of {PATCH} up to {MOST_PIXELS} pixels"
 CHOICES = {
     "on_nonfinite": ("stop", "skip"),
     "dtype": ("float32", "bfloat16"),
@@ -96,24 +104,21 @@ _AT_MOST = {
         *("model.num_attention_heads", "autoencoder.layers_per_block"),
     ),
 }
-_MOST_STEPS = 10_000  # of a sampler
-_MOST_PIXELS = 16_384  # along a side
-PATCH = 16
-"""Pixels along a side of a token: eight of the autoencoder's, two of the packing."""
 
 
 def of_runs() -> Iterable[Rule]:
     """Keys, what must hold of their values, and how that is said."""
     yield _POSITIVE, lambda value: 0 < value < math.inf, "positive"
     yield _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "zero or more"
+    yield (*_POSITIVE, *_NOT_NEGATIVE), _fits, "less than 2^31"
     yield _SHARES, lambda value: 0 <= value < 1, "at least 0 and less than 1"
-    yield _SEEDS, lambda value: 0 <= value < 2**32, "at least 0 and less than 2^32"
+    yield _SEEDS, lambda value: 0 <= value <= streams.MOST_SEED, "at least 0 and less than 2^32"
     yield ("optimizer.decay_share",), lambda value: 0 <= value <= 1, "from 0 to 1"
     yield ("name",), _is_name, "a word; it names the default workdir"
-    yield ("data.resolution",), _is_resolution, "a height and a width, multiples of 16 pixels"
+    yield ("data.resolution",), _is_resolution, _RESOLUTION
     yield _STEP_COUNTS, lambda value: min(value) > 0, "a list of positive numbers"
-    steps = f"a list of at most 100 numbers, none above {_MOST_STEPS}"
-    yield _STEP_COUNTS, lambda value: max(value) <= _MOST_STEPS and len(value) <= 100, steps
+    steps = f"a list of at most 100 numbers, none above {MOST_STEPS}"
+    yield _STEP_COUNTS, lambda value: max(value) <= MOST_STEPS and len(value) <= 100, steps
     yield ("autoencoder.block_out_channels",), _are_widths, "a list of up to 8 positive widths"
     yield ("model.axes_dims_rope",), _are_axes, "a list of three even numbers"
     yield ("optimizer.frozen", "lora.targets"), is_pattern, PATTERN
@@ -133,6 +138,7 @@ def of_objectives() -> Iterable[Rule]:
     yield keys(positive), lambda value: 0 < value < math.inf, "positive"
     at_least = "tangent_warmup discrete_warmup loss_power weight_power kl_weight l1_weight"
     yield keys(at_least), lambda value: 0 <= value < math.inf, "zero or more"
+    yield keys(at_least), _fits, "less than 2^31"
     shares = "equal_share drop_rate mix_from mix_to"
     yield keys(shares), lambda value: 0 <= value <= 1, "from 0 to 1"
     numbers = "time_mean angle_mean weight_offset omega kappa time_shift"
@@ -147,7 +153,7 @@ def of_objectives() -> Iterable[Rule]:
 
 PATTERN = (
     "a pattern of up to 500 characters, in which no group is repeated and * and + stand three times"
-    " at most"
+    " at most between bars"
 )
 
 
@@ -157,7 +163,8 @@ def is_pattern(text: str) -> bool:
     Repetitions within repetitions take more steps than there are seconds; no path of a parameter
     asks for them.
     """
-    if len(text) > 500 or re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > 3:
+    repeats = max(len(re.findall(r"[*+{]", part)) for part in text.split("|"))
+    if len(text) > 500 or re.search(r"\)[*+{]", text) or repeats > 3:
         return False
     try:
         re.compile(text)
@@ -173,8 +180,13 @@ def _is_name(value: str) -> bool:
     return plain and all(part.strip(". ") for part in parts)
 
 
+def _fits(value: float) -> bool:
+    """Whether a number fits the type that steps are counted in; only whole ones may not."""
+    return not isinstance(value, int) or value < 2**31
+
+
 def _is_resolution(value: Sequence[int]) -> bool:
-    return len(value) == 2 and all(0 < x <= _MOST_PIXELS and x % PATCH == 0 for x in value)
+    return len(value) == 2 and all(0 < x <= MOST_PIXELS and x % PATCH == 0 for x in value)
 
 
 def _are_widths(value: Sequence[int]) -> bool:

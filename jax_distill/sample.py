@@ -4,8 +4,9 @@ from pathlib import Path
 
 from absl import flags
 
-from jax_distill import commands, pipeline, processes
+from jax_distill import commands, draw_settings, pipeline, processes, streams
 from jax_distill.evaluation import grids
+from jax_distill.files import check_output
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -14,7 +15,7 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Caption; give it again for more pictures.")
 _STEPS = flags.DEFINE_integer("steps", 2, "Sampling steps: 1, 2 or 4; 28 for FLUX itself.", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", 0, streams.MOST_SEED)
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the configuration's.")
 _HEIGHT = flags.DEFINE_integer("height", None, "Pixels, a multiple of 16; default: the run's.", 1)
 _WIDTH = flags.DEFINE_integer("width", None, "Pixels, a multiple of 16; default: the run's.", 1)
@@ -30,7 +31,12 @@ def main(argv: list[str]) -> None:
     del argv
     if not _PROMPT.value:
         raise ValueError('--prompt is missing; say what to draw, such as --prompt="a red circle"')
+    draw_settings.captions(_PROMPT.value)
+    draw_settings.steps(_STEPS.value)
     processes.join()
+    output = Path(_OUTPUT.value)
+    if processes.is_leader():
+        check_output(_OUTPUT.value, grids.ENDINGS)
     pipe = pipeline.load(_CHECKPOINT.value)
     pictures = pipe(
         _PROMPT.value,
@@ -43,7 +49,6 @@ def main(argv: list[str]) -> None:
         tile=_TILE.value,
     )
     if processes.is_leader():
-        output = Path(_OUTPUT.value)
         grids.save_pictures(output, pictures, _PROMPT.value)
         print(f"wrote {output}")
 

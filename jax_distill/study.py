@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jax_distill import cells, commands, lease, rules
+from jax_distill import cells, commands, lease, rules, streams
 from jax_distill.files import check_kind
 from jax_distill.train import Interrupted, Signals
 
@@ -58,6 +58,9 @@ def check(config: ConfigDict) -> None:
         raise ValueError("rows: each needs a name and a config file, see configs/study.py")
     if not (config.rows and config.seeds):
         raise ValueError("rows, seeds: a study needs one of each or more")
+    for seed in config.seeds:
+        streams.check_seed(seed, "seeds")
+    streams.check_seed(config.data_seed, "data_seed")
     for row, file, *_ in config.rows:
         if not Path(file).is_file():
             raise ValueError(f"rows.{row}: there is no file '{file}'")

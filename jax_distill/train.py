@@ -14,7 +14,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from jax_distill import acceptance, checkpoint, damage, parallel, processes, rounding
+from jax_distill import acceptance, checkpoint, damage, parallel, processes, rounding, streams
 from jax_distill.checkpoint import Checkpoints
 from jax_distill.data.pipeline import batches, example_of_row
 from jax_distill.objectives.objective import Batch, Objective
@@ -48,7 +48,7 @@ def init_state(
     ema_dtype: str = "float32",
 ) -> TrainState:
     """A state at step zero from the student's initial network parameters, made float32."""
-    params = objective.init(jax.random.fold_in(jax.random.key(seed), INIT_STREAM), params)
+    params = objective.init(jax.random.fold_in(streams.key(seed), INIT_STREAM), params)
     params = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), params)
     zero = jnp.zeros((), jnp.int32)
     average = rounding.narrow(params, ema_dtype)
@@ -82,7 +82,7 @@ def make_step(
     """
 
     def step(state: TrainState, frozen: dict, batch: Batch):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(streams.key(config.seed), state.step)
         frozen = {**frozen, "average": state.ema}
         is_trained = trained(config.optimizer, state.params)
         learned, constant = partition(state.params, is_trained)

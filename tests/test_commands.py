@@ -1,12 +1,14 @@
 """The command line: what is wrong ends in one sentence that names it, and nothing is written."""
 
 import json
+import os
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
@@ -102,6 +104,15 @@ def one_sentence(error):
         ([SCM, "--config.teacher.velocity=fast"], "teacher.velocity: 'fast' is not one of"),
         ([SCM, "--config.evaluation.student_steps=1,b"], "student_steps: .* list of one int"),
         ([SCM, "--config.evaluation.student_steps=0,1"], "student_steps: .* list of positive"),
+        ([SCM, "--config.evaluation.teacher_steps=4,10001"], "teacher_steps: .* 10000"),
+        ([SCM, "--config.samples.teacher_steps=1000000000"], "samples.teacher_steps: .* 10000"),
+        ([SCM, "--config.data.resolution=(16,1600000000)"], "data.resolution: "),
+        ([TEACHER, "--config.total_steps=2147483648"], "total_steps: 2147483648 is not"),
+        (
+            [SCM, "--config.objective.tangent_warmup=4294967296"],
+            "tangent_warmup: 4294967296 is not",
+        ),
+        ([TEACHER, "--config.seed=4294967296"], "seed: 4294967296 is not"),
         ([SCM, "--config.objective.guidance_scales=()"], "objective.guidance_scales"),
         ([SCM, "--config.objective.guidance_scales=(nan,)"], "guidance_scales"),
         ([SCM, "--config.objective.data_scale=0"], "objective.data_scale: 0.0 is not positive"),
@@ -319,6 +330,125 @@ def test_a_fault_of_a_library_keeps_its_trace(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main"])
     with flagsaver.flagsaver(), pytest.raises(ValueError, match="reshape"):
         commands.run(lambda argv: np.zeros(3).reshape(2))
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        (lambda: jax.numpy.zeros(2**46), "281474976710656 bytes were asked for"),
+        (lambda: np.zeros(2**56), "512. PiB were asked for"),
+        (lambda: [0] * 2**60, "out of memory; take a smaller batch"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(monkeypatch, work, expected):
+    monkeypatch.setattr(sys, "argv", ["main"])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
+        commands.run(lambda argv: work())
+    assert one_sentence(caught.value.code) and re.search(expected, caught.value.code)
+
+
+def test_ctrl_c_is_a_line_and_the_exit_code_of_shells(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["main"])
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
+        commands.run(interrupted)
+    assert caught.value.code == commands.INTERRUPTED and capsys.readouterr().err == "interrupted\n"
+
+
+def test_commands_run_under_the_default_settings_of_jax(monkeypatch, caplog):
+    """Whatever the environment says, such as JAX_ENABLE_X64; and a line says so."""
+    monkeypatch.setattr(sys, "argv", ["main"])
+    found = []
+    with flagsaver.flagsaver(), jax.enable_x64(True), pytest.raises(SystemExit) as caught:
+        commands.run(lambda argv: found.append(jax.numpy.zeros(()).dtype))
+    assert not caught.value.code and found == ["float32"]
+    assert any("jax_enable_x64 are not used" in record.getMessage() for record in caplog.records)
+
+
+PRINTS = r"""
+from jax_distill import commands
+line = "wrote gr\u00fc\u00dfe \udcff.png " + "." * 100
+commands.run(lambda argv: [print(line) for _ in range(2000)])
+"""
+
+
+def test_what_is_printed_need_not_fit_the_terminal_nor_be_read():
+    """An encoding that lacks its letters, and a reader such as `head` that has enough."""
+    with subprocess.Popen(
+        [sys.executable, "-c", PRINTS],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    ) as running:
+        assert running.stdout.readline().startswith(rb"wrote gr\xfc\xdfe \udcff.png .")
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == commands.PIPE_CLOSED
+
+
+WRONG = {
+    "sample": {
+        "--prompt=a --seed=4294967296": "--seed=4294967296.*4294967295",
+        "--prompt=a --seed=-1": "--seed=-1",
+        "--prompt=a --seed=1.5": "--seed=1.5: not a whole number",
+        "--prompt=a --guidance=nan": "--guidance=nan: not finite",
+        "--prompt=a --guidance=-inf": "--guidance=-inf: not finite",
+        "--prompt=a --steps=1000000000": "steps: 1000000000 is more than",
+        "--prompt=a --steps=0": "--steps=0",
+        "--prompt=a --height=-16": "--height=-16",
+        "--prompt=a --output=x.jpg": "--output: 'x.jpg'",
+        "--prompt=a --output=": "--output: ''",
+        "--prompt=a --output=/proc/none/x.png": "--output: '/proc/none/x.png'",
+        "--prompt=a --output=README.md/x.png": "--output: 'README.md/x.png'",
+        "--steps=2": "--prompt is missing",
+    },
+    "evaluate": {
+        "--seed=4294967296": "--seed=4294967296.*4294967295",
+        "--guidance=inf": "--guidance=inf: not finite",
+        "--steps=": "--steps: none given",
+        "--steps=1,1000000000": "steps: 1000000000 is more than",
+        "--steps=0": "steps: 0 is not at least 1",
+        "--output=/proc/none/x.json": "--output: '/proc/none/x.json'",
+        "--output=tests": "--output: 'tests' is there",
+        "--output=": "--output: ''",
+    },
+    "prepare": {
+        "--output=x --seed=4294967296": "--seed=4294967296.*4294967295",
+        "--output=x --teacher=embedded --guidance=nan": "--guidance=nan: not finite",
+    },
+}
+RUN_ALL = """
+import importlib, sys
+from absl import flags
+from jax_distill import commands, pipeline
+def fail(*arguments, **named): raise AssertionError("something is loaded")
+pipeline.load = fail
+module = importlib.import_module("jax_distill." + sys.argv[1])
+for case in sys.argv[2:]:
+    flags.FLAGS.unparse_flags()
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+    sys.argv = ["command", *case.split(" ")]
+    try:
+        commands.run(module.main)
+    except SystemExit as stop:
+        print(stop.code)
+"""
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_asked_of_a_command_is_checked_before_anything_is_loaded(name):
+    cases = WRONG[name]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL, name, *cases], cwd=ROOT, capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == len(cases), done.stderr
+    for line, (case, expected) in zip(lines, cases.items()):
+        assert line.startswith("error: ") and re.search(expected, line), (case, line)
 
 
 def process(*argv):

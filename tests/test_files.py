@@ -1,5 +1,6 @@
 """Laws of files: read as what they should be or refused, written whole or not at all."""
 
+import errno
 import json
 import os
 from typing import NotRequired, TypedDict
@@ -119,3 +120,64 @@ def test_json_lines_end_where_json_lines_end(tmp_path):
     assert [next(lines), next(lines)] == [(1, {"a": "\u2028\x85"}), (3, {"a": 2})]
     with pytest.raises(FileError, match="line 4 is not valid JSON"):
         next(lines)
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with a file, a pipe and a link to nothing."""
+    (tmp_path / "file.png").write_bytes(b"old")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "further")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name", ["new.png", "file.png", "NEW.PNG", "a/b/c/new.png", "./x/../y.png"]
+)
+def test_an_output_that_can_be_written_is_left_as_it_was(place, name):
+    before = sorted(place.rglob("*"))
+    files.check_output(place / name, (".png",))
+    assert sorted(place.rglob("*")) == before and (place / "file.png").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x.jpg", r"has not the right ending; name the file \*.png"),
+        ("x", "has not the right ending"),
+        (".png", "has not the right ending"),
+        ("x.png.txt", "has not the right ending"),
+        ("folder.png", "is there and no regular file"),
+        ("pipe.png", "is there and no regular file"),
+        ("file.png/x.png", "cannot be written"),
+        ("file.png/a/b/x.png", "cannot be written"),
+        ("nowhere/x.png", "is a link to nothing"),
+        ("x" * 249 + ".png", "cannot be written"),  # the file beside it has a longer name
+        ("x" * 300 + "/y.png", "cannot be written"),
+        ("x\0y.png", "cannot be written"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_named(place, name, message):
+    before = sorted(place.rglob("*"))
+    with pytest.raises(FileError, match=f"(?s)^--grid: .*{message}") as caught:
+        files.check_output(place / name, (".png",), name="--grid")
+    assert "\n" not in str(caught.value) and sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("path", ["", "/", "gs://bucket/x.png", "/proc/none/x.png", "/sys/x.png"])
+def test_other_places_are_no_outputs(path):
+    with pytest.raises(FileError, match="^--output: "):
+        files.check_output(path)
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
+    """As root may write anywhere, the system's answer is put in its mouth."""
+
+    def refused(dir):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
+    with pytest.raises(FileError, match=r"cannot be written \(Permission denied at "):
+        files.check_output(tmp_path / "new" / "x.json")
+    assert not any(tmp_path.iterdir())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_runs import random_parameters, settings
 
-from jax_distill import build, flow, pipeline, stages
+from jax_distill import build, draw_settings, flow, pipeline, stages
 from jax_distill.config import ConfigError
 from jax_distill.flow import Text
 
@@ -81,21 +81,29 @@ def test_velocities_in_fluxs_world_are_guided_as_said(kind):
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-def test_a_guided_teacher_of_fluxs_world_draws_away_from_the_null_caption(monkeypatch, caplog):
+def test_a_guided_teacher_of_fluxs_world_draws_away_from_the_null_caption(monkeypatch):
     """Its pictures with scale 1 are the unguided ones; with another they are not."""
     config, plain = teacher("flux", "cfg"), teacher("flux", "none")
     params = {"network": random_parameters(config)}
     width, pooled = config.model.joint_attention_dim, config.model.pooled_projection_dim
     text = Text(np.ones((2, 3, width), np.float32), np.ones((2, pooled), np.float32))
     null = Text(-text.sequence[:1], -text.pooled[:1])
-    drawn = {}
-    for name, settings_ in (("cfg", config), ("none", plain)):
-        pipe = pipeline.Pipeline(settings_, params)
-        monkeypatch.setattr(type(pipe.world), "null", null)
-        for scale in (1.0, 3.0):
-            drawn[name, scale] = pipe.latents(text, steps=1, guidance=scale)
-    warned = [record for record in caplog.records if "changes nothing" in record.getMessage()]
-    assert len(warned) == 2  # both scales of the teacher that takes none
-    np.testing.assert_allclose(drawn["cfg", 1.0], drawn["none", 1.0], atol=2e-5)
-    np.testing.assert_array_equal(drawn["none", 3.0], drawn["none", 1.0])
-    assert np.abs(drawn["cfg", 3.0] - drawn["cfg", 1.0]).max() > 1e-3
+    guided, unguided = pipeline.Pipeline(config, params), pipeline.Pipeline(plain, params)
+    monkeypatch.setattr(type(guided.world), "null", null)
+    drawn = {scale: guided.latents(text, steps=1, guidance=scale) for scale in (1.0, 3.0)}
+    np.testing.assert_allclose(drawn[1.0], unguided.latents(text, steps=1), atol=2e-5)
+    assert np.abs(drawn[3.0] - drawn[1.0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.5, float("nan")])
+def test_guidance_of_a_network_that_takes_none_is_refused(scale):
+    """Also a scale that would mean none elsewhere; that of a configuration is nobody's wish."""
+    config = teacher("flux", "none")
+    pipe = pipeline.Pipeline(config, lambda: pytest.fail("the network is read"))
+    text = Text(np.ones((1, 3, 8), np.float32), np.ones((1, 8), np.float32))
+    for draw in (pipe.draw, pipe.latents):
+        with pytest.raises(ValueError, match="^guidance: .* the network of 'tiny' takes no guid"):
+            draw(text, steps=1, guidance=scale)
+    with pytest.raises(ValueError, match="^guidance: "):
+        pipe("a fox", guidance=scale)
+    assert draw_settings.guidance(None, config) == config.evaluation.guidance

@@ -3,6 +3,7 @@
 With -m slow two of them train; four as well with JAX_DISTILL_SLOW_TESTS=1.
 """
 
+import inspect
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import pytest
 from absl import flags
 from regression import Regression, Source, frozen, parameters, small_config
 
-from jax_distill import peers, processes, train
+from jax_distill import clusters, peers, processes, train
 from jax_distill.checkpoint import Checkpoints
 from jax_distill.optimizer import make_optimizer
 
@@ -67,6 +68,7 @@ def _into(define, values):
     [
         ([], {}, []),
         (["--num_processes=1"], SLURM, []),
+        (["--num_processes=1"], {"JAX_PROCESS_ID": "3"}, []),
         ([], {**SLURM, "SLURM_NTASKS": "1"}, []),
         ([], SLURM, [(None, None, None)]),  # `jax.distributed` finds out itself
         (
@@ -89,12 +91,133 @@ def test_what_is_missing_is_said(join, monkeypatch):
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES: 'two' is not a whole number"):
         join([], {"JAX_NUM_PROCESSES": "two"})
 
+    for index, count in ((2, 2), (5, 3), (0, 0)):
+        with pytest.raises(ValueError, match=f"--process_id: {index} is none of "):
+            join([f"--process_id={index}"], {"JAX_NUM_PROCESSES": str(count)})
+    with pytest.raises(ValueError, match="--process_id: -1 is none of the processes"):
+        join([], {"JAX_PROCESS_ID": "-1", "JAX_NUM_PROCESSES": ""})
+    monkeypatch.delenv("JAX_PROCESS_ID")
+
     def initialize(*arguments, **options):
         raise ValueError("Number of processes must be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(ValueError, match=r"each other \(Number of .*\); give .*--num_processes"):
         join(["--coordinator_address=host:1"], {"JAX_NUM_PROCESSES": ""})
+
+
+def test_the_detection_of_jax_is_as_it_is_called():
+    """It is not public: where it changes, `clusters._found` and the bound in setup.py do too."""
+    from jax._src.clusters import ClusterEnv
+
+    parameters = inspect.signature(ClusterEnv.auto_detect_unset_distributed_params).parameters
+    assert list(parameters) == [
+        "coordinator_address",
+        "num_processes",
+        "process_id",
+        "local_device_ids",
+        "cluster_detection_method",
+        "initialization_timeout",
+    ]
+    assert clusters._found() == 1
+
+
+SEVERAL = {  # environments of one of several processes, and the variable that tells
+    "SLURM_NTASKS": SLURM,
+    "SLURM_STEP_NUM_TASKS": {"SLURM_STEP_NUM_TASKS": "4"},
+    "SLURM_PROCID": {"SLURM_PROCID": "3"},
+    "OMPI_COMM_WORLD_SIZE": {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
+    "PMI_SIZE": {"PMI_SIZE": "8"},
+    "TPU_WORKER_HOSTNAMES": {"TPU_WORKER_HOSTNAMES": "host-0,host-1", "TPU_WORKER_ID": "0"},
+    "TPU_PROCESS_ADDRESSES": {"TPU_PROCESS_ADDRESSES": "a:1,b:1,c:1,d:1"},
+    "TPU_PROCESS_BOUNDS": {"TPU_PROCESS_BOUNDS": "2,2,1"},
+    "TPU_WORKER_ID": {"TPU_WORKER_ID": "5"},
+    "CLOUD_TPU_TASK_ID": {"CLOUD_TPU_TASK_ID": "1"},
+    "MEGASCALE_NUM_SLICES": {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "0"},
+}
+ONE = (
+    {},
+    {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a batch script: no step
+    {"SLURM_NTASKS": "many"},
+    {**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+    {**SLURM, "SLURM_STEP_NUM_TASKS": "1"},  # of an allocation of two
+    {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+    {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_HOST_BOUNDS": "1,1,1"},
+    {"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_HOSTNAMES": ""},
+    {"MEGASCALE_NUM_SLICES": "1"},
+    {"SLURM_ARRAY_TASK_ID": "3", "JOB_COMPLETION_INDEX": "2"},  # runs of their own
+)
+
+
+def none_found():
+    return 1
+
+
+def changed():
+    raise AttributeError("module 'jax._src' has no attribute 'clusters'")
+
+
+def failing():
+    raise KeyError("job-name")
+
+
+@pytest.fixture
+def detection(monkeypatch):
+    """Puts a function in the place of JAX's detection, on a machine without a TPU."""
+    monkeypatch.setattr(clusters, "_on_tpu", lambda: False)
+    return lambda found: monkeypatch.setattr(clusters, "_found", found)
+
+
+@pytest.mark.parametrize("found", [none_found, changed, failing])
+@pytest.mark.parametrize("name", SEVERAL)
+def test_one_of_several_processes_never_goes_on_alone(detection, name, found):
+    detection(found)
+    with pytest.raises(ValueError, match=f"^{name}=.* several .*--num_processes=1") as caught:
+        clusters.count(SEVERAL[name])
+    assert "\n" not in str(caught.value)
+    detection(lambda: 2)
+    assert clusters.count(SEVERAL[name]) == 2
+
+
+@pytest.mark.parametrize("variables", ONE)
+def test_a_process_that_is_alone_goes_on(detection, variables):
+    for found in (none_found, changed):
+        detection(found)
+        assert clusters.count(variables) == 1
+
+
+def test_where_it_cannot_be_known_it_is_to_be_said(detection, monkeypatch):
+    detection(failing)  # where it finds a cluster, and fails in it
+    with pytest.raises(ValueError, match="cannot tell .*KeyError: 'job-name'.*--num_processes=1"):
+        clusters.count({})
+    detection(changed)
+    monkeypatch.setattr(clusters, "_on_tpu", lambda: True)  # a pod's hosts have no variables
+    with pytest.raises(ValueError, match="cannot tell .*AttributeError: .*--num_processes=1"):
+        clusters.count({})
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {**SLURM, "SLURM_NTASKS": "abc"},
+        {"SLURM_PROCID": "x"},
+        {"OMPI_COMM_WORLD_SIZE": "-2"},
+        {"PMI_SIZE": "1.5"},
+        {"TPU_PROCESS_BOUNDS": "2,b"},
+        {"MEGASCALE_NUM_SLICES": "two"},
+    ],
+)
+def test_variables_that_are_no_numbers_are_named(detection, variables):
+    detection(none_found)
+    with pytest.raises(ValueError, match="^[A-Z_]+: '.*' is not a number of processes"):
+        clusters.count(variables)
+
+
+def test_a_run_that_is_told_to_be_alone_asks_nobody(join, detection):
+    detection(failing)
+    assert join(["--num_processes=1"], SEVERAL["TPU_WORKER_HOSTNAMES"]) == []
+    with pytest.raises(ValueError, match="^TPU_WORKER_HOSTNAMES="):
+        join([], SEVERAL["TPU_WORKER_HOSTNAMES"])
 
 
 DRIVER = """

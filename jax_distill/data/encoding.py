@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from jax_distill import streams
 from jax_distill.data import folder, records, shapes
 from jax_distill.flow import Text
 
@@ -124,7 +125,7 @@ def encode_folder(
             rows = [*batch, *batch[:1] * (EMBEDDED_BATCH - len(batch))]  # one shape compiles
             read = {row.path: folder.read(row.path, *resolution) for row in batch}
             images = np.stack([read[row.path] for row in rows])
-            key = None if seed is None else jax.random.fold_in(jax.random.key(seed), start)
+            key = None if seed is None else jax.random.fold_in(streams.key(seed), start)
             latents = _stored(encode(images, key=key), [f"'{row.path}'" for row in batch])
             text = _half(embed([row.caption for row in rows]), [row.caption for row in batch])
             for row, *fields in zip(batch, latents, *text):

@@ -24,6 +24,7 @@ MARGIN = 16
 ROW_LABEL_WIDTH = 92
 CAPTION_LINES = 8  # longer texts end in an ellipsis
 
+ENDINGS = (".png",)  # of the files that are written
 INK = "#1f2328"
 DPI = 128  # a power of two: pixels become inches and back without rounding
 
@@ -153,7 +154,7 @@ def _enlarged(pictures: np.ndarray) -> tuple[int, int, int, float]:
 
 def _save_png(path: Path, image: np.ndarray) -> None:
     """Writes (H, W, 3) uint8 as a PNG."""
-    if path.suffix.lower() != ".png":
+    if path.suffix.lower() not in ENDINGS:
         raise ValueError(f"'{path}': pictures are written as PNG; name the file *.png")
     content = io.BytesIO()
     Image.fromarray(image).save(content, format="png")

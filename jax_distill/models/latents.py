@@ -1,11 +1,13 @@
 """Pictures to the transformer's tokens and back, through an autoencoder."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from flax import nnx
 
+from jax_distill import finite
 from jax_distill.models.autoencoder import (
     Autoencoder,
     AutoencoderConfig,
@@ -63,13 +65,36 @@ class LatentCodec:
         return pack(self._model.normalize(latents))
 
     def decode(
-        self, tokens: jax.Array, height: int, width: int, *, tile: int | None = None
+        self,
+        tokens: jax.Array,
+        height: int,
+        width: int,
+        *,
+        tile: int | None = None,
+        names: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """Tokens (B, N, 4c) to pictures (B, height, width, 3) uint8; `tile` as in `encode`."""
+        """Tokens to pictures (B, height, width, 3) uint8.
+
+        Args:
+          tokens: (B, N, 4c).
+          height: of the pictures in pixels.
+          width: likewise.
+          tile: as in `encode`.
+          names: of the pictures, for messages; at least B.
+
+        Raises:
+          NotFinite: a picture is not: it would be rounded to black or white.
+        """
         factor = self.config.downsampling
         latents = unpack(np.asarray(tokens), height // factor, width // factor)
         latents = self._model.denormalize(latents)
         pictures = self._in_tiles(self._pictures, latents, tile, encode=False)
+        if finite.bad_rows(pictures):
+            names = names or finite.name_pictures(len(pictures))
+            cause = "the latents are too large for the autoencoder"
+            if bad := finite.first_bad_array(self._params):
+                cause = f"the autoencoder's weights are not, in '{bad}'"
+            finite.check_rows(pictures, names, "decoded, its pixels are", f"{cause}; load others")
         return np.round(np.clip((pictures + 1) * 127.5, 0, 255)).astype(np.uint8)
 
     def check_tile(self, tile: int | None) -> None:

@@ -11,7 +11,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jax_distill import adapters, build, frozen, parallel, preflight, rounding, stages, train
+from jax_distill import (
+    adapters,
+    build,
+    frozen,
+    parallel,
+    preflight,
+    rounding,
+    stages,
+    streams,
+    train,
+)
 from jax_distill import config as configuration
 from jax_distill.config import ConfigError
 from jax_distill.flops import count_flops
@@ -114,7 +124,7 @@ def sampling(stage: stages.Stage, mesh: Any) -> Program:
         network = build.initial_parameters(config)
         if beside is None:
             return {"network": rounding.narrow(network, config.ema_dtype)}
-        state = rounding.narrow(beside.split(jax.random.key(0), network), config.ema_dtype)
+        state = rounding.narrow(beside.split(streams.key(0), network), config.ema_dtype)
         return {"network": beside.attach(_held(stage), state)}
 
     params = jax.eval_shape(create)
@@ -122,7 +132,7 @@ def sampling(stage: stages.Stage, mesh: Any) -> Program:
     count, steps = config.batch_size, sampling_steps(config)
     noise = jax.ShapeDtypeStruct((count, *build.token_shape(config)), jnp.float32)
     guidance = jax.ShapeDtypeStruct((count,), jnp.float32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
+    keys = jax.eval_shape(lambda: jax.random.split(streams.key(0), count))
     inputs = _split((noise, text_like(config, count), guidance, keys), mesh)
     null = text_like(config, 1)
     null = train.with_shardings(null, parallel.shard_state(null, mesh))
@@ -247,7 +257,7 @@ def _held(stage: stages.Stage) -> dict:
     network = frozen.hold(stage.config, build.initial_parameters(stage.teacher))
     if stage.adapted:
         beside = adapters.settings(stage.config)
-        network = beside.attach(network, beside.split(jax.random.key(0), network))
+        network = beside.attach(network, beside.split(streams.key(0), network))
         network = frozen.hold(stage.config, network)
     return network
 
