@@ -28,7 +28,7 @@ from typing import NamedTuple
 NAMES = ("weights", "records", "configs", "results", "metrics", "pictures", "metadata")
 NAMES += ("captions", "tokenizers", "folders")
 SECONDS = 10.0
-"""That reading one input may take."""
+"""That reading one input may take, on a machine that does nothing else."""
 _SLOW = 120.0  # for all around it: making the input, loading libraries, the other reader
 _MAKING = 600.0  # for bases
 
@@ -132,6 +132,7 @@ class Worker:
 
     def overdue(self) -> bool:
         limit = SECONDS if self.state == "reading" else _SLOW
+        limit *= max(1.0, os.getloadavg()[0] / os.cpu_count())  # others may use the machine, too
         return self.task is not None and time.monotonic() - self.since > limit
 
 
@@ -144,7 +145,12 @@ def shares(names: list[str], inputs: int) -> dict[str, int]:
 
 
 def run(
-    counts: dict[str, int], seed: int, workers: int, folder: Path, first: dict[str, int]
+    counts: dict[str, int],
+    seed: int,
+    workers: int,
+    folder: Path,
+    first: dict[str, int],
+    aloud: bool = False,
 ) -> tuple[dict[str, collections.Counter], list[Failure], dict[str, float]]:
     """Judges inputs in several processes; returns counts by kind, failures, seconds by kind."""
     bases = folder / "bases"
@@ -167,6 +173,8 @@ def run(
         name, number = worker.task
         table[name][outcome] += 1
         seconds[name] += time.monotonic() - worker.begun
+        if aloud:
+            print(f"{name}:{number} {outcome}: {group}\n    {message[:3000]}")
         if outcome not in ("refused", "same"):
             failures.append(Failure(name, number, outcome, group, message))
         worker.task = None
@@ -275,14 +283,14 @@ def main() -> None:
     first: dict[str, int] = {}
     if options.replay:
         name, _, number = options.replay.partition(":")
-        counts, first = {name: 1}, {name: int(number)}
+        counts, first, options.workers = {name: 1}, {name: int(number)}, 1
     else:
         counts = shares(names, options.inputs)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         folder = Path(folder)
         os.environ["HF_HOME"] = os.environ["MPLCONFIGDIR"] = str(folder / "caches")
-        result = run(counts, options.seed, options.workers, folder, first)
+        result = run(counts, options.seed, options.workers, folder, first, bool(options.replay))
         if options.keep:
             keep(result[1], options.seed, folder, options.keep.resolve())
     table, failures, seconds = result

@@ -445,7 +445,7 @@ def damage_torch(rng: Random, content: bytes) -> bytes:
         for key, value in members.items():
             archive.writestr(zipfile.ZipInfo(key), value, compression)
         if rng.random() < 0.05:
-            archive.writestr("archive/data/99", bytes(10**7))
+            archive.writestr(data.replace("data.pkl", "data/99"), bytes(10**7))
     return out.getvalue()
 
 

@@ -174,8 +174,8 @@ def _differs(value: Any, folder: Path, base: Path) -> str:
             return "a record is none of the data's"
         if not _good(record):
             return "a record is of other types, or not finite"
-        if len({x.latents.shape for x in value.found}) > 1:
-            return "records are of several shapes"
+    if len({record.latents.shape for record in value.found}) > 1:
+        return "records are of several shapes"
     if value.null is not None:
         try:
             said = _unpacked((folder / "null.msgpack").read_bytes())
