@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -276,6 +277,7 @@ def main() -> None:
     parser.add_argument("--replay", help="kind:number, one input and all about it")
     options = parser.parse_args()
     os.environ.update(_ENVIRONMENT)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("stopped"))
     _find_package()
     names = options.kinds.split(",")
     if unknown := set(names) - set(NAMES):
