@@ -41,7 +41,7 @@ def read_config(workdir: Path) -> ConfigDict:
     """A run's configuration, checked as far as that needs nothing else than itself."""
     settings = config.load(workdir)
     preflight.validate(settings)
-    if settings.objective.name not in preflight.KINDS:
+    if settings.objective.name not in {"autoencoder", *build.OBJECTIVES}:
         raise config.ConfigError(f"objective.name: {settings.objective.name!r} is unknown")
     preflight.check_objective(settings)
     return settings
@@ -125,7 +125,15 @@ def tokenize(folder: Path) -> TokenIds:
 
 
 def save_config(settings: ConfigDict, folder: Path) -> None:
+    """Saves a configuration as a run does, its network's settings completed."""
+    model = {name: x for name, x in settings.model.to_dict().items() if x is not None}
+    with settings.unlocked():
+        settings.model = config.base().model.to_dict() | model
     config.save(settings, folder)
+
+
+def default_settings() -> dict[str, Any]:
+    return config.base().to_dict()
 
 
 def write_records(folder: Path, written: list, description: dict, null: Any = None) -> None:

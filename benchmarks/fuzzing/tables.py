@@ -215,10 +215,23 @@ def _differs_config(value: Any, folder: Path, base: Path) -> str:
         said = json.loads(text)
     except (ValueError, TypeError, RecursionError):
         return "read what is no JSON"
-    found = value.to_dict()
+    return _differs_settings(value.to_dict(), said, package.default_settings())
+
+
+def _differs_settings(found: Any, said: Any, defaults: Any, name: str = "") -> str:
+    """What a file does not say, as those of older versions, has its default."""
+    if not isinstance(found, dict) or not isinstance(said, dict):
+        return "" if same(found, said) else f"{name} is read as something else"
     for key in sorted(said.keys() | found.keys()):
-        if key not in said or key not in found or not same(said[key], found[key]):
-            return f"{key} is read as something else"
+        default = defaults.get(key) if isinstance(defaults, dict) else None
+        if key not in found:
+            return f"{name}{key} is left out"
+        if key not in said and not same(found[key], default):
+            return f"{name}{key} is made up"
+        if key in said:
+            wrong = _differs_settings(found[key], said[key], default, f"{name}{key}.")
+            if wrong:
+                return wrong
     return ""
 
 
