@@ -1,0 +1,323 @@
+"""Damaged files of every kind that is read: each is refused in one sentence, or read as it says.
+
+    python benchmarks/fuzz.py [--kinds=records,pictures,..] [--inputs=20000] [--seed=0] [--show=3]
+        [--workers=2] [--keep=DIR] [--replay=kind:number]
+
+Inputs are good files that were damaged at random: by bits and bytes, and by what they hold (JSON,
+lines, pickles, PNG chunks, headers of safetensors, files that are folders, pipes or links). None
+may end in a traceback or an error that is no clear sentence, take more than 10 s or 1 GB, run
+anything, or be read as something else than another reader of the format says: PyTorch, safetensors,
+Pillow and numpy, transformers, `json`. The table counts inputs by kind; what fails alike stands
+below it with numbers to give to --replay. The last line is JSON: `ratio` is the share of inputs
+that failed. The package is that of PYTHONPATH, or of the folder that this is run from.
+"""
+
+import argparse
+import collections
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import NamedTuple
+
+NAMES = ("weights", "records", "configs", "results", "metrics", "pictures", "metadata")
+NAMES += ("captions", "tokenizers", "folders")
+SECONDS = 10.0
+"""That reading one input may take, on a machine that does nothing else."""
+_SLOW = 120.0  # for all around it: making the input, loading libraries, the other reader
+_MAKING = 600.0  # for bases
+
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "PYTHONWARNINGS": "ignore",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class Failure(NamedTuple):
+    kind: str
+    number: int
+    outcome: str
+    group: str
+    message: str
+
+
+def _find_package() -> None:
+    """Puts the tree that the package is to come from in front."""
+    import importlib.util
+
+    here = Path.cwd()
+    if "PYTHONPATH" not in os.environ and (here / "jax_distill").is_dir():
+        sys.path.insert(0, str(here))
+    root = Path(importlib.util.find_spec("jax_distill").origin).parents[1]
+    sys.path += [str(root / "tests"), str(Path(__file__).parent)]
+
+
+def _quiet() -> None:
+    import logging
+    import warnings
+
+    from absl import logging as absl_logging
+
+    warnings.simplefilter("ignore")
+    absl_logging.set_verbosity("fatal")
+    logging.disable(logging.CRITICAL)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _make_bases(bases: Path, names: list[str]) -> None:
+    _find_package()
+    from fuzzing.kinds import KINDS
+
+    for name in names:
+        (bases / name).mkdir()
+        KINDS[name].make(bases / name)
+
+
+def _work(pipe: Connection, scratch: Path, bases: Path, seed: int) -> None:
+    _find_package()
+
+    def make():
+        from fuzzing import package, sandbox
+        from fuzzing.kinds import KINDS
+
+        _quiet()
+        return sandbox.Sandbox(scratch, bases, KINDS, package.is_ours)
+
+    from fuzzing.sandbox import work
+
+    work(pipe, make, seed)
+
+
+class Worker:
+    """One process, what it does, and since when."""
+
+    def __init__(self, folder: Path, bases: Path, seed: int):
+        self._folder, self._arguments = folder, (bases, seed)
+        self._start()
+
+    def _start(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._folder.mkdir(parents=True)
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        arguments = (theirs, self._folder, *self._arguments)
+        self.process = context.Process(target=_work, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.task, self.state, self.since = None, "loading", time.monotonic()
+
+    def give(self, task: tuple[str, int]) -> None:
+        self.task, self.state, self.since = task, "making", time.monotonic()
+        self.pipe.send(task)
+
+    def restart(self) -> None:
+        self.stop()
+        self._start()
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+    def overdue(self) -> bool:
+        limit = SECONDS if self.state == "reading" else _SLOW
+        limit *= max(1.0, os.getloadavg()[0] / os.cpu_count())  # others may use the machine, too
+        return self.task is not None and time.monotonic() - self.since > limit
+
+
+def shares(names: list[str], inputs: int) -> dict[str, int]:
+    """How many inputs of each kind, by what they cost."""
+    from fuzzing.kinds import KINDS
+
+    total = sum(KINDS[name].share for name in names)
+    return {name: max(1, round(inputs * KINDS[name].share / total)) for name in names}
+
+
+def run(
+    counts: dict[str, int],
+    seed: int,
+    workers: int,
+    folder: Path,
+    first: dict[str, int],
+    aloud: bool = False,
+) -> tuple[dict[str, collections.Counter], list[Failure], dict[str, float]]:
+    """Judges inputs in several processes; returns counts by kind, failures, seconds by kind."""
+    bases = folder / "bases"
+    bases.mkdir()
+    context = multiprocessing.get_context("spawn")
+    making = context.Process(target=_make_bases, args=(bases, list(counts)))
+    making.start()
+    making.join(_MAKING)
+    if making.exitcode != 0:
+        sys.exit("the bases could not be made")
+    tasks = collections.deque(
+        (name, first.get(name, 0) + i) for name, count in counts.items() for i in range(count)
+    )
+    table = {name: collections.Counter() for name in counts}
+    seconds = dict.fromkeys(counts, 0.0)
+    failures: list[Failure] = []
+    pool = [Worker(folder / f"worker{i}", bases, seed) for i in range(workers)]
+
+    def note(worker: Worker, outcome: str, group: str, message: str) -> None:
+        name, number = worker.task
+        table[name][outcome] += 1
+        seconds[name] += time.monotonic() - worker.begun
+        if aloud:
+            print(f"{name}:{number} {outcome}: {group}\n    {message[:3000]}")
+        if outcome not in ("refused", "same"):
+            failures.append(Failure(name, number, outcome, group, message))
+        worker.task = None
+
+    def next_task(worker: Worker) -> None:
+        worker.state = "idle"
+        if tasks:
+            worker.begun = time.monotonic()
+            worker.give(tasks.popleft())
+
+    try:
+        while tasks or any(worker.task or worker.state == "loading" for worker in pool):
+            ready = wait([worker.pipe for worker in pool if worker.state != "idle"], 0.5)
+            for worker in pool:
+                if worker.pipe in ready:
+                    try:
+                        message = worker.pipe.recv()
+                    except (EOFError, ConnectionError):
+                        if worker.task is None or worker.state == "making":
+                            sys.exit(f"a worker died while it made {worker.task}")
+                        code = worker.process.exitcode
+                        note(worker, "traceback", "the process died", f"{worker.state}, {code}")
+                        worker.restart()
+                        continue
+                    if message == "ready":
+                        next_task(worker)
+                    elif message[:5] == "fault":
+                        sys.exit(message)
+                    elif isinstance(message, str):
+                        worker.state, worker.since = message, time.monotonic()
+                    else:
+                        note(worker, *message)
+                        next_task(worker)
+                elif worker.overdue():
+                    if worker.state != "reading":
+                        sys.exit(
+                            f"{worker.task}: more than {_SLOW:.0f} s while it was {worker.state}"
+                        )
+                    note(worker, "hang", "while it was read", f"more than {SECONDS:.0f} s")
+                    worker.restart()
+    finally:
+        for worker in pool:
+            worker.stop()
+    return table, failures, seconds
+
+
+def keep(failures: list[Failure], seed: int, folder: Path, target: Path) -> None:
+    """Saves the inputs that failed; those with holes of gigabytes keep their holes."""
+    sandbox = _sandbox(folder)
+    for failure in failures:
+        made, _, _ = sandbox.make(failure.kind, failure.number, seed)
+        place = target / f"{failure.kind}-{failure.number}"
+        os.makedirs(place.parent, exist_ok=True)
+        os.system(f"cp -a --sparse=always '{made}' '{place}'")
+
+
+def _sandbox(folder: Path):
+    from fuzzing import package, sandbox
+    from fuzzing.kinds import KINDS
+
+    scratch = folder / "replay"
+    scratch.mkdir(exist_ok=True)
+    return sandbox.Sandbox(scratch, folder / "bases", KINDS, package.is_ours)
+
+
+def show(
+    table: dict[str, collections.Counter],
+    failures: list[Failure],
+    seconds: dict[str, float],
+    examples: int,
+) -> None:
+    """Prints counts by kind, and what fails alike."""
+    columns = ("refused", "same", "traceback", "unclear", "hang", "memory", "executed", "meaning")
+    heads = ("refused", "same", "tracebacks", "unclear", "over 10 s", "above 1 GB", "executed")
+    heads += ("other meaning",)
+    print(f"{'kind':<12}{'inputs':>8}" + "".join(f"{head:>15}" for head in heads) + f"{'s':>8}")
+    rows = [*table.items(), ("all", sum(table.values(), collections.Counter()))]
+    for name, counts in rows:
+        cells = "".join(f"{counts[column]:>15}" for column in columns)
+        taken = seconds.get(name, sum(seconds.values()))
+        print(f"{name:<12}{counts.total():>8}{cells}{taken:>8.0f}")
+    groups = collections.defaultdict(list)
+    for failure in failures:
+        groups[failure.kind, failure.outcome, failure.group].append(failure)
+    for (kind, outcome, group), alike in sorted(groups.items(), key=lambda x: -len(x[1])):
+        numbers = " ".join(f"{kind}:{failure.number}" for failure in alike[:examples])
+        print(f"\n{len(alike)} x {kind}, {outcome}: {group}\n    --replay={numbers}")
+        print(f"    {alike[0].message[:300]!r}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kinds", default=",".join(NAMES))
+    parser.add_argument("--inputs", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", type=int, default=3, help="examples of what fails alike")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--keep", type=Path, help="folder for the inputs that fail")
+    parser.add_argument("--replay", help="kind:number, one input and all about it")
+    options = parser.parse_args()
+    os.environ.update(_ENVIRONMENT)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("stopped"))
+    _find_package()
+    names = options.kinds.split(",")
+    if unknown := set(names) - set(NAMES):
+        sys.exit(f"--kinds: {min(unknown)!r} is none of {', '.join(NAMES)}")
+    first: dict[str, int] = {}
+    if options.replay:
+        name, _, number = options.replay.partition(":")
+        counts, first, options.workers = {name: 1}, {name: int(number)}, 1
+    else:
+        counts = shares(names, options.inputs)
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        folder = Path(folder)
+        os.environ["HF_HOME"] = os.environ["MPLCONFIGDIR"] = str(folder / "caches")
+        result = run(counts, options.seed, options.workers, folder, first, bool(options.replay))
+        if options.keep:
+            keep(result[1], options.seed, folder, options.keep.resolve())
+    table, failures, seconds = result
+    show(table, failures, seconds, options.show)
+    unread = [name for name, counts in table.items() if counts.total() > 50 and not counts["same"]]
+    if unread:
+        sys.exit(f"none of {unread[0]} was read: are its bases what is read today?")
+    total = sum(counts.total() for counts in table.values())
+    counts = {
+        name: sum(counter[name] for counter in table.values())
+        for name in ("refused", "same", "traceback", "unclear", "hang", "memory", "executed")
+        + ("meaning",)
+    }
+    line = {
+        "benchmark": "fuzz",
+        "ratio": len(failures) / total,
+        "reference": "all inputs; 0 of them may fail",
+        "inputs": total,
+        **counts,
+        "seed": options.seed,
+        "seconds": round(time.monotonic() - begun),
+    }
+    print(json.dumps(line))
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Damaged inputs for `benchmarks/fuzz.py`: how they are made, read and judged."""
