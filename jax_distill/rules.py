@@ -89,6 +89,7 @@ _AT_MOST = {
     2**31 - 1: (
         *("total_steps", "rescale.total_steps", "log_every", "checkpoint.every", "samples.every"),
         *("evaluation.every", "data.examples", "optimizer.warmup_steps"),
+        *("objective.tangent_warmup", "objective.discrete_warmup"),
     ),
     2**20: ("batch_size", "rescale.batch_size", "accumulate", "objective.particles"),
     2**17: (
@@ -110,7 +111,6 @@ def of_runs() -> Iterable[Rule]:
     """Keys, what must hold of their values, and how that is said."""
     yield _POSITIVE, lambda value: 0 < value < math.inf, "positive"
     yield _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "zero or more"
-    yield (*_POSITIVE, *_NOT_NEGATIVE), _fits, "less than 2^31"
     yield _SHARES, lambda value: 0 <= value < 1, "at least 0 and less than 1"
     yield _SEEDS, lambda value: 0 <= value <= streams.MOST_SEED, "at least 0 and less than 2^32"
     yield ("optimizer.decay_share",), lambda value: 0 <= value <= 1, "from 0 to 1"
@@ -138,7 +138,6 @@ def of_objectives() -> Iterable[Rule]:
     yield keys(positive), lambda value: 0 < value < math.inf, "positive"
     at_least = "tangent_warmup discrete_warmup loss_power weight_power kl_weight l1_weight"
     yield keys(at_least), lambda value: 0 <= value < math.inf, "zero or more"
-    yield keys(at_least), _fits, "less than 2^31"
     shares = "equal_share drop_rate mix_from mix_to"
     yield keys(shares), lambda value: 0 <= value <= 1, "from 0 to 1"
     numbers = "time_mean angle_mean weight_offset omega kappa time_shift"
@@ -178,11 +177,6 @@ def _is_name(value: str) -> bool:
     parts = value.split("/") if value else ()
     plain = len(value) <= 200 and value.isprintable() and "\\" not in value
     return plain and all(part.strip(". ") for part in parts)
-
-
-def _fits(value: float) -> bool:
-    """Whether a number fits the type that steps are counted in; only whole ones may not."""
-    return not isinstance(value, int) or value < 2**31
 
 
 def _is_resolution(value: Sequence[int]) -> bool:
