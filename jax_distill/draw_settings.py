@@ -1,7 +1,6 @@
 """What is asked of a pipeline, checked before anything is read or computed for it."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -78,7 +77,7 @@ def guidance(value: Any, config: ConfigDict) -> float:
             " guidance scale and is drawn from without classifier-free guidance; leave it out"
         )
     number = _real(value)
-    if takes and not 0 <= number <= np.finfo(np.float32).max:
+    if takes and not 0 <= number <= float(np.finfo(np.float32).max):
         raise ValueError(f"{name}: {value!r} is not a finite number of zero or more")
     return number
 
@@ -111,8 +110,3 @@ def noise(value: Any, shape: tuple[int, ...]) -> np.ndarray:
     if bad := finite.bad_rows(array):
         raise ValueError(f"noise: row {bad[0]} is not finite in float32")
     return array
-
-
-def names(prompts: Sequence[str] | None, count: int) -> list[str]:
-    """Names of pictures for messages, see `finite.name_pictures`."""
-    return finite.name_pictures(count if prompts is None else prompts)

@@ -129,7 +129,7 @@ class Pipeline:
         )
         self._check_tile(tile)
         with streams.default_settings():
-            return self._drawn(self._embed(prompts), settings, tile, prompts)
+            return self._drawn(self._embed(prompts), settings, tile, finite.name_pictures(prompts))
 
     def draw(
         self,
@@ -148,7 +148,7 @@ class Pipeline:
         settings = self._settings(count, steps, seed, guidance, batch_size, resolution, noise)
         self._check_tile(tile)
         with streams.default_settings():
-            return self._drawn(text, settings, tile)
+            return self._drawn(text, settings, tile, finite.name_pictures(count))
 
     def latents(
         self,
@@ -165,7 +165,8 @@ class Pipeline:
         count = len(text.pooled)
         settings = self._settings(count, steps, seed, guidance, batch_size, resolution, noise)
         with streams.default_settings():
-            return np.concatenate(list(self._sampled(text, settings, None)))[:count]
+            names = finite.name_pictures(count)
+            return np.concatenate(list(self._sampled(text, settings, names)))[:count]
 
     def _settings(self, count, steps, seed, guidance, batch_size, resolution, noise) -> "_Settings":
         """The settings of drawing so many pictures, checked."""
@@ -188,25 +189,19 @@ class Pipeline:
             self.world.codec.check_tile(streams.whole_number("tile", tile, 1))
 
     def _drawn(
-        self,
-        text: Text,
-        settings: "_Settings",
-        tile: int | None,
-        prompts: Sequence[str] | None = None,
+        self, text: Text, settings: "_Settings", tile: int | None, names: list[str]
     ) -> np.ndarray:
-        names = draw_settings.names(prompts, len(text.pooled))
-        names += names[-1:] * settings.batch_size  # of rows that fill up the last batch
+        filled = names + names[-1:] * settings.batch_size  # up to the end of the last batch
         pictures = []
-        for index, tokens in enumerate(self._sampled(text, settings, prompts)):
-            named = names[index * settings.batch_size :]
+        for index, tokens in enumerate(self._sampled(text, settings, names)):
+            named = filled[index * settings.batch_size :]
             decode = self.world.codec.decode
             pictures.append(decode(tokens, *settings.resolution, tile=tile, names=named))
         return np.concatenate(pictures)[: len(text.pooled)]
 
-    def _sampled(self, text, settings: "_Settings", prompts) -> Iterator[np.ndarray]:
+    def _sampled(self, text: Text, settings: "_Settings", names: list[str]) -> Iterator[np.ndarray]:
         """Tokens, a batch at a time; the last batch is filled up, so that one shape compiles."""
         count, size, noise = len(text.pooled), settings.batch_size, settings.noise
-        names = draw_settings.names(prompts, count)
         for leaf in text:
             cause = "the text encoder overflows in its type, or its weights are damaged"
             finite.check_rows(leaf, names, "its embedded caption is", cause)
@@ -218,9 +213,9 @@ class Pipeline:
             seed = np.uint32(settings.seed)
             tokens = sample(self.params, part, jnp.asarray(rows), settings.guidance, seed, given)
             tokens = np.asarray(tokens)
-            if finite.bad_rows(tokens):
-                named = [names[row] for row in rows]
-                finite.check_rows(tokens, named, "its latents are", self._cause(settings))
+            drawn = tokens[: count - start]
+            if finite.bad_rows(drawn):
+                finite.check_rows(drawn, names[start:], "its latents are", self._cause(settings))
             yield tokens
 
     def _cause(self, settings: "_Settings") -> str:
