@@ -262,7 +262,7 @@ def load(workdir: Path) -> ConfigDict:
         check(values, partial=("model",))  # where the network has defaults of its own
         _check_shapes(values)
     except ConfigError as error:
-        raise ConfigError(f"'{path}' is no configuration of a run: {error}") from None
+        raise ConfigError(f"'{path}' is no configuration of this version: {error}") from None
     return ConfigDict(values).lock()
 
 

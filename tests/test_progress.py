@@ -108,3 +108,11 @@ def test_a_report_that_never_began_writes_nothing(tmp_path):
 )
 def test_time_left(seconds, expected):
     assert progress.clock(seconds) == expected
+
+
+def test_lines_of_later_steps_and_what_is_no_line_are_left_out(tmp_path):
+    lines = ['{"step": 2, "loss": 1.0}', "3", '{"loss": 1}', '{"step": "4"}', "[]", '{"step": 9}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 4}', '{"step": 4, "lo']))
+    with Report(tmp_path, total=9, batch_size=8) as report:
+        report.begin(5, {})
+    assert read(tmp_path) == [{"step": 2, "loss": 1.0}, {"step": 4}]
