@@ -14,14 +14,17 @@ that failed. The package is that of PYTHONPATH, or of the folder that this is ru
 
 import argparse
 import collections
+import contextlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +45,19 @@ _ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+GOOD = ("refused", "same")
+COLUMNS = {  # outcomes, and what they are called
+    "refused": "refused",
+    "same": "same",
+    "traceback": "tracebacks",
+    "unclear": "unclear",
+    "hang": "over 10 s",
+    "memory": "above 1 GB",
+    "executed": "executed",
+    "meaning": "other meaning",
 }
 
 
@@ -117,9 +133,11 @@ class Worker:
         self.process.start()
         theirs.close()
         self.task, self.state, self.since = None, "loading", time.monotonic()
+        self.begun = self.since
 
     def give(self, task: tuple[str, int]) -> None:
         self.task, self.state, self.since = task, "making", time.monotonic()
+        self.begun = self.since
         self.pipe.send(task)
 
     def restart(self) -> None:
@@ -130,6 +148,23 @@ class Worker:
         self.process.kill()
         self.process.join()
         self.pipe.close()
+
+    def busy(self) -> bool:
+        return self.state != "idle"
+
+    def where(self) -> str:
+        """The frame that the process is in, of those of the package; or all that is known."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        path = self._folder / "stack"
+        frames = (
+            re.findall(r'"(.*)", line (\d+) in (\w+)', path.read_text()) if path.exists() else []
+        )
+        for file, line, name in frames:
+            if "jax_distill" in file:
+                return f"while it was {self.state}, at {Path(file).name}:{line} {name}"
+        return f"while it was {self.state}"
 
     def overdue(self) -> bool:
         limit = SECONDS if self.state == "reading" else _SLOW
@@ -145,81 +180,81 @@ def shares(names: list[str], inputs: int) -> dict[str, int]:
     return {name: max(1, round(inputs * KINDS[name].share / total)) for name in names}
 
 
-def run(
-    counts: dict[str, int],
-    seed: int,
-    workers: int,
-    folder: Path,
-    first: dict[str, int],
-    aloud: bool = False,
-) -> tuple[dict[str, collections.Counter], list[Failure], dict[str, float]]:
-    """Judges inputs in several processes; returns counts by kind, failures, seconds by kind."""
+class Tally:
+    """Counts and seconds by kind, and all that failed."""
+
+    def __init__(self, names: Iterable[str], aloud: bool):
+        self.table = {name: collections.Counter() for name in names}
+        self.seconds = dict.fromkeys(self.table, 0.0)
+        self.failures: list[Failure] = []
+        self._aloud = aloud
+
+    def add(self, worker: Worker, outcome: str, group: str, message: str) -> None:
+        """Counts the input that a worker has."""
+        name, number = worker.task
+        worker.task = None
+        self.table[name][outcome] += 1
+        self.seconds[name] += time.monotonic() - worker.begun
+        if self._aloud:
+            print(f"{name}:{number} {outcome}: {group}\n    {message}")
+        if outcome not in GOOD:
+            self.failures.append(Failure(name, number, outcome, group, message))
+
+    def counts(self) -> collections.Counter:
+        return sum(self.table.values(), collections.Counter())
+
+
+def run(tasks: list[tuple[str, int]], seed: int, workers: int, folder: Path, tally: Tally) -> None:
+    """Judges inputs, (kind, number) each, in several processes.
+
+    Raises:
+      RuntimeError: the benchmark itself fails.
+    """
     bases = folder / "bases"
     bases.mkdir()
     context = multiprocessing.get_context("spawn")
-    making = context.Process(target=_make_bases, args=(bases, list(counts)))
+    making = context.Process(target=_make_bases, args=(bases, list(tally.table)))
     making.start()
     making.join(_MAKING)
     if making.exitcode != 0:
-        sys.exit("the bases could not be made")
-    tasks = collections.deque(
-        (name, first.get(name, 0) + i) for name, count in counts.items() for i in range(count)
-    )
-    table = {name: collections.Counter() for name in counts}
-    seconds = dict.fromkeys(counts, 0.0)
-    failures: list[Failure] = []
+        raise RuntimeError("the bases could not be made")
+    waiting = collections.deque(tasks)
     pool = [Worker(folder / f"worker{i}", bases, seed) for i in range(workers)]
-
-    def note(worker: Worker, outcome: str, group: str, message: str) -> None:
-        name, number = worker.task
-        table[name][outcome] += 1
-        seconds[name] += time.monotonic() - worker.begun
-        if aloud:
-            print(f"{name}:{number} {outcome}: {group}\n    {message[:3000]}")
-        if outcome not in ("refused", "same"):
-            failures.append(Failure(name, number, outcome, group, message))
-        worker.task = None
-
-    def next_task(worker: Worker) -> None:
-        worker.state = "idle"
-        if tasks:
-            worker.begun = time.monotonic()
-            worker.give(tasks.popleft())
-
     try:
-        while tasks or any(worker.task or worker.state == "loading" for worker in pool):
+        while waiting or any(worker.busy() for worker in pool):
             ready = wait([worker.pipe for worker in pool if worker.state != "idle"], 0.5)
             for worker in pool:
                 if worker.pipe in ready:
-                    try:
-                        message = worker.pipe.recv()
-                    except (EOFError, ConnectionError):
-                        if worker.task is None or worker.state == "making":
-                            sys.exit(f"a worker died while it made {worker.task}")
-                        code = worker.process.exitcode
-                        note(worker, "traceback", "the process died", f"{worker.state}, {code}")
-                        worker.restart()
-                        continue
-                    if message == "ready":
-                        next_task(worker)
-                    elif message[:5] == "fault":
-                        sys.exit(message)
-                    elif isinstance(message, str):
-                        worker.state, worker.since = message, time.monotonic()
-                    else:
-                        note(worker, *message)
-                        next_task(worker)
+                    _hear(worker, tally)
                 elif worker.overdue():
-                    if worker.state != "reading":
-                        sys.exit(
-                            f"{worker.task}: more than {_SLOW:.0f} s while it was {worker.state}"
-                        )
-                    note(worker, "hang", "while it was read", f"more than {SECONDS:.0f} s")
+                    tally.add(worker, "hang", worker.where(), f"more than {SECONDS:.0f} s")
                     worker.restart()
+                if worker.state == "idle" and waiting:
+                    worker.give(waiting.popleft())
     finally:
         for worker in pool:
             worker.stop()
-    return table, failures, seconds
+
+
+def _hear(worker: Worker, tally: Tally) -> None:
+    """Takes what a worker says: where it is, or an outcome; or notices that it has died."""
+    try:
+        message = worker.pipe.recv()
+    except (EOFError, ConnectionError):
+        if worker.task is None or worker.state == "making":
+            raise RuntimeError(f"a process died while it made {worker.task}") from None
+        worker.process.join()
+        died = f"the process died while it was {worker.state}"
+        tally.add(worker, "traceback", died, f"exit code {worker.process.exitcode}")
+        worker.restart()
+        return
+    if isinstance(message, tuple):
+        tally.add(worker, *message)
+        worker.state = "idle"
+    elif message.startswith("fault"):
+        raise RuntimeError(message)
+    else:
+        worker.state, worker.since = message, time.monotonic()
 
 
 def keep(failures: list[Failure], seed: int, folder: Path, target: Path) -> None:
@@ -241,28 +276,19 @@ def _sandbox(folder: Path):
     return sandbox.Sandbox(scratch, folder / "bases", KINDS, package.is_ours)
 
 
-def show(
-    table: dict[str, collections.Counter],
-    failures: list[Failure],
-    seconds: dict[str, float],
-    examples: int,
-) -> None:
+def show(tally: Tally, examples: int) -> None:
     """Prints counts by kind, and what fails alike."""
-    columns = ("refused", "same", "traceback", "unclear", "hang", "memory", "executed", "meaning")
-    heads = ("refused", "same", "tracebacks", "unclear", "over 10 s", "above 1 GB", "executed")
-    heads += ("other meaning",)
-    print(f"{'kind':<12}{'inputs':>8}" + "".join(f"{head:>15}" for head in heads) + f"{'s':>8}")
-    rows = [*table.items(), ("all", sum(table.values(), collections.Counter()))]
-    for name, counts in rows:
-        cells = "".join(f"{counts[column]:>15}" for column in columns)
-        taken = seconds.get(name, sum(seconds.values()))
-        print(f"{name:<12}{counts.total():>8}{cells}{taken:>8.0f}")
+    print(f"{'kind':<12}{'inputs':>8}" + "".join(f"{x:>15}" for x in COLUMNS.values()) + "       s")
+    seconds = {**tally.seconds, "all": sum(tally.seconds.values())}
+    for name, counts in {**tally.table, "all": tally.counts()}.items():
+        cells = "".join(f"{counts[column]:>15}" for column in COLUMNS)
+        print(f"{name:<12}{counts.total():>8}{cells}{seconds[name]:>8.0f}")
     groups = collections.defaultdict(list)
-    for failure in failures:
+    for failure in tally.failures:
         groups[failure.kind, failure.outcome, failure.group].append(failure)
     for (kind, outcome, group), alike in sorted(groups.items(), key=lambda x: -len(x[1])):
         numbers = " ".join(f"{kind}:{failure.number}" for failure in alike[:examples])
-        print(f"\n{len(alike)} x {kind}, {outcome}: {group}\n    --replay={numbers}")
+        print(f"\n{len(alike)} x {kind}, {COLUMNS[outcome]}: {group}\n    --replay={numbers}")
         print(f"    {alike[0].message[:300]!r}")
 
 
@@ -279,44 +305,43 @@ def main() -> None:
     os.environ.update(_ENVIRONMENT)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("stopped"))
     _find_package()
+    if options.replay:
+        name, _, number = options.replay.partition(":")
+        tasks, options.kinds, options.workers = [(name, int(number))], name, 1
     names = options.kinds.split(",")
     if unknown := set(names) - set(NAMES):
         sys.exit(f"--kinds: {min(unknown)!r} is none of {', '.join(NAMES)}")
-    first: dict[str, int] = {}
-    if options.replay:
-        name, _, number = options.replay.partition(":")
-        counts, first, options.workers = {name: 1}, {name: int(number)}, 1
-    else:
+    if not options.replay:
         counts = shares(names, options.inputs)
+        tasks = [(name, number) for name in names for number in range(counts[name])]
     begun = time.monotonic()
+    tally, fault = Tally(names, aloud=bool(options.replay)), None
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         folder = Path(folder)
         os.environ["HF_HOME"] = os.environ["MPLCONFIGDIR"] = str(folder / "caches")
-        result = run(counts, options.seed, options.workers, folder, first, bool(options.replay))
+        try:
+            run(tasks, options.seed, options.workers, folder, tally)
+        except RuntimeError as error:
+            fault = error
         if options.keep:
-            keep(result[1], options.seed, folder, options.keep.resolve())
-    table, failures, seconds = result
-    show(table, failures, seconds, options.show)
-    unread = [name for name, counts in table.items() if counts.total() > 50 and not counts["same"]]
-    if unread:
-        sys.exit(f"none of {unread[0]} was read: are its bases what is read today?")
-    total = sum(counts.total() for counts in table.values())
-    counts = {
-        name: sum(counter[name] for counter in table.values())
-        for name in ("refused", "same", "traceback", "unclear", "hang", "memory", "executed")
-        + ("meaning",)
-    }
+            keep(tally.failures, options.seed, folder, options.keep.resolve())
+    show(tally, options.show)
+    for name, counts in tally.table.items():
+        if counts.total() > 50 and not counts["same"]:
+            fault = f"none of {name} was read: are its bases what is read today?"
+    if fault:
+        sys.exit(f"error: {fault}")
     line = {
         "benchmark": "fuzz",
-        "ratio": len(failures) / total,
+        "ratio": len(tally.failures) / len(tasks),
         "reference": "all inputs; 0 of them may fail",
-        "inputs": total,
-        **counts,
+        "inputs": len(tasks),
+        **{column: tally.counts()[column] for column in COLUMNS},
         "seed": options.seed,
         "seconds": round(time.monotonic() - begun),
     }
     print(json.dumps(line))
-    sys.exit(bool(failures))
+    sys.exit(bool(tally.failures))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ to take.
 """
 
 import contextlib
+import faulthandler
 import os
 import re
 import resource
 import shutil
+import signal
 import sys
 import traceback
 from multiprocessing.connection import Connection
@@ -30,17 +32,18 @@ _NEVER += ("pty.spawn", "ftplib.connect", "urllib.Request", "webbrowser.open")
 _CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "shutil.rmtree")
 
 REFUSED, SAME = "refused", "same"
-BAD = ("traceback", "unclear", "hang", "memory", "executed", "meaning")
-OUTCOMES = (REFUSED, SAME, *BAD)
+STACK = "stack"
+"""A file in the scratch folder, for where a process is that gets SIGUSR1."""
 
 
 class Outcome(NamedTuple):
     """What came of one input.
 
     Attributes:
-      kind: one of `OUTCOMES`.
+      kind: `REFUSED`, `SAME`, or in which way it failed: "traceback", "unclear", "hang", "memory",
+        "executed", "meaning".
       group: what inputs that fail alike have in common.
-      message: the error's, or in which way it failed.
+      message: the error's, or more words.
     """
 
     kind: str
@@ -148,6 +151,7 @@ class Sandbox:
         self._scratch, self._bases, self._kinds, self._is_ours = scratch, bases, kinds, is_ours
         self._watch = Watch(scratch)
         self._kind = ""
+        faulthandler.register(signal.SIGUSR1, (scratch / STACK).open("w"), all_threads=False)
         os.chdir(scratch)  # where a payload makes its file
         os.fsync = lambda descriptor: None  # most of the time of `port`; nothing is to be kept
 

@@ -163,8 +163,9 @@ def _damage_folder(rng: Random, folder: Path) -> None:
     ported = (folder / "ported.json").exists()
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     tables = [path for path in files if path.suffix == ".json" and "tokenizer" not in str(path)]
-    if ported:
+    if ported:  # its arrays are this program's own
         tables = [folder / "ported.json", folder / "config.json"]
+        files = tables + [path for path in files if "tokenizer" in str(path)]
     if rng.random() < 0.2 and not ported:
         path = rng.choice([path for path in files if path.suffix == ".safetensors"])
         damage_file(rng, path, damage_safetensors)
