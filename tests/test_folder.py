@@ -221,6 +221,12 @@ def test_folders_may_be_as_deep_as_paths_are_long(tmp_path):
         deep = below
     os.close(deep)
     path = tmp_path.joinpath(*["d"] * depth, "a.png")
-    save(path)
-    path.with_suffix(".txt").write_text("a picture")
-    assert folder.find(tmp_path) == [(path, "a picture")]
+    try:
+        save(path)
+        path.with_suffix(".txt").write_text("a picture")
+        assert folder.find(tmp_path) == [(path, "a picture")]
+    finally:  # pytest's own clearing is recursive
+        for file in (path, path.with_suffix(".txt")):
+            file.unlink(missing_ok=True)
+        for parent in list(path.parents)[:depth]:
+            parent.rmdir()
