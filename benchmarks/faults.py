@@ -33,10 +33,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import app, flags, logging
 from kill import ROOT, lines, outcome, same_numbers
+
+from jax_distill.interop.orbax_tree import open_tree
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -161,8 +164,8 @@ def same_folder(a: Path, b: Path) -> bool:
     if names != {path.name for path in b.iterdir()}:
         return False
     if "_METADATA" in names:
-        trees = [ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().restore(x)) for x in (a, b)]
-        arrays = [{name: np.asarray(leaf) for name, leaf in tree.items()} for tree in trees]
+        trees = [jax.tree_util.tree_leaves_with_path(open_tree(folder)) for folder in (a, b)]
+        arrays = [{str(path): leaf.read() for path, leaf in tree} for tree in trees]
         total, equal = same_numbers(*arrays)
         return total == equal
     return all(

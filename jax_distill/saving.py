@@ -11,8 +11,9 @@ import inspect
 import logging as standard_logging
 import shutil
 import sys
+import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -22,6 +23,7 @@ from jax_distill import checkpoint, disks, processes
 from jax_distill.files import FileError
 
 PACKAGE = str(Path(__file__).parent)
+_PATIENCE = 30.0  # seconds for a save that fails, to end
 _WRITERS = ("/orbax/", "/clu/", "/asyncio/")
 
 
@@ -34,20 +36,25 @@ def explained(workdir: Path) -> Iterator[None]:
     Raises:
       FileError: the disk takes no more.
     """
-    sentence = None
-    with _quiet_writers():
-        try:
-            yield
-        except Exception as error:
-            found = disks.full(error) or _other(error)
-            if found is None:
-                raise
-            sentence = _sentence(workdir, *found)
-            for cause in disks.chain(error):  # lets go of writes that were abandoned
-                cause.__traceback__ = None
-        gc.collect()
-    if sentence is not None:
-        raise FileError(sentence)
+    loud = _quiet_writers()
+    try:
+        yield
+    except Exception as error:
+        found = disks.full(error) or _other(error)
+        if found is None:
+            loud()
+            raise
+        sentence = _sentence(workdir, *found)
+        for cause in disks.chain(error):  # lets go of writes that were abandoned
+            cause.__traceback__ = None
+    except BaseException:
+        loud()
+        raise
+    else:
+        loud()
+        return
+    gc.collect()
+    raise FileError(sentence)  # and what writes on stays quiet, until the process ends
 
 
 def _other(error: Exception) -> tuple[str, str] | None:
@@ -67,6 +74,9 @@ def _other(error: Exception) -> tuple[str, str] | None:
 def _sentence(workdir: Path, what: str, fix: str) -> str:
     folders = [workdir / "checkpoints", workdir / "time_rescale" / "checkpoints"]
     if not processes.joined():
+        for thread in threading.enumerate():  # one that still writes would make it anew
+            if type(thread).__module__.startswith("orbax."):
+                threading.Thread.join(thread, _PATIENCE)  # Orbax's own raises
         for half in [half for folder in folders for half in folder.glob("*.orbax-checkpoint-tmp")]:
             shutil.rmtree(half, ignore_errors=True)
     good = "none yet"
@@ -80,9 +90,12 @@ def _sentence(workdir: Path, what: str, fix: str) -> str:
     )
 
 
-@contextlib.contextmanager
-def _quiet_writers() -> Iterator[None]:
-    """Keeps the terminal clear of what threads that write print of errors that they raise too."""
+def _quiet_writers() -> Callable[[], None]:
+    """Keeps the terminal clear of what threads that write print of errors that they raise too.
+
+    Returns:
+      A function that ends that.
+    """
 
     def shown(record: standard_logging.LogRecord) -> bool:
         return not any(part in record.pathname for part in _WRITERS)
@@ -97,8 +110,9 @@ def _quiet_writers() -> Iterator[None]:
     previous, sys.unraisablehook = sys.unraisablehook, unraisable
     handler = logging.get_absl_handler()
     handler.addFilter(shown)
-    try:
-        yield
-    finally:
+
+    def loud() -> None:
         handler.removeFilter(shown)
         sys.unraisablehook = previous
+
+    return loud
