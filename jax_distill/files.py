@@ -65,7 +65,7 @@ def read_text(path: Path) -> str:
     if len(content) > TEXT_BYTES:
         raise FileError(f"'{path}' is longer than the {TEXT_BYTES >> 20} MiB that are read of text")
     try:
-        return _checked(content.decode(_encoding(content)), path)
+        return _checked(content.decode(encoding_of(content)), path)
     except UnicodeDecodeError as error:
         raise _no_text(path, error) from None
 
@@ -80,7 +80,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     path = Path(path)
     check_regular(path)
     with path.open("rb") as file:
-        encoding = _encoding(file.read(4))
+        encoding = encoding_of(file.read(4))
     with path.open(encoding=encoding, newline="\n") as file:
         number = 0
         while True:
@@ -184,7 +184,7 @@ def check_kind(value: Any, kind: Any, *, where: str, fix: str) -> None:
         raise FileError(f"{where} does not hold what it should ({reason}); {fix}") from None
 
 
-def _encoding(content: bytes) -> str:
+def encoding_of(content: bytes) -> str:
     """The encoding that the first bytes of a file name; UTF-8 where they name none."""
     return next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import math
 from collections.abc import Iterator
@@ -12,11 +11,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from jax_distill.files import check_regular
+from jax_distill.files import check_regular, encoding_of
 
 MOST_LINES = 100_000  # that are kept; a plot shows fewer
 MOST_NAMES = 200
-_LINE_BYTES = 2**20
+_LINE_LENGTH = 2**20
 _DRAWN = 1e100  # above, the arithmetic of a plot's axes ends in infinity
 _numbers = msgspec.json.Decoder(dict[str, float]).decode
 
@@ -83,14 +82,17 @@ def read_metrics(path: Path) -> Metrics | None:
     return Metrics(lines, unreadable, stride) if lines else None
 
 
-def _texts(path: Path) -> Iterator[bytes | None]:
+def _texts(path: Path) -> Iterator[str | None]:
     """The lines of a file; None for one that is too long, of which no more is read at once."""
     check_regular(path)
     with path.open("rb") as file:
+        encoding = encoding_of(file.read(4))
+    # Bytes that are no text are to spoil their line alone.
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
+    with path.open(encoding=encoding, errors=errors, newline="\n") as file:
         whole = True
-        while text := file.readline(_LINE_BYTES):
-            ended = len(text) < _LINE_BYTES or text.endswith(b"\n")
-            text = text.removeprefix(codecs.BOM_UTF8)
+        while text := file.readline(_LINE_LENGTH):
+            ended = len(text) < _LINE_LENGTH or text.endswith("\n")
             if whole and ended:
                 yield text
             elif ended:
@@ -104,7 +106,7 @@ def _is_name(text: str) -> bool:
     return len(text) <= 80 and text.isprintable()
 
 
-def _line(text: bytes, names: dict[str, str]) -> dict[str, float] | None:
+def _line(text: str, names: dict[str, str]) -> dict[str, float] | None:
     """The numbers of a line, with its step; None where it is no such line."""
     try:
         line = _numbers(text)

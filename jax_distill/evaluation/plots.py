@@ -214,7 +214,7 @@ def curve(
             axes.plot(steps, values, color=color, linewidth=1.4, marker=marker)
         if log:
             axes.set_yscale("log")
-            decades = np.log10(values.max() / values.min())
+            decades = np.log10(values.max()) - np.log10(values.min())
             if decades < 0.7:
                 axes.yaxis.set_major_locator(MaxNLocator(5))
             elif decades < 3:

@@ -148,7 +148,7 @@ def _tensor(path: Path, name: str, view: View, places: dict[str, tuple[int, int]
         len(view.shape) == len(view.strides)
         and once
         and last < count
-        and count * dtype.itemsize <= available
+        and count * dtype.itemsize == available
     ):
         raise ValueError(f"'{path}' is damaged: tensor '{name}' is not in it; download it again")
 
