@@ -176,8 +176,10 @@ def _differs_metrics(value: Any, folder: Path, base: Path) -> str:
     said, good = {}, True
     if path.exists():
         with path.open("rb") as file:
-            said, good = _said_metrics(file.read(_LOOKED_AT).rstrip(b"\0"))
-        good = good and path.stat().st_size <= _LOOKED_AT
+            content = file.read(_LOOKED_AT)
+        whole = path.stat().st_size <= _LOOKED_AT
+        said, good = _said_metrics(content if whole else content.rstrip(b"\0"))
+        good = good and whole
     found = {int(line["step"]): line for line in metrics.lines} if metrics else {}
     for step, line in found.items():
         if not any(same(line, one) for one in said.get(step, ())):
