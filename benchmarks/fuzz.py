@@ -292,6 +292,11 @@ def show(tally: Tally, examples: int) -> None:
         print(f"    {alike[0].message[:300]!r}")
 
 
+def _stop(number: int, frame: object) -> None:
+    """Ends the run with the table as it is."""
+    raise RuntimeError("stopped")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kinds", default=",".join(NAMES))
@@ -303,7 +308,7 @@ def main() -> None:
     parser.add_argument("--replay", help="kind:number, one input and all about it")
     options = parser.parse_args()
     os.environ.update(_ENVIRONMENT)
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("stopped"))
+    signal.signal(signal.SIGTERM, _stop)
     _find_package()
     if options.replay:
         name, _, number = options.replay.partition(":")

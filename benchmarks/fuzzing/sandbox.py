@@ -232,12 +232,12 @@ def work(pipe: Connection, make: Any, seed: int) -> None:
     """Judges inputs that come through a pipe, as (kind, number), until None comes.
 
     Args:
-      pipe: takes "reading" and "read", and an `Outcome` as a tuple.
+      pipe: takes "idle", "reading" and "read", and an `Outcome` as a tuple.
       make: makes the sandbox; what it loads is slow.
       seed: of all inputs.
     """
     sandbox = make()
-    pipe.send("ready")
+    pipe.send("idle")
     while (task := pipe.recv()) is not None:
         try:
             pipe.send(tuple(sandbox.judge(*task, seed, pipe.send)))

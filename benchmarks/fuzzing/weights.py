@@ -84,7 +84,8 @@ def _make_weights(root: Path) -> None:
 
 def _file(folder: Path) -> Path:
     known = (".safetensors", ".pt", ".bin")
-    return next(path for path in sorted(folder.iterdir()) if path.suffix in known)
+    found = [path for path in sorted(folder.iterdir()) if path.suffix in known]
+    return found[0] if found else folder / "missing.safetensors"
 
 
 def _damage_weights(rng: Random, folder: Path) -> None:
