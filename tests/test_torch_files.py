@@ -124,3 +124,18 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
         file.writestr("archive/byteorder", b"little" * struct.calcsize("d"))
     with pytest.raises(ValueError, match="is compressed"):
         torch_files.read_file(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("name", ["archive", "größer"])
+def test_members_that_moved_are_not_read_from_elsewhere(tmp_path, name):
+    """Bytes missing in one member move those after it, which the list of entries does not know."""
+    path = tmp_path / f"{name}.pt"
+    tensors = {"a": torch.arange(64.0), "b": torch.arange(64.0, 128.0)}
+    torch.save({"module": tensors}, path)
+    read = torch_files.read_file(path)
+    assert all(np.array_equal(read[x].read(), tensors[x].numpy()) for x in tensors)
+    content = path.read_bytes()
+    first = content.index(np.arange(64, dtype=np.float32).tobytes())
+    path.write_bytes(content[: first + 8] + content[first + 16 :])
+    with pytest.raises(ValueError, match="cut short, or no file of torch.save"):
+        torch_files.read_file(path)

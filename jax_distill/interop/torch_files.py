@@ -111,9 +111,16 @@ def _places(
             raise FileError(f"'{path}': '{one_line(name)}' is compressed; save it with PyTorch")
         if not 0 <= info.header_offset < size:
             raise zipfile.BadZipFile(f"'{one_line(name)}' is not in the file")
-        # The local header has a length of its own.
-        file.seek(info.header_offset + 26)
-        start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+        # The local header repeats the name, and has a length of its own.
+        file.seek(info.header_offset)
+        header = file.read(30)
+        if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+            raise zipfile.BadZipFile(f"'{one_line(name)}' is not where it should be")
+        named, extra = struct.unpack("<HH", header[26:])
+        encoding = "utf-8" if info.flag_bits & 0x800 else "cp437"
+        if file.read(named) != info.orig_filename.encode(encoding, "replace"):
+            raise zipfile.BadZipFile(f"'{one_line(name)}' has another name in another place")
+        start = info.header_offset + 30 + named + extra
         if start + info.file_size > size or info.file_size != info.compress_size:
             raise zipfile.BadZipFile(f"'{one_line(name)}' is longer than the file")
         if name in places:
