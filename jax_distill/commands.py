@@ -17,7 +17,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from jax_distill import peers, streams
+from jax_distill import disks, peers, streams
 from jax_distill.config import ConfigError
 
 PACKAGE = str(Path(__file__).parent)
@@ -85,6 +85,9 @@ def explain(error: Exception) -> str | None:
         asked = re.search(r"allocat\w+ ([\d.]+) (bytes|[KMGTPE]iB)", str(error))
         size = f" ({asked[1]} {asked[2]} were asked for)" if asked else ""
         return f"out of memory{size}; take a smaller batch or smaller pictures, or more devices"
+    if isinstance(error, OSError) and error.filename is not None and disks.passing(error):
+        what, fix = disks.full(error) or (os.strerror(error.errno), "mend that")
+        return f"'{error.filename}': {what}; {fix} and run the same command again"
     return str(error) if _mendable(error) else None
 
 

@@ -77,6 +77,18 @@ def passing(error: BaseException) -> bool:
     return any(_STATUS.search(str(found)) for found in chain(error))
 
 
+def raised(error: BaseException) -> bool:
+    """As `passing`, of a reader in Python such as Pillow, by the types of errors alone.
+
+    Its own errors of what it reads are OSErrors without a number, and quote the file.
+    """
+    return any(
+        isinstance(found, MemoryError)
+        or (isinstance(found, OSError) and found.errno not in (None, *_OF_CONTENT))
+        for found in chain(error)
+    )
+
+
 def _unnumbered(error: BaseException) -> bool:
     """Whether it is an error of the system that does not say its number."""
     of_content = FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError

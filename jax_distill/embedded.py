@@ -14,7 +14,7 @@ from flax import traverse_util
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from jax_distill.files import read_json, write_atomically, write_json
+from jax_distill.files import read_json, unread, write_atomically, write_json
 
 FOLDER = Path(__file__).parent / "weights" / "shapes"
 
@@ -42,5 +42,7 @@ def load(name: str, folder: Path = FOLDER) -> tuple[dict, dict]:
         missing = error.filename or path
         raise ValueError(f"'{missing}' is missing; {fix}") from None
     except SafetensorError as error:
-        raise ValueError(f"'{path}' is damaged ({error}); {fix}") from None
+        raise unread(f"'{path}'", error) or ValueError(
+            f"'{path}' is damaged ({error}); {fix}"
+        ) from None
     return traverse_util.unflatten_dict(flat, sep="/"), description

@@ -170,7 +170,7 @@ def _open(source: str) -> Weights:
         saved = read_json(path, _Progress)["checksums"] if path.exists() else {}
         found = sum(leaf.checksum() for leaf in jax.tree.leaves(averaged)) % 2**32
         if saved.get("ema", found) != found:
-            raise ValueError(f"'{step}' is damaged: its checksums do not fit; remove that folder")
+            raise ValueError(f"'{step}' is damaged: its checksums do not fit; move it elsewhere")
 
     beside = adapters.settings(config)
     if "network" not in averaged:

@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,42 @@ class FileError(ValueError):
     """A file that is not what it should be; the message names it, the cause and the fix."""
 
 
+def unread(
+    where: str, error: BaseException, passing: Callable[[BaseException], bool] = disks.passing
+) -> FileError | None:
+    """What to raise where something cannot be read, and that says nothing about what it holds.
+
+    Args:
+      where: begins the message, such as "'a.pt'".
+      error: that a library has raised.
+      passing: tells such errors from those of damaged files; `disks.raised` is the other one.
+
+    Returns:
+      An error to raise, or None where what is read is damaged: then the caller says so.
+    """
+    if not passing(error):
+        return None
+    reason = disks.reason(error)
+    return FileError(
+        f"{where} cannot be read for now ({reason}); mend that and run the same command again"
+    )
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Lets errors of the system name a file that was open already, which they do not by themselves.
+
+    Raises:
+      OSError: as the block does.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def check_regular(path: Path) -> None:
     """Checks that a path is a file with content: no folder, pipe, socket or device.
 
@@ -60,7 +96,7 @@ def read_text(path: Path) -> str:
     """
     path = Path(path)
     check_regular(path)
-    with path.open("rb") as file:
+    with named(path), path.open("rb") as file:
         content = file.read(TEXT_BYTES + 1)
     if len(content) > TEXT_BYTES:
         raise FileError(f"'{path}' is longer than the {TEXT_BYTES >> 20} MiB that are read of text")
@@ -79,13 +115,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     path = Path(path)
     check_regular(path)
-    with path.open("rb") as file:
+    with named(path), path.open("rb") as file:
         encoding = encoding_of(file.read(4))
     with path.open(encoding=encoding, newline="\n") as file:
         number = 0
         while True:
             try:
-                line = file.readline(TEXT_BYTES)
+                with named(path):
+                    line = file.readline(TEXT_BYTES)
             except UnicodeDecodeError as error:
                 raise _no_text(path, error) from None
             if not line:

@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from msgspec import Meta
 
-from jax_distill.files import FileError, read_json
+from jax_distill.files import FileError, read_json, unread
 from jax_distill.interop import diffusers_folder, flux_config, scheduler_config
 from jax_distill.interop.orbax_tree import check_shapes, open_tree
 from jax_distill.models.autoencoder import AutoencoderConfig
@@ -139,7 +139,9 @@ def load_part(
             return checkpointer.restore(path, target)
         except Exception as error:  # Orbax and TensorStore raise all kinds
             reason = one_line(str(error).partition("\n")[0][:200])
-            raise ValueError(f"'{path}' cannot be read ({reason}); port it again") from None
+            raise unread(f"'{path}'", error) or ValueError(
+                f"'{path}' cannot be read ({reason}); port it again"
+            ) from None
 
 
 def open_part(folder: Path, name: str, values: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from absl import logging
 from jax_distill import processes
 from jax_distill.data import shapes
 from jax_distill.evaluation import report, shapes_eval
-from jax_distill.files import write_json
+from jax_distill.files import read_json, write_json
 from jax_distill.pipeline import Pipeline
 
 Scores = dict[str, dict]
@@ -78,7 +78,7 @@ def recorder(path: Path, student: Pipeline) -> Callable[[int, dict], None]:
         prompts = held_out(settings.prompts)
         scores = score(student, settings.student_steps, prompts, seed=student.config.seed)
         if processes.is_leader():
-            known = json.loads(path.read_text()) if path.exists() else {}
+            known = read_json(path) if path.exists() else {}
             write_json(path, {**known, str(step): scores})
 
     return record
@@ -89,7 +89,7 @@ def concluded(workdir: Path) -> bool:
     results, config = workdir / "results.json", workdir / "config.json"
     if not (results.exists() and config.exists()):
         return False
-    return json.loads(results.read_text()).get("config") == json.loads(config.read_text())
+    return read_json(results).get("config") == read_json(config)
 
 
 def conclude(workdir: Path, *, teacher: Pipeline, student: Pipeline | None = None) -> None:

@@ -313,7 +313,11 @@ def test_a_run_of_an_older_version_goes_on(run, tmp_path, data):
     ("error", "code"),
     [
         (train.NonFiniteLoss("step 3"), "error: step 3"),
-        (PermissionError(13, "Permission denied", "x"), "error: [Errno 13] Permission denied: 'x'"),
+        (
+            PermissionError(13, "Permission denied", "x"),
+            "error: 'x': Permission denied; mend that and run the same command again",
+        ),
+        (FileNotFoundError(2, "No such file", "x"), "error: [Errno 2] No such file: 'x'"),
     ],
 )
 def test_a_stop_that_explains_itself_needs_no_trace(monkeypatch, error, code):

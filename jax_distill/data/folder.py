@@ -131,11 +131,13 @@ def _listed(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
                 " into it"
             )
         path = folder / name
-        if not os.path.exists(path):
+        try:
+            os.stat(path)  # which no passing error makes missing
+        except (FileNotFoundError, NotADirectoryError):
             raise FileError(
                 f"{where}: there is no file {entry['file_name']!r:.200}; restore it or remove the"
                 " line"
-            )
+            ) from None
         check_caption(entry["text"], where)
         if path in listed:
             left_out[_REPEATED].append(path)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
 
-from jax_distill.files import FileError, check_regular
+from jax_distill import disks
+from jax_distill.files import FileError, check_regular, unread
 
 BACKGROUND = (255, 255, 255)
 """What lies behind transparent pixels."""
@@ -131,9 +132,20 @@ def _reading(path: Path) -> Iterator[None]:
         raise FileError(_too_large(path, pixels, PIXELS)) from None
     except Exception as error:  # decoders raise nearly every kind
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise FileError(
+        raise _unread(path, error) or FileError(
             f"'{path}' cannot be read as a picture: {reason}; save it anew or take it away"
         ) from None
+
+
+def _unread(path: Path, error: Exception) -> FileError | None:
+    """As `files.unread`; decoders in C keep the system's error to themselves, reading shows it."""
+    try:
+        with path.open("rb") as file:
+            while file.read(2**24):
+                pass
+    except OSError as plain:
+        error = plain
+    return unread(f"'{path}'", error, disks.raised)
 
 
 def _shown(path: Path) -> Shown:
@@ -202,7 +214,7 @@ def _orientation(image: Image.Image, path: Path) -> Any:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception as error:  # parsers of it raise nearly every kind, too
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise FileError(
+        raise _unread(path, error) or FileError(
             f"'{path}' has EXIF data that cannot be read ({reason}), so that nobody knows which"
             " side is up; save it anew or remove them"
         ) from None

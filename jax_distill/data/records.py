@@ -17,7 +17,9 @@ from jax_distill.files import (
     FileError,
     check_no_partial,
     check_regular,
+    named,
     read_json,
+    unread,
     write_atomically,
     write_json,
 )
@@ -94,8 +96,9 @@ class LatentRecords:
         return shard
 
     def _unreadable(self, what: str, error: Exception) -> FileError:
+        where = f"data.path: {what} of '{self._path}'"
         reason = str(error).partition("\n")[0]
-        return FileError(f"data.path: {what} of '{self._path}' cannot be read ({reason}); {_AGAIN}")
+        return unread(where, error) or FileError(f"{where} cannot be read ({reason}); {_AGAIN}")
 
     def __len__(self) -> int:
         return len(self._source)
@@ -130,7 +133,7 @@ class LatentRecords:
         """
         try:
             check_regular(self._path / NULL)
-            with (self._path / NULL).open("rb") as file:
+            with named(self._path / NULL), (self._path / NULL).open("rb") as file:
                 text = Text(**restore(file.read(RECORD_BYTES + 1), Text, ranks=(3, 2)))
             expected = {name: self._layout.get(name) for name in Text._fields}
             found = {name: (shape[1:], kind) for name, (shape, kind) in _layout(text).items()}

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from jax_distill.files import check_regular
+from jax_distill import disks
+from jax_distill.files import check_regular, unread
 from jax_distill.models.sizes import LONGEST
 from jax_distill.quoting import one_line, shown
 
@@ -100,7 +101,8 @@ class FluxTokenizer:
                         raise ValueError(f"'{file}' is longer than any tokenizer's file")
             # The class is ours: what a folder names in `auto_map` is not imported, and templates
             # of chats are not rendered.
-            with _sentence(f"'{path}' holds no {kind.__name__}"):
+            with _sentence(f"'{path}'", f"holds no {kind.__name__}"):
+                disks.read_all(path)  # transformers would say of a disk's errors that files lack
                 return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
         return cls(read(CLIPTokenizer, CLIP_FOLDER), read(T5TokenizerFast, T5_FOLDER), t5_length)
@@ -128,7 +130,7 @@ class FluxTokenizer:
         self, name: str, tokenizer: Any, captions: list[str], limit: int, strict: bool
     ) -> np.ndarray:
         """Ids (B, limit) of one tokenizer; start and end tokens count."""
-        with _sentence(f"the {name} tokenizer cannot encode captions"):
+        with _sentence(f"the {name} tokenizer", "cannot encode captions"):
             whole = tokenizer(captions, truncation=False, verbose=False)["input_ids"]
         for caption, ids in zip(captions, whole):
             if len(ids) <= limit:
@@ -139,7 +141,7 @@ class FluxTokenizer:
                 fix = "shorten it" + (" or raise t5_length" if name == "T5" else "")
                 raise ValueError(f"{found}; {fix}")
             logging.warning("%s; the rest is cut off", found)
-        with _sentence(f"the {name} tokenizer cannot encode captions"):
+        with _sentence(f"the {name} tokenizer", "cannot encode captions"):
             padded = tokenizer(captions, padding="max_length", max_length=limit, truncation=True)
             ids = np.asarray(padded["input_ids"], np.int32)
         if ids.shape != (len(captions), limit):
@@ -151,11 +153,11 @@ class FluxTokenizer:
 
 
 @contextlib.contextmanager
-def _sentence(what: str) -> Iterator[None]:
+def _sentence(where: str, what: str) -> Iterator[None]:
     """Turns whatever a tokenizer's files make transformers raise into one sentence.
 
     Raises:
-      ValueError: beginning with `what`.
+      ValueError: beginning with `where`, and `what` unless they cannot be read for now.
     """
     try:
         yield
@@ -163,4 +165,6 @@ def _sentence(what: str) -> Iterator[None]:
         raise
     except BaseException as error:  # panics of Rust are no exceptions of Python's
         reason = one_line(str(error).partition("\n")[0], 200) or type(error).__name__
-        raise ValueError(f"{what} ({reason}); {_FIX}") from None
+        raise unread(where, error, disks.raised) or ValueError(
+            f"{where} {what} ({reason}); {_FIX}"
+        ) from None

@@ -19,7 +19,7 @@ import numpy as np
 import tensorstore as ts
 from flax.traverse_util import flatten_dict
 
-from jax_distill.files import FileError, read_json
+from jax_distill.files import FileError, read_json, unread
 from jax_distill.quoting import one_line, shown
 
 METADATA = "_METADATA"
@@ -150,24 +150,32 @@ class StoredLeaf:
       dtype: of it.
     """
 
-    def __init__(self, array: Any, *, checked: bool = False):
+    def __init__(self, array: Any, *, checked: bool = False, where: str = ""):
         """Takes an array, or a store of TensorStore.
 
         Args:
           array: of either kind.
           checked: whether `checksum` will be asked for.
+          where: the folder of a store, for messages.
         """
-        self._array, self._checked = array, checked
+        self._array, self._checked, self._where = array, checked, where
         self.shape = tuple(array.shape)
         dtype = array.dtype
         self.dtype = np.dtype(getattr(dtype, "numpy_dtype", dtype))
         self._sums: dict[int | None, int] = {}
 
     def read(self, index: int | None = None) -> np.ndarray:
-        """A layer of a stacked parameter, or with an index of None the whole."""
+        """A layer of a stacked parameter, or with an index of None the whole.
+
+        Raises:
+          ValueError: it is damaged, or cannot be read for now.
+        """
         array = self._array if index is None else self._array[index]
         if isinstance(array, ts.TensorStore):
-            value = array.read(order="F").result()  # whose transpose is as PyTorch has it
+            try:
+                value = array.read(order="F").result()  # whose transpose is as PyTorch has it
+            except ValueError as error:
+                raise _unreadable(self._where, error) from None
         else:
             value = np.asarray(array)
         if self._checked:
@@ -226,16 +234,21 @@ def open_tree(
                 spec = _spec(folder, ".".join(path), description)
                 store = ts.open(spec, context=context).result()
                 _check_chunks(store)
-                node[path[-1]] = StoredLeaf(store, checked=checked)
+                node[path[-1]] = StoredLeaf(store, checked=checked, where=str(folder))
     except FileNotFoundError:
         raise ValueError(f"'{folder}' is no Orbax tree: it has no {METADATA}") from None
     except FileError:
         raise
     # TensorStore's own are ValueErrors; a leaf where a table should be has no keys.
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        reason = one_line(str(error).partition("\n")[0][:200])
-        raise ValueError(f"'{folder}' is damaged ({reason})") from None
+        raise _unreadable(str(folder), error) from None
     return tree
+
+
+def _unreadable(where: str, error: Exception) -> ValueError:
+    """What to raise for an error of TensorStore: for now, or of damage."""
+    reason = one_line(str(error).partition("\n")[0][:200])
+    return unread(f"'{where}'", error) or ValueError(f"'{where}' is damaged ({reason})")
 
 
 def _check_chunks(store: ts.TensorStore) -> None:

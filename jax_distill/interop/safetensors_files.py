@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from safetensors import SafetensorError, safe_open
 
-from jax_distill.files import check_regular, read_json
+from jax_distill.files import check_regular, named, read_json, unread
 from jax_distill.interop import unreadable, variants
 from jax_distill.interop.tensors import (
     CODES,
@@ -25,6 +25,7 @@ from jax_distill.interop.tensors import (
     Tensor,
     Tensors,
     merged,
+    read_numbers,
 )
 from jax_distill.quoting import one_line, shown
 
@@ -85,7 +86,7 @@ def _check_header(path: Path) -> None:
     """Raises ValueError when a file is none, or begins with a header that no weights have."""
     try:
         check_regular(path)
-        with path.open("rb") as file:
+        with named(path), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
     except FileNotFoundError:
         raise ValueError(f"'{path}' is missing; download the folder again") from None
@@ -97,7 +98,7 @@ def _check_header(path: Path) -> None:
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:
-    return ValueError(
+    return unread(f"'{path}'", error) or ValueError(
         f"'{path}' is cut short or damaged ({one_line(str(error))}); download it again"
     )
 
@@ -125,10 +126,8 @@ def _raw_reader(
             first, wanted = 0, tuple(shape)
         else:
             first, wanted = start, (stop - start, *shape[1:])
-        count = math.prod(wanted)
-        flat = np.fromfile(path, dtype, count, offset=begin + first * row * dtype.itemsize)
-        if flat.size != count:
-            raise ValueError(f"'{path}' was cut short while tensor '{name}' was read")
+        begins_at = begin + first * row * dtype.itemsize
+        flat = read_numbers(path, dtype, math.prod(wanted), begins_at, name)
         return flat.reshape(wanted)
 
     return read
@@ -144,8 +143,11 @@ def _dtype(path: Path, name: str, code: str) -> np.dtype:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The text in the header of a file that `read_file` can read."""
-    with safe_open(path, "np", backend="pread") as file:
-        return file.metadata() or {}
+    try:
+        with safe_open(path, "np", backend="pread") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise _damaged(path, error) from None
 
 
 def read_folder(folder: Path, stem: str, variant: str = variants.PLAIN) -> Tensors:

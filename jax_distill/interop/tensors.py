@@ -8,6 +8,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jax_distill.files import named
+
 DTYPES: Mapping[str, np.dtype] = {  # safetensors' names of the types that weights come in
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
@@ -50,6 +52,30 @@ class Tensor(NamedTuple):
 
 
 Tensors = dict[str, Tensor]
+
+
+def read_numbers(path: Path, dtype: np.dtype, count: int, begin: int, name: str) -> np.ndarray:
+    """Numbers that lie in a row in a file.
+
+    Args:
+      path: of the file.
+      dtype: of the numbers.
+      count: of them.
+      begin: the first one's place, in bytes.
+      name: of the tensor, for the message.
+
+    Returns:
+      (count,) of `dtype`.
+
+    Raises:
+      ValueError: the file is shorter, or cannot be read, which numpy's reader takes for its end.
+    """
+    flat = np.empty(count, dtype)
+    with named(path), path.open("rb") as file:
+        file.seek(begin)
+        if file.readinto(flat.view(np.uint8)) != flat.nbytes:
+            raise ValueError(f"'{path}' was cut short while tensor '{name}' was read")
+    return flat
 
 
 def merged(parts: Iterable[tuple[Path, Tensors]]) -> Tensors:

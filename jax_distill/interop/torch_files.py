@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from jax_distill.files import FileError, check_regular
+from jax_distill import disks
+from jax_distill.files import FileError, check_regular, named, unread
 from jax_distill.interop import pickles, unreadable
 from jax_distill.interop.pickles import STORAGES, View
-from jax_distill.interop.tensors import Tensor, Tensors
+from jax_distill.interop.tensors import Tensor, Tensors, read_numbers
 from jax_distill.quoting import one_line, shown
 
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
@@ -75,7 +76,7 @@ def _open(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
     """The objects in a file, and where in it each storage's bytes are: (offset, count)."""
     try:
         check_regular(path)
-        with _Archive(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
+        with named(path), _Archive(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
             places = _places(path, file, archive.infolist())
             if "byteorder" in places and _entry(file, places["byteorder"]) != b"little":
                 raise FileError(f"'{path}' is big-endian, which cannot be read")
@@ -85,7 +86,7 @@ def _open(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
     except FileNotFoundError:
         raise ValueError(f"there is no file '{path}'") from None
     except zipfile.BadZipFile as error:
-        raise ValueError(
+        raise unread(f"'{path}'", error, disks.raised) or ValueError(
             f"'{path}' is cut short, or no file of torch.save ({error}); download it again"
         ) from None
     except pickles.Refused as error:
@@ -96,7 +97,9 @@ def _open(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
     except (FileError, OSError):
         raise
     except Exception as error:  # a damaged pickle raises all kinds
-        raise ValueError(f"'{path}' is damaged ({shown(error)}); download it again") from None
+        raise unread(f"'{path}'", error, disks.raised) or ValueError(
+            f"'{path}' is damaged ({shown(error)}); download it again"
+        ) from None
 
 
 def _places(
@@ -163,9 +166,8 @@ def _tensor(path: Path, name: str, view: View, places: dict[str, tuple[int, int]
         if empty:
             return np.zeros(view.shape, dtype)
         wanted = last + 1 - view.offset
-        flat = np.fromfile(path, dtype, wanted, offset=start + view.offset * dtype.itemsize)
-        if flat.size != wanted:
-            raise ValueError(f"'{path}' was cut short while tensor '{name}' was read")
+        begin = start + view.offset * dtype.itemsize
+        flat = read_numbers(path, dtype, wanted, begin, name)
         steps = [step * dtype.itemsize for step in view.strides]
         array = np.lib.stride_tricks.as_strided(flat, view.shape, steps)
         return array if first is None else array[first:stop]

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jax_distill.files import check_regular
+from jax_distill.files import check_regular, named
 from jax_distill.quoting import one_line, shown
 
 _PLAIN = "give the network in bfloat16, float16, float32 or float8 instead"
@@ -69,7 +69,7 @@ def check_file(path: Path) -> None:
     """Raises ValueError when a file is of a format that has no reader here."""
     try:
         check_regular(path)
-        with path.open("rb") as file:
+        with named(path), path.open("rb") as file:
             begin = file.read(4)
     except FileNotFoundError:
         raise ValueError(f"there is no file '{path}'") from None
