@@ -8,6 +8,7 @@ from typing import NamedTuple, TypedDict
 
 from absl import logging
 
+from jax_distill import disks
 from jax_distill.data import pictures
 from jax_distill.data.pictures import read
 from jax_distill.files import FileError, read_json_lines, read_text
@@ -132,8 +133,10 @@ def _listed(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
             )
         path = folder / name
         try:
-            os.stat(path)  # which no passing error makes missing
-        except (FileNotFoundError, NotADirectoryError):
+            os.stat(path)
+        except (OSError, ValueError) as error:  # names that no file can have are ValueErrors
+            if disks.raised(error):
+                raise
             raise FileError(
                 f"{where}: there is no file {entry['file_name']!r:.200}; restore it or remove the"
                 " line"
