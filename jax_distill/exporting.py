@@ -193,8 +193,7 @@ def _open(source: str) -> Weights:
 
 def _check_shapes(where: Path, config: ConfigDict, tree: Mapping[str, Any]) -> None:
     """Raises ValueError when stored parameters are not those of the network in the config."""
-    build.network_config(config)
-    check_shapes(str(where), tree, jax.eval_shape(lambda: build.initial_parameters(config)))
+    check_shapes(str(where), tree, diffusers_folder.shapes(build.network_config(config)))
 
 
 def _refits(
