@@ -40,7 +40,10 @@ def _pictures(root, ask):
     path = root / "a.png"
     path.write_bytes(b"GIF")
     ask(pictures.shown, path)
-    real, Image.open = Image.open, failing(OSError(errno.EIO, os.strerror(errno.EIO)))
+    real, Image.open = (
+        Image.open,
+        failing(OSError(errno.EIO, os.strerror(errno.EIO))),
+    )
     try:
         ask(pictures.shown, path)
     finally:

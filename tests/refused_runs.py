@@ -4,9 +4,11 @@ import errno
 import json
 import math
 import sys
+from pathlib import Path
 
 from absl.testing import flagsaver
 from test_disks import of_tensorstore
+from test_passing_errors import FAILING
 from tiny_runs import RUNS, save_run
 
 from jax_distill import (
@@ -17,6 +19,7 @@ from jax_distill import (
     config,
     damage,
     exporting,
+    files,
     main,
     scoring,
 )
@@ -83,15 +86,16 @@ def get_config(preset=""):
 def _files_of_configurations(root, ask):
     path = root / "x.py"
 
-    def command(*arguments):
+    def command(*arguments, run=main.main):
         before, sys.argv = sys.argv, ["main", *arguments]
         try:
             with flagsaver.flagsaver():
-                commands.run(main.main)
+                commands.run(run)
         finally:
             sys.argv = before
 
     ask(command, f"--config={path}")
+    ask(command, run=lambda argv: files.read_text(Path(FAILING)))
     path.write_text("x = 1\n")
     ask(command, f"--config={path}")
     path.write_text(FILE.format("pass"))

@@ -192,11 +192,12 @@ def test_a_decoders_own_error_is_one_of_the_picture(good, monkeypatch):
             pictures.shown(good / "pictures/x.png")
 
 
-def test_pictures_on_a_failing_disk_are_not_missing(good, monkeypatch):
+@pytest.mark.parametrize("name", ["x.png", "metadata.jsonl"])
+def test_what_a_failing_disk_has_is_not_missing(good, monkeypatch, name):
     stat = os.stat
 
     def failing_stat(path, *arguments, **options):
-        if str(path).endswith("x.png"):
+        if str(path).endswith(name):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return stat(path, *arguments, **options)
 

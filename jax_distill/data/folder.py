@@ -97,7 +97,7 @@ def _walk(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
     waiting = [folder]  # the next one last
     while waiting:
         folder = waiting.pop()
-        if os.path.lexists(folder / METADATA):
+        if _is_there(folder / METADATA, follow=False):
             yield from _listed(folder, left_out)
             continue
         here, below, others = [], [], []
@@ -132,15 +132,11 @@ def _listed(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
                 " into it"
             )
         path = folder / name
-        try:
-            os.stat(path)
-        except (OSError, ValueError) as error:  # names that no file can have are ValueErrors
-            if disks.raised(error):
-                raise
+        if not _is_there(path):
             raise FileError(
                 f"{where}: there is no file {entry['file_name']!r:.200}; restore it or remove the"
                 " line"
-            ) from None
+            )
         check_caption(entry["text"], where)
         if path in listed:
             left_out[_REPEATED].append(path)
@@ -150,6 +146,21 @@ def _listed(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
     if unlisted := [path for path in files if path not in listed]:
         left_out[_UNLISTED] += unlisted
+
+
+def _is_there(path: Path, *, follow: bool = True) -> bool:
+    """Whether there is a file; `os.path.exists` calls it missing when its disk fails.
+
+    Raises:
+      OSError: an error that may pass, such as of rights.
+    """
+    try:
+        os.stat(path, follow_symlinks=follow)
+    except (OSError, ValueError) as error:  # ValueErrors are of names that no file can have
+        if disks.raised(error):
+            raise
+        return False
+    return True
 
 
 def _beside(picture: Path) -> str:
