@@ -174,7 +174,7 @@ class StoredLeaf:
         if isinstance(array, ts.TensorStore):
             try:
                 value = array.read(order="F").result()  # whose transpose is as PyTorch has it
-            except ValueError as error:
+            except (IndexError, KeyError, ValueError) as error:  # of TensorStore, as in open_tree
                 raise _unreadable(self._where, error) from None
         else:
             value = np.asarray(array)
