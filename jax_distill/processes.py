@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from absl import flags, logging
 from jax.experimental import multihost_utils
 
-from jax_distill import clusters
+from jax_distill import clusters, peers
 
 T = TypeVar("T")
 
@@ -64,6 +64,7 @@ def join() -> None:
     if index is not None and (index < 0 or count is not None and index >= count):
         raise ValueError(f"--process_id: {index} is none of {count or 'the'} processes, from 0")
     timeout = flags.FLAGS.heartbeat_timeout_seconds
+    peers.shorten_reports()
     try:
         jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=timeout)
     except Exception as error:  # of any kind: it reads a cluster's variables, and asks its servers

@@ -1,0 +1,105 @@
+"""Copies stdin to stderr, but says in one sentence what JAX reports of a lost process.
+
+JAX's coordination client ends a process of several from C++ when another is lost: some lines of
+errors, one that is fatal, its stack, and then the stacks of all threads, from Python's handler of
+SIGABRT. No handler of ours runs then, so a program beside the process (`peers.shorten_reports`)
+reads what it writes. It imports little, to be there at once, and ends when nobody can write to it.
+"""
+
+import os
+import re
+import select
+import signal
+
+LOST = (
+    "error: a process of this run was lost, or failed, and this one ends with it; when all have"
+    " ended, run the same command to go on"
+)
+_SENTENCE = f"{LOST}\n".encode()
+_TIME_AND_THREAD = rb"\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ "
+_RECORD = re.compile(rb"(?=[IWEF]" + _TIME_AND_THREAD + rb"|" + re.escape(_SENTENCE) + rb")")
+_BEFORE = re.compile(
+    rb"[WE]" + _TIME_AND_THREAD + rb"\S*(?:coordination_service\w*|preemption_sync_manager)\.cc:"
+)
+_END = re.compile(
+    rb"F" + _TIME_AND_THREAD + rb"\S+ Terminating process because the JAX distributed service"
+    rb"|" + re.escape(_SENTENCE)
+)
+_OTHER_CRASH = re.compile(rb"^Fatal Python error: (?!Aborted)(?=.{7})", re.MULTILINE)
+_PATIENCE = 0.5  # seconds from an error of the coordination service to the fatal one; it takes 1 ms
+_SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGTERM")
+
+
+class Shortened:
+    """Text of a process's stderr, in which the report of a lost process is one sentence.
+
+    Its order is kept, and all that is no report passes at once.
+    """
+
+    def __init__(self) -> None:
+        self.held = b""
+        """Errors of the coordination service that may be the beginning of a report."""
+        self._ended = False
+        self._line = b""
+
+    def add(self, text: bytes) -> bytes:
+        """The bytes to print now, after those that the process has written in one piece or more."""
+        if self._ended:
+            return self._other_crash(text)
+        passed = b""
+        for record in _RECORD.split(text):
+            if _END.match(record):
+                self._ended, self.held = True, b""
+                return passed + _SENTENCE
+            self.held += record
+            if record and not _BEFORE.match(record):
+                passed += self.release()
+        return passed
+
+    def release(self) -> bytes:
+        """The held bytes: no report has followed."""
+        held, self.held = self.held, b""
+        return held
+
+    def _other_crash(self, text: bytes) -> bytes:
+        """What is no part of the report after all: Python's own, of another signal."""
+        text = self._line + text
+        if found := _OTHER_CRASH.search(text):
+            self._ended, self._line = False, b""
+            return text[found.start() :]
+        self._line = text[text.rfind(b"\n") + 1 :]
+        return b""
+
+
+def _print(text: bytes) -> None:
+    """Writes to stderr; raises only if its reader is gone, which the process is to notice too."""
+    while text:
+        try:
+            text = text[os.write(2, text) :]
+        except BlockingIOError:
+            select.select([], [2], [])
+        except BrokenPipeError:
+            raise
+        except OSError:  # such as of a full disk; the process goes on
+            return
+
+
+def main() -> None:
+    for name in _SIGNALS:  # they mean the process, which may have something to say about them
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    os.write(1, b"ready\n")
+    shortened = Shortened()
+    while True:
+        if shortened.held and not select.select([0], [], [], _PATIENCE)[0]:
+            _print(shortened.release())
+        text = os.read(0, 1 << 20)
+        _print(shortened.add(text) if text else shortened.release())
+        if not text:
+            return
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrokenPipeError:
+        os._exit(1)
