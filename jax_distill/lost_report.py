@@ -2,20 +2,28 @@
 
 JAX's coordination client ends a process of several from C++ when another is lost: some lines of
 errors, one that is fatal, its stack, and then the stacks of all threads, from Python's handler of
-SIGABRT. No handler of ours runs then, so a program beside the process (`peers.shorten_reports`)
-reads what it writes. It imports little, to be there at once, and ends when nobody can write to it.
+SIGABRT. No handler of ours runs then, so a program beside the process (`shorten`) reads what it
+writes. It imports little, to be there at once, and ends when nobody can write to it.
 """
 
 import os
 import re
 import select
 import signal
+import subprocess
+import sys
 
 LOST = (
     "error: a process of this run was lost, or failed, and this one ends with it; when all have"
     " ended, run the same command to go on"
 )
+APART = "the processes of this run do not find each other"
+ADVICE = (
+    "give each the same --coordinator_address=HOST:PORT and --num_processes, and its own"
+    " --process_id; on a TPU pod or under Slurm none of them"
+)
 _SENTENCE = f"{LOST}\n".encode()
+_NOT_FOUND = f"error: {APART} (not all have come in time, or one was lost); {ADVICE}\n".encode()
 _TIME_AND_THREAD = rb"\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ "
 _RECORD = re.compile(rb"(?=[IWEF]" + _TIME_AND_THREAD + rb"|" + re.escape(_SENTENCE) + rb")")
 _BEFORE = re.compile(
@@ -25,9 +33,40 @@ _END = re.compile(
     rb"F" + _TIME_AND_THREAD + rb"\S+ Terminating process because the JAX distributed service"
     rb"|" + re.escape(_SENTENCE)
 )
+_REGISTERING = b"CoordinationService/RegisterTask"  # each waits in it until all are there
 _OTHER_CRASH = re.compile(rb"^Fatal Python error: (?!Aborted)(?=.{7})", re.MULTILINE)
 _PATIENCE = 0.5  # seconds from an error of the coordination service to the fatal one; it takes 1 ms
 _SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGTERM")
+
+
+def shorten() -> None:
+    """Makes JAX's reports of a lost process one sentence on stderr, from now on.
+
+    What this process writes to file descriptor 2, and what those write that it starts, goes through
+    `main`, in a process of its own: the report is written from C++ while this one aborts.
+    (JAX takes a callback in its place, but its bindings cannot call one of Python; with
+    `jax_enable_recoverability` the loss of process 0 is fatal as before.) Where there is no stderr,
+    or nothing can be started, reports are as they were.
+    """
+    try:
+        os.fstat(2)
+    except OSError:
+        return
+    reading, writing = os.pipe()
+    try:
+        command = [sys.executable, "-I", "-S", __file__]
+        # In a session of its own, signals of the terminal do not reach it.
+        copier = subprocess.Popen(
+            command, stdin=reading, stdout=subprocess.PIPE, cwd="/", start_new_session=True
+        )
+        with copier.stdout:
+            if copier.stdout.readline():
+                os.dup2(writing, 2)
+    except OSError:
+        pass
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 class Shortened:
@@ -40,6 +79,7 @@ class Shortened:
         self.held = b""
         """Errors of the coordination service that may be the beginning of a report."""
         self._ended = False
+        self._in_line = False  # as after a line of progress that is written over
         self._line = b""
 
     def add(self, text: bytes) -> bytes:
@@ -50,11 +90,15 @@ class Shortened:
         for record in _RECORD.split(text):
             if _END.match(record):
                 self._ended, self.held = True, b""
-                return passed + _SENTENCE
+                return self._passed(passed) + b"\n" * self._in_line + _sentence(record)
             self.held += record
             if record and not _BEFORE.match(record):
                 passed += self.release()
-        return passed
+        return self._passed(passed)
+
+    def _passed(self, text: bytes) -> bytes:
+        self._in_line = not text.endswith(b"\n") if text else self._in_line
+        return text
 
     def release(self) -> bytes:
         """The held bytes: no report has followed."""
@@ -69,6 +113,10 @@ class Shortened:
             return text[found.start() :]
         self._line = text[text.rfind(b"\n") + 1 :]
         return b""
+
+
+def _sentence(report: bytes) -> bytes:
+    return _NOT_FOUND if _REGISTERING in report else _SENTENCE
 
 
 def _print(text: bytes) -> None:

@@ -2,8 +2,6 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import jax
 
@@ -33,33 +31,3 @@ def _of_jax(error: BaseException) -> bool:
     if isinstance(error, jax.errors.JaxRuntimeError):
         return True
     return type(error) is ValueError and _STATUS.match(str(error)) is not None
-
-
-def shorten_reports() -> None:
-    """Makes JAX's reports of a lost process one sentence on stderr, from now on.
-
-    What this process writes to file descriptor 2, and what those write that it starts, goes through
-    `lost_report`, in a process of its own: the report is written from C++ while this one aborts.
-    (JAX takes a callback in its place, but its bindings cannot call one of Python; with
-    `jax_enable_recoverability` the loss of process 0 is fatal as before.) Where there is no stderr,
-    or nothing can be started, reports are as they were.
-    """
-    try:
-        os.fstat(2)
-    except OSError:
-        return
-    reading, writing = os.pipe()
-    try:
-        command = [sys.executable, "-I", "-S", lost_report.__file__]
-        # In a session of its own, signals of the terminal do not reach it.
-        copier = subprocess.Popen(
-            command, stdin=reading, stdout=subprocess.PIPE, cwd="/", start_new_session=True
-        )
-        with copier.stdout:
-            if copier.stdout.readline():
-                os.dup2(writing, 2)
-    except OSError:
-        pass
-    finally:
-        os.close(reading)
-        os.close(writing)
