@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from absl import flags, logging
 from jax.experimental import multihost_utils
 
-from jax_distill import clusters
+from jax_distill import clusters, lost_report
 
 T = TypeVar("T")
 
@@ -64,15 +64,12 @@ def join() -> None:
     if index is not None and (index < 0 or count is not None and index >= count):
         raise ValueError(f"--process_id: {index} is none of {count or 'the'} processes, from 0")
     timeout = flags.FLAGS.heartbeat_timeout_seconds
+    lost_report.shorten()
     try:
         jax.distributed.initialize(address, count, index, heartbeat_timeout_seconds=timeout)
     except Exception as error:  # of any kind: it reads a cluster's variables, and asks its servers
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"the processes of this run do not find each other ({reason}); give each the same"
-            " --coordinator_address=HOST:PORT and --num_processes, and its own --process_id;"
-            " on a TPU pod or under Slurm none of them"
-        ) from None
+        raise ValueError(f"{lost_report.APART} ({reason}); {lost_report.ADVICE}") from None
     if not is_leader():
         logging.set_verbosity(logging.WARNING)
 

@@ -2,10 +2,14 @@
 
 import json
 import math
+import os
 
 import numpy as np
+import pytest
 
+from jax_distill.evaluation import metrics
 from jax_distill.evaluation.metrics import read_metrics
+from jax_distill.files import FileError
 
 
 def write(path, *lines):
@@ -59,3 +63,12 @@ def test_time_adds_over_the_processes_of_a_resumed_run(tmp_path):
 def test_no_lines_are_no_metrics(tmp_path):
     assert read_metrics(tmp_path / "missing.jsonl") is None
     assert read_metrics(write(tmp_path / "empty.jsonl")) is None
+
+
+def test_a_file_of_gigabytes_is_not_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n')
+    assert read_metrics(path) is not None
+    os.truncate(path, metrics.MOST_BYTES + 1)
+    with pytest.raises(FileError, match="MiB, more than the 512 MiB that"):
+        read_metrics(path)

@@ -19,7 +19,7 @@ import pytest
 from absl import flags
 from regression import Regression, Source, frozen, parameters, small_config
 
-from jax_distill import clusters, peers, processes, train
+from jax_distill import clusters, lost_report, peers, processes, train
 from jax_distill.checkpoint import Checkpoints
 from jax_distill.optimizer import make_optimizer
 
@@ -40,6 +40,7 @@ def join(monkeypatch):
     asked = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **k: asked.append((*a, k)))
     monkeypatch.setattr(jax, "process_index", lambda: 0)
+    monkeypatch.setattr(lost_report, "shorten", lambda: None)
     for name in (*VARIABLES, *SLURM):
         monkeypatch.delenv(name, raising=False)
 
@@ -340,4 +341,6 @@ def test_errors_of_a_lost_process_are_known(text, lost):
     wrapped = RuntimeError("orbax")
     wrapped.__cause__ = jax.errors.JaxRuntimeError(text)
     assert peers.is_of_lost(wrapped) == peers.is_of_lost(wrapped.__cause__) == lost
-    assert not peers.is_of_lost(ValueError(text))  # of our own
+    called = ValueError(text)  # as of a program that is called, not compiled ahead
+    assert peers.is_of_lost(called) == lost
+    assert not peers.is_of_lost(ValueError(f"data.path: {text}"))  # of our own

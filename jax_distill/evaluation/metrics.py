@@ -11,9 +11,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from jax_distill.files import check_regular, encoding_of
+from jax_distill.files import FileError, check_regular, encoding_of
 
 MOST_LINES = 100_000  # that are kept; a plot shows fewer
+MOST_BYTES = 2**29  # of a file: over a million lines
 MOST_NAMES = 200
 _LINE_LENGTH = 2**20
 _DRAWN = 1e100  # above, the arithmetic of a plot's axes ends in infinity
@@ -62,7 +63,7 @@ def read_metrics(path: Path) -> Metrics | None:
     metrics the first ones.
 
     Raises:
-      FileError: it is no regular file.
+      FileError: it is no regular file, or too large.
     """
     if not path.exists():
         return None
@@ -85,6 +86,9 @@ def read_metrics(path: Path) -> Metrics | None:
 def _texts(path: Path) -> Iterator[str | None]:
     """The lines of a file; None for one that is too long, of which no more is read at once."""
     check_regular(path)
+    if path.stat().st_size > MOST_BYTES:
+        size = f"{path.stat().st_size >> 20} MiB, more than the {MOST_BYTES >> 20} MiB"
+        raise FileError(f"'{path}' has {size} that a report is made of; shorten or remove it")
     with path.open("rb") as file:
         encoding = encoding_of(file.read(4))
     # Bytes that are no text are to spoil their line alone.
