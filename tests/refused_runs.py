@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -139,6 +140,11 @@ def _scores(cell, ask):
         path.write_text(text)
         ask(read_results, path)
     path.unlink()
+    lines = cell / "metrics.jsonl"
+    lines.touch()
+    os.truncate(lines, 600 << 20)  # zeros, which take no room
+    ask(write_report, cell)
+    lines.unlink()
     ask(cells.measured, cell)
     (cell / cells.COST).write_text('{"peak_gib": "1"}')
     ask(cells.train, "configs/scm.py", cell, [])
