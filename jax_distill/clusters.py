@@ -78,6 +78,11 @@ def _product(text: str) -> int:
     return math.prod(int(part) for part in text.split(","))
 
 
+def _of_tpu(text: str) -> int:
+    """A TPU's id; libtpu leaves a warning in the place of one that it could not find."""
+    return 0 if text.startswith("WARNING") else int(text)
+
+
 def _names(text: str) -> int:
     return sum(bool(name.strip()) for name in text.split(","))
 
@@ -105,7 +110,8 @@ def _told(variables: Mapping[str, str]) -> str | None:
       ValueError: it is no number.
     """
     for counts, rank, given in _LAUNCHERS:
-        read = {**counts, rank: lambda text: int(text) + 1} if rank else counts
+        number_of = _of_tpu if rank and "TPU" in rank else int
+        read = {**counts, rank: lambda text, of=number_of: of(text) + 1} if rank else counts
         if given and not any(map(variables.get, given)) and not _positive(variables, rank, int):
             continue
         for name, number in read.items():

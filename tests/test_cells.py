@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from jax_distill import cells, pipeline, study
+from jax_distill import cells, pipeline, study_settings
 from jax_distill import config as configuration
 from jax_distill.config import ConfigError
 from jax_distill.evaluation import comparison
@@ -133,9 +133,9 @@ def test_every_row_of_the_studies_is_a_configuration_that_exists(preset):
 def test_a_study_that_is_none_is_told_so(changes, expected):
     config = load_config("study").get_config().to_dict()
     if expected is None:
-        return study.check(ConfigDict(config))
+        return study_settings.check(ConfigDict(config))
     with pytest.raises(ValueError, match=expected) as caught:
-        study.check(ConfigDict({**config, **changes}))
+        study_settings.check(ConfigDict({**config, **changes}))
     assert "\n" not in str(caught.value)
 
 

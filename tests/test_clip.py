@@ -162,7 +162,7 @@ def test_transformers_reads_our_config_and_we_read_theirs(config):
         ({"model_type": "clip"}, "model_type='clip' is not supported"),
         ({"num_attention_heads": 5}, "num_attention_heads: 5 does not divide hidden_size=24"),
         ({"vocab_size": 0}, "vocab_size: 0 is not an integer of at least 1"),
-        ({"eos_token_id": [2, 3]}, r"eos_token_id: \[2, 3\] is not one token id"),
+        ({"eos_token_id": [2, 3]}, r"eos_token_id: \[2, 3\] is not an integer of at least 0"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(changes, message):

@@ -196,7 +196,9 @@ def test_a_table_in_markdown_is_a_table():
 def test_a_cell_that_lacks_something_is_named(tmp_path, file, content, match):
     from jax_distill import config
 
-    config.save(config.base(), tmp_path)
+    settings = config.base()
+    settings.name, settings.objective.name = "cell", "scm"
+    config.save(settings, tmp_path)
     good = {
         "results.json": {"student": {"2": SCORE}},
         "metrics.jsonl": {"step": 1, "steps_per_sec": 2},

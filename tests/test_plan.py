@@ -163,6 +163,7 @@ def test_adapters_plan_the_base_that_they_are_beside():
     assert sampled.held["parameters"] < 0.5 * wide.held["teacher"] + small.held["parameters"]
 
 
+@pytest.mark.slow
 def test_a_sweep_compares_the_students_stage():
     plans = planner.sweep(preset("scm"), chips.parse("gpu:h200x2"))
     assert {plan.stage for plan in plans} == {"scm"}
@@ -171,6 +172,7 @@ def test_a_sweep_compares_the_students_stage():
     assert all(plan.changes == () for plan in plans)
 
 
+@pytest.mark.slow
 def test_a_remedy_is_one_that_the_config_takes(tmp_path):
     config, roomy = preset("scm"), chips.parse("gpu:h200x1")
     plan = planner.make_plan(config, roomy)

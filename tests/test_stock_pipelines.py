@@ -17,7 +17,7 @@ from random_text import compiled_quickly
 from safetensors.torch import load_file
 from tiny_runs import run_program, save_run
 
-from jax_distill import config, pipeline
+from jax_distill import build, config, pipeline
 from jax_distill.exporting import export
 from jax_distill.porting import port
 
@@ -123,8 +123,10 @@ def draw(pipe, steps, **options):
 
 @functools.cache
 def ours(source, steps):
-    sizes = {"height": HEIGHT, "width": WIDTH, "guidance": GUIDANCE}
-    return pipeline.load(source)(CAPTIONS, steps=steps, noise=noise(), **sizes)
+    pipe = pipeline.load(source)
+    sizes = {"height": HEIGHT, "width": WIDTH}
+    guidance = GUIDANCE if build.takes_guidance(pipe.config) else None
+    return pipe(CAPTIONS, steps=steps, noise=noise(), guidance=guidance, **sizes)
 
 
 def assert_same(theirs, expected, limit=1.0):
