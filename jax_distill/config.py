@@ -12,7 +12,8 @@ from jax_distill.files import FileError, read_json, write_atomically
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.mmdit import MMDiTConfig
 from jax_distill.objectives.methods import KINDS, settings_of
-from jax_distill.settings import ConfigError, check_keys, flatten, shown
+from jax_distill.quoting import shown
+from jax_distill.settings import ConfigError, check_keys, flatten
 
 LATER = (
     *("world", "ema_dtype", "teacher.guidance", "data.resolution", "evaluation.every"),

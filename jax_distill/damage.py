@@ -123,6 +123,7 @@ def _restored(folder: Path, restore: Callable[[], T]) -> T:
             if damaged:
                 raise _Damaged(reason)
             damaged = True  # which is believed when it is found twice
+            time.sleep(PAUSES[0])
         elif pauses:
             time.sleep(pauses.pop(0))
         else:
@@ -174,7 +175,12 @@ def _without_frames(error: Exception) -> Exception:
 @contextlib.contextmanager
 def _quiet_failures() -> Iterator[None]:
     """Keeps the terminal clear of the reads that Orbax abandons when one of them fails."""
-    previous, sys.unraisablehook = sys.unraisablehook, lambda _: None
+
+    def unraisable(found) -> None:
+        if not isinstance(found.exc_value, Exception):  # a signal
+            previous(found)
+
+    previous, sys.unraisablehook = sys.unraisablehook, unraisable
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # coroutines never awaited

@@ -26,7 +26,6 @@ _OF_CONTENT = {  # of what stands in a folder, which no second try changes
     errno.EEXIST,
     errno.ENOTEMPTY,
     errno.ELOOP,
-    errno.EINVAL,
     errno.ENAMETOOLONG,
 }
 _NUMBER = re.compile(r"(?:os_error_code='|\[Errno |\(os error |errno[ =:]+)(\d+)", re.IGNORECASE)

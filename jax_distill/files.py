@@ -236,6 +236,11 @@ def _no_text(path: Path, error: UnicodeDecodeError) -> FileError:
     return FileError(f"'{path}' is not UTF-8 text ({error.reason}); save it as UTF-8")
 
 
+def is_address(path: str | Path) -> bool:
+    """Whether a path is of a bucket, such as gs://bucket/run; as a `Path` it has one slash less."""
+    return re.match(r"[a-z][a-z0-9+.-]+:/", str(path)) is not None
+
+
 def check_output(path: str | Path, endings: Sequence[str] = (), *, name: str = "--output") -> None:
     """Checks that a file can be written, before the work that it is to hold; nothing is left there.
 
@@ -248,7 +253,7 @@ def check_output(path: str | Path, endings: Sequence[str] = (), *, name: str = "
       FileError: it has another ending, there is something else, or its folder cannot be written.
     """
     text, path = str(path), Path(path)
-    if re.match(r"[a-z][a-z0-9+.-]+:/", text):
+    if is_address(text):
         raise FileError(f"{name}: '{text}' is an address; give a path, such as in a mounted bucket")
     if not path.name or endings and path.suffix.lower() not in endings:
         wanted = " or ".join(f"*{ending}" for ending in endings) or "a file"

@@ -188,7 +188,7 @@ def _remove_if_dead(path: Path, now: float, what: str, advice: str) -> None:
       FileNotFoundError: the lease is no longer there.
     """
     found = os.stat(path)
-    silent = now - found.st_mtime
+    silent, seen = now - found.st_mtime, None
     try:
         holder = read_json(path, Holder)
     except FileError:  # its disk was full, or its machine lost power
@@ -204,6 +204,8 @@ def _remove_if_dead(path: Path, now: float, what: str, advice: str) -> None:
         else:
             alive = silent < LIMIT
             message += f" (last sign of life {max(silent, 0):.0f} s ago)"
+    if alive and seen:
+        raise InUse(f"{what} {message}; wait for it, or {advice}")
     if alive:
         raise InUse(
             f"{what} {message}; wait for it, or {advice}; if that process is gone, its lease ends"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jax_distill import disks, lease
-from jax_distill.files import FileError, partial_of, remove_leftovers
+from jax_distill.files import FileError, is_address, partial_of, remove_leftovers
 from jax_distill.signals import Interrupted, Signals
 
 
@@ -58,11 +58,15 @@ def made_whole(folder: Path) -> Iterator[Path]:
 
 
 def check_absent(folder: Path) -> None:
-    """Checks that nothing stands in the place of a folder to make.
+    """Checks that a folder to make is not there yet, and is one of a disk.
 
     Raises:
-      FileError: something does.
+      FileError: something does, or it is an address.
     """
+    if is_address(folder):
+        raise FileError(
+            f"--output: '{folder}' is an address; give a path, such as in a mounted bucket"
+        )
     if os.path.lexists(folder):
         raise FileError(f"--output: '{folder}' exists; remove it or choose another")
 

@@ -9,7 +9,7 @@ from typing import TypedDict
 from absl import logging
 
 from jax_distill import processes
-from jax_distill.files import FileError, parse_json, read_lines, write_atomically
+from jax_distill.files import FileError, check_regular, parse_json, write_atomically
 
 METRICS = "metrics.jsonl"
 
@@ -114,8 +114,12 @@ def _forget_after(path: Path, step: int) -> None:
     """Drops the lines of later steps, and what a killed run left half written, atomically."""
     if not path.exists():
         return
+    check_regular(path)
     kept = []
-    for number, text in read_lines(path):
+    # Bytes that are no text, such as zeros after a loss of power, spoil their line alone.
+    with path.open("rb") as file:
+        content = file.read().decode(errors="replace")
+    for number, text in enumerate(filter(str.strip, content.split("\n")), 1):
         try:
             line = parse_json(text, _Line, where=f"'{path}', line {number}", fix="it is left out")
         except FileError as error:

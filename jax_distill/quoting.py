@@ -33,7 +33,7 @@ def literal(name: str, value: Any) -> str:
 def shown(value: Any) -> str:
     """A value for a message: in one line, and not all of a long one."""
     try:
-        text = repr(value)
+        text = repr(value).replace("\n", " ")
     except (ValueError, RecursionError):  # a whole number of thousands of digits
         return f"a very large {type(value).__name__}"
     return text if len(text) <= 80 else text[:77] + "..."

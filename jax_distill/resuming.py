@@ -15,7 +15,8 @@ from jax_distill.data.identity import Identity, identity
 from jax_distill.data.records import DESCRIPTION
 from jax_distill.objectives.methods import KINDS, settings_of
 from jax_distill.optimizer import learning_rate
-from jax_distill.settings import flatten, shown
+from jax_distill.quoting import shown
+from jax_distill.settings import flatten
 from jax_distill.stages import FROM_SCRATCH
 
 FREE = "may change"
@@ -94,7 +95,7 @@ TABLE = (
     Row(
         ("total_steps",),
         SAID,
-        "the run ends there, and its schedule; fewer than were taken are refused",
+        "the run and its schedule end there; never before the step that it has reached",
     ),
     Row(
         (
@@ -290,7 +291,8 @@ def check_same_data(before: ConfigDict, config: ConfigDict, workdir: Path) -> st
         missing, path = ("old", old) if known is None else ("new", new)
         raise ConfigError(
             f"data.path: {old!r} -> {new!r}, and it cannot be told whether that is the data of the"
-            f" run in '{workdir}', for there is none in the {missing} folder {path!r}; {fix}"
+            f" run in '{workdir}', for there is none in the {missing} folder"
+            f" '{path or workdir / 'data'}'; {fix}"
         )
     if known != found:
         raise ConfigError(

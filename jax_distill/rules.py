@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jax_distill import streams
-from jax_distill.settings import ConfigError, shown
+from jax_distill.quoting import shown
+from jax_distill.settings import ConfigError
 
 Rule = tuple[Sequence[str], Callable[[Any], bool], str]
 """Keys, what must hold of their values, and how that is said."""
@@ -151,25 +152,65 @@ def of_objectives() -> Iterable[Rule]:
 
 
 PATTERN = (
-    "a pattern of up to 500 characters, in which no group is repeated and * and + stand three times"
-    " at most between bars"
+    "a pattern of up to 500 characters, in which no repetition is within another, and at most four"
+    " stand one after another"
 )
+_REPETITIONS = 4  # on paths of a hundred letters those take less than a second
+_FEW = 3  # a repetition that is not more often is none
 
 
 def is_pattern(text: str) -> bool:
-    """Whether a text is a regular expression that is found in a path, or is not, in no time.
-
-    Repetitions within repetitions take more steps than there are seconds; no path of a parameter
-    asks for them.
-    """
-    repeats = max(len(re.findall(r"[*+{]", part)) for part in text.split("|"))
-    if len(text) > 500 or re.search(r"\)[*+{]", text) or repeats > 3:
+    """Whether a text is a regular expression that is found in a path, or is not, in no time."""
+    if len(text) > 500:
         return False
     try:
         re.compile(text)
+        return _repetitions(re._parser.parse(text)) <= _REPETITIONS
     except (re.error, OverflowError, RecursionError):
         return False
-    return True
+
+
+def _repetitions(pattern: Any) -> float:
+    """How many repetitions a path goes through at most, one after another.
+
+    Infinite where one can divide what it matches in several ways: it holds another, or
+    alternatives.
+
+    Args:
+      pattern: of `re`'s parser, a sequence of operations with their arguments.
+    """
+    most = 0.0
+    for operation, argument in pattern:
+        name = str(operation)
+        if name == "BRANCH":
+            most += max(map(_repetitions, argument[1]))
+        elif "REPEAT" in name:
+            _, upper, inner = argument
+            held = _repetitions(inner)
+            if upper <= _FEW:
+                most += upper * held
+            else:
+                most += math.inf if held or _has_alternatives(inner) else 1
+        else:
+            most += sum(map(_repetitions, _within(argument)))
+    return most
+
+
+def _has_alternatives(pattern: Any) -> bool:
+    """Whether what is repeated may match in several ways; what only looks ahead matches nothing."""
+    for operation, argument in pattern:
+        name = str(operation)
+        if name == "BRANCH" or ("REPEAT" in name and argument[0] != argument[1]):
+            return True
+        if "ASSERT" not in name and any(map(_has_alternatives, _within(argument))):
+            return True
+    return False
+
+
+def _within(argument: Any) -> list[Any]:
+    """The patterns that an operation holds, such as a group."""
+    parts = argument if isinstance(argument, tuple) else (argument,)
+    return [part for part in parts if isinstance(part, re._parser.SubPattern)]
 
 
 def _is_name(value: str) -> bool:

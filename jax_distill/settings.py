@@ -4,6 +4,8 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax_distill.quoting import shown
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the key and the fix."""
@@ -65,15 +67,6 @@ def check_keys(
             elif isinstance(default, tuple):
                 kind = f"a list of one {type(default[0]).__name__} or more"
             raise ConfigError(f"{name}: {shown(value)} must be {kind}")
-
-
-def shown(value: Any) -> str:
-    """A value in an error message: one line, of bounded length."""
-    try:
-        text = repr(value).replace("\n", " ")
-    except RecursionError:
-        text = f"a {type(value).__name__}, deeply nested"
-    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _fits(value: Any, default: Any) -> bool:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import sys
+import threading
 
 from jax_distill import processes
 
@@ -24,6 +26,7 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         self.received = False
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._again
         handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
         if processes.joined():
             handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
@@ -38,6 +41,15 @@ class Signals:
         if self._interrupt:
             raise Interrupted("stopped by a signal")
 
+    def _again(self, found) -> None:
+        """Gives a signal once more that came while Python ran a finalizer, which swallows it."""
+        if isinstance(found.exc_value, Interrupted):
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            self._unraisable(found)
+
     def __exit__(self, *exception) -> None:
+        if sys.unraisablehook == self._again:
+            sys.unraisablehook = self._unraisable
         for number, handler in self._previous.items():
             signal.signal(number, handler)

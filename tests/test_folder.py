@@ -73,7 +73,7 @@ def test_captions_are_in_a_table(tmp_path):
         ({folder.METADATA: b'{"file_name": "b/../../c.png", "text": "x"}'}, "line 1: .*leads out"),
         ({folder.METADATA: b'{"file_name": "a\\u0000", "text": "x"}'}, "line 1: there is no file"),
         ({folder.METADATA: b'{"file_name": "a\\nb", "text": "x"}'}, r"no file 'a\\nb'; restore"),
-        ({folder.METADATA: b'{"file_name": ".", "text": "x"}'}, "is no regular file"),
+        ({folder.METADATA: b'{"file_name": ".", "text": "x"}'}, "line 1: file_name is empty"),
         ({folder.METADATA: b'{"file_name": "metadata.jsonl", "text": ""}'}, "caption is empty"),
         ({folder.METADATA: b'{"file_name": "metadata.jsonl", "text": "\\u0000"}'}, "NUL"),
         ({folder.METADATA: "fél".encode("latin-1")}, "metadata.jsonl' is not UTF-8"),

@@ -254,6 +254,15 @@ def test_samples_without_an_agreed_range_are_refused(tmp_path, image, named):
         pictures.shown(tmp_path / "a.tif")
 
 
+def test_16_signed_bits_are_refused(tmp_path):
+    plain = Image.fromarray(np.arange(0, 32768, 2048, dtype=np.uint16).reshape(4, 4))
+    plain.save(tmp_path / "a.tif", tiffinfo={339: 1})
+    assert pictures.shown(tmp_path / "a.tif").image.size == (4, 4)
+    plain.save(tmp_path / "a.tif", tiffinfo={339: 2})
+    with pytest.raises(FileError, match="signed, whose values have no agreed range"):
+        pictures.shown(tmp_path / "a.tif")
+
+
 def test_a_transparent_colour_of_16_bits_is_refused(tmp_path):
     rows = deep_colours().astype(">u2").view(np.uint8).reshape(HEIGHT, -1)
     (tmp_path / "a.png").write_bytes(png(16, 2, rows, (b"tRNS", bytes(6))))

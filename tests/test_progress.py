@@ -116,3 +116,14 @@ def test_lines_of_later_steps_and_what_is_no_line_are_left_out(tmp_path):
     with Report(tmp_path, total=9, batch_size=8) as report:
         report.begin(5, {})
     assert read(tmp_path) == [{"step": 2, "loss": 1.0}, {"step": 4}]
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 5000, b'{"step": 3, "loss": "\xff', b"\xff\xfe\0\n"])
+def test_bytes_that_are_no_text_spoil_their_line_alone(tmp_path, tail):
+    path = tmp_path / progress.METRICS
+    lines = b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
+    path.write_bytes(lines + tail)
+    progress._forget_after(path, 9)
+    assert path.read_bytes() == lines
+    progress._forget_after(path, 1)
+    assert path.read_bytes() == lines.splitlines(keepends=True)[0]

@@ -126,6 +126,8 @@ def _listed(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
     for number, entry in read_json_lines(folder / METADATA, _Entry):
         where = f"'{folder / METADATA}', line {number}"
         name = PurePosixPath(entry["file_name"])
+        if not name.parts:
+            raise FileError(f"{where}: file_name is empty; name a picture or remove the line")
         if name.is_absolute() or ".." in name.parts:
             raise FileError(
                 f"{where}: {entry['file_name']!r:.200} leads out of the folder; move the picture"

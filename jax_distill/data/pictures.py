@@ -226,9 +226,10 @@ def _colours(image: Image.Image, packed: str, path: Path) -> tuple[Image.Image, 
     Raises:
       FileError: its samples have no agreed range.
     """
-    if image.mode in _DEEP:
-        return _from_16_bits(image, packed, path)
     signed = image.format == "TIFF" and 2 in image.tag_v2.get(339, ())  # SampleFormat
+    # 32 signed bits are how Pillow writes 16 bits of grey; 16 of them are another range.
+    if image.mode in _DEEP and not (signed and 16 in image.tag_v2.get(258, ())):
+        return _from_16_bits(image, packed, path)
     if image.mode not in {**_PLAIN, **_ALPHA} or signed:
         raise FileError(
             f"'{path}' is a picture of mode {image.mode}{', signed' if signed else ''}, whose"
