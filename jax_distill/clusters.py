@@ -96,6 +96,8 @@ _LAUNCHERS = (
     ),
     _Launcher({"OMPI_COMM_WORLD_SIZE": int}, "OMPI_COMM_WORLD_RANK"),
     _Launcher({"PMI_SIZE": int}, "PMI_RANK"),  # MPICH, Intel MPI
+    _Launcher({"MV2_COMM_WORLD_SIZE": int}, "MV2_COMM_WORLD_RANK"),
+    _Launcher({}, "PMIX_RANK"),
     _Launcher({"TPU_PROCESS_ADDRESSES": _names}, "CLOUD_TPU_TASK_ID"),
     _Launcher({"TPU_WORKER_HOSTNAMES": _names}, "TPU_WORKER_ID"),
     _Launcher({"TPU_PROCESS_BOUNDS": _product, "TPU_HOST_BOUNDS": _product}, None),

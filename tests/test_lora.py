@@ -1,5 +1,6 @@
 """LoRA students: adapters beside a frozen teacher are the network that they are merged into."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -456,3 +457,15 @@ def test_wrong_settings_stop_before_anything_is_written(flux, tmp_path):
     ):
         assert expected in train(flux[1], tmp_path / "none", change)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_state_of_another_rank_is_not_laid_beside_the_teacher():
+    """Such as of a run of no adapters, whose configuration was changed by hand."""
+    settings = adapters.settings(student("scm"))
+    frozen = random_parameters(TEACHER)
+    state = settings.split(jax.random.key(0), frozen)
+    other = dataclasses.replace(settings, rank=settings.rank + 1)
+    with pytest.raises(ValueError, match=f"has adapters of rank {settings.rank}; put"):
+        other.attach(frozen, state)
+    with pytest.raises(ValueError, match="lora.rank: .* has none; put the run's config.json back"):
+        settings.attach(frozen, frozen)

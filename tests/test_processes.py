@@ -133,6 +133,8 @@ SEVERAL = {  # environments of one of several processes, and the variable that t
     "TPU_PROCESS_ADDRESSES": {"TPU_PROCESS_ADDRESSES": "a:1,b:1,c:1,d:1"},
     "TPU_PROCESS_BOUNDS": {"TPU_PROCESS_BOUNDS": "2,2,1"},
     "TPU_WORKER_ID": {"TPU_WORKER_ID": "5"},
+    "MV2_COMM_WORLD_SIZE": {"MV2_COMM_WORLD_SIZE": "4", "MV2_COMM_WORLD_RANK": "0"},
+    "PMIX_RANK": {"PMIX_RANK": "1"},
     "CLOUD_TPU_TASK_ID": {"CLOUD_TPU_TASK_ID": "1"},
     "MEGASCALE_NUM_SLICES": {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "0"},
 }

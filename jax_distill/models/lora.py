@@ -227,8 +227,18 @@ class LoRA:
         Args:
           base: of the teacher; its own embedders, and adapters, are left out.
           state: as `split` makes it.
+
+        Raises:
+          ValueError: it has no adapters, or adapters of another rank.
         """
         flat, beside = _flat(base), _flat(state)
+        ranks = {leaf.shape[-1] for path, leaf in beside.items() if path[-1] == "lora_a"}
+        if ranks != {self.rank}:
+            found = f"adapters of rank {', '.join(map(str, sorted(ranks)))}" if ranks else "none"
+            raise ValueError(
+                f"lora.rank: {self.rank}, but what was trained has {found}; put the run's"
+                " config.json back"
+            )
         whole = {path: leaf for path, leaf in flat.items() if path[0] not in EMBEDDERS}
         for path, leaf in whole.items():
             whole[path] = leaf.base if isinstance(leaf, Adapted) else leaf
