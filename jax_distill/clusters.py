@@ -78,11 +78,6 @@ def _product(text: str) -> int:
     return math.prod(int(part) for part in text.split(","))
 
 
-def _of_tpu(text: str) -> int:
-    """A TPU's id; libtpu leaves a warning in the place of one that it could not find."""
-    return 0 if text.startswith("WARNING") else int(text)
-
-
 def _names(text: str) -> int:
     return sum(bool(name.strip()) for name in text.split(","))
 
@@ -112,21 +107,29 @@ def _told(variables: Mapping[str, str]) -> str | None:
       ValueError: it is no number.
     """
     for counts, rank, given in _LAUNCHERS:
-        number_of = _of_tpu if rank and "TPU" in rank else int
-        read = {**counts, rank: lambda text, of=number_of: of(text) + 1} if rank else counts
+        read = {**counts, rank: lambda text: int(text) + 1} if rank else counts
         if given and not any(map(variables.get, given)) and not _positive(variables, rank, int):
             continue
         for name, number in read.items():
-            if variables.get(name):
+            if _value(variables, name):
                 if _positive(variables, name, number) > 1:
                     return f"{name}={variables[name]}"
                 break
     return None
 
 
+def _value(variables: Mapping[str, str], name: str) -> str:
+    """The value of a variable; empty where it is not set.
+
+    So is what libtpu sets a TPU's variables to where there is none: a warning, with a comma.
+    """
+    text = variables.get(name, "")
+    return "" if "TPU" in name and text.startswith("WARNING") else text
+
+
 def _positive(variables: Mapping[str, str], name: str, read: Callable[[str], int]) -> int:
     """The number in a variable; 0 where it is not set."""
-    text = variables.get(name)
+    text = _value(variables, name)
     try:
         number = read(text) if text else 0
     except ValueError:

@@ -146,7 +146,10 @@ ONE = (
     {**SLURM, "SLURM_STEP_NUM_TASKS": "1"},  # of an allocation of two
     {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
     {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "TPU_HOST_BOUNDS": "1,1,1"},
-    {"CLOUD_TPU_TASK_ID": "WARNING: could not determine TPU worker number, please set .."},
+    {
+        name: "WARNING: could not determine it, please set env var manually"
+        for name in ("CLOUD_TPU_TASK_ID", "TPU_WORKER_ID", "TPU_WORKER_HOSTNAMES")
+    },
     {"TPU_PROCESS_ADDRESSES": "local", "TPU_WORKER_HOSTNAMES": ""},
     {"MEGASCALE_NUM_SLICES": "1"},
     {"SLURM_ARRAY_TASK_ID": "3", "JOB_COMPLETION_INDEX": "2"},  # runs of their own
