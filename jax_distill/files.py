@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import errno
 import json
 import math
 import os
@@ -83,7 +84,13 @@ def check_regular(path: Path) -> None:
       FileError: it is something else, which a reader could wait for without end.
       FileNotFoundError: there is nothing.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise FileError(f"'{str(path)[:200]}...' is a longer name than files have") from None
+    if not stat.S_ISREG(mode):
         raise FileError(f"'{path}' is no regular file; give a file that lies on a disk")
 
 

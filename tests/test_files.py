@@ -181,3 +181,9 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
     with pytest.raises(FileError, match=r"cannot be written \(Permission denied at "):
         files.check_output(tmp_path / "new" / "x.json")
     assert not any(tmp_path.iterdir())
+
+
+def test_names_that_no_file_can_have_are_cut_in_the_message(tmp_path):
+    with pytest.raises(FileError, match="is a longer name than files have") as error:
+        read_json(tmp_path / ("a" * 5000))
+    assert len(str(error.value)) < 300
