@@ -143,7 +143,7 @@ def from_shapes(
         return shapes[name]
 
     def layers(kind: str) -> int:
-        found = {int(m[1]) for name in shapes if (m := re.match(rf"{kind}\.(\d{{1,9}})\.", name))}
+        found = {int(m[1]) for name in shapes if (m := re.match(rf"{kind}\.(\d{{1,300}})\.", name))}
         if missing := set(range(len(found))) - found:
             raise ValueError(
                 f"{where}: tensors of '{kind}.{min(missing)}' are missing, and there are some of"
