@@ -89,6 +89,7 @@ def _files_of_configurations(root, ask):
 
     def command(*arguments, run=main.main):
         before, sys.argv = sys.argv, ["main", *arguments]
+        sys.modules.pop("config_config", None)  # a file of another test would be executed into
         try:
             with flagsaver.flagsaver():
                 commands.run(run)
