@@ -12,8 +12,8 @@ implementations take turns; what cannot be measured here is reported as skipped.
 over the reference that the line names.
 
 --accuracy compares every implementation with float64, in the Euclidean norm. --tune times block
-sizes and prints rows for `jax_distill/ops/block_sizes.py`; on CPUs it interprets the kernels, which
-shows only that they run.
+sizes and prints rows for `jax_distill/ops/attention/block_sizes.py`; on CPUs it interprets the
+kernels, which shows only that they run.
 """
 
 import functools
@@ -29,9 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from jax_distill.ops import attention_lowering, flash_jvp_gpu, flash_jvp_tpu
-from jax_distill.ops.attention import attention, plain
-from jax_distill.ops.block_sizes import KERNELS, Blocks, block_sizes
+from jax_distill.ops.attention import flash_jvp_gpu, flash_jvp_tpu, lowering
+from jax_distill.ops.attention.attention import attention, plain
+from jax_distill.ops.attention.block_sizes import KERNELS, Blocks, block_sizes
 
 CASES = ("forward", "forward_tangent", "step")
 ACCURACY = [  # queries, keys, width
@@ -172,7 +172,7 @@ def accuracy() -> None:
                 exact = jax.tree.leaves(jax.jit(case_of("step", plain))(*exact))
                 exact = [np.asarray(x) for x in exact]
             errors = {}
-            for name in ("xla", *attention_lowering.IMPLEMENTATIONS):
+            for name in ("xla", *lowering.IMPLEMENTATIONS):
                 function = functools.partial(attention, implementation=name)
                 found = jax.tree.leaves(jax.jit(case_of("step", function))(*arguments))
                 errors[name] = [

@@ -29,15 +29,16 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from jax_distill import config as configuration
-from jax_distill import parallel, train
-from jax_distill.flops import count_flops
+from jax_distill.devices import sharding
 from jax_distill.flow import Text
 from jax_distill.models import mmdit
 from jax_distill.objectives.objective import Batch
 from jax_distill.objectives.scm import SCM
 from jax_distill.objectives.teacher import embedded_guidance
-from jax_distill.ops.attention import attention
-from jax_distill.optimizer import make_optimizer
+from jax_distill.ops.attention.attention import attention
+from jax_distill.planning.flops import count_flops
+from jax_distill.training import train
+from jax_distill.training.optimizer import make_optimizer
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", 'TPU to compile for, or "here".')
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["auto", "xla"], "Of attention.")
@@ -81,7 +82,7 @@ def step_case(implementation: str, devices):
     """The training step of FLUX.1-lite-8B, and arguments as they lie on the mesh."""
     shape = (1, len(devices), 1)
     axis_types = (jax.sharding.AxisType.Auto,) * 3
-    mesh = jax.make_mesh(shape, parallel.AXES, devices=devices, axis_types=axis_types)
+    mesh = jax.make_mesh(shape, sharding.AXES, devices=devices, axis_types=axis_types)
     double, single = map(int, _LAYERS.value)
     model = mmdit.MMDiTConfig(
         num_layers=double,
@@ -104,11 +105,11 @@ def step_case(implementation: str, devices):
         return jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
             tree,
-            parallel.shard_state(tree, mesh),
+            sharding.shard_state(tree, mesh),
         )
 
     def split(*dimensions):
-        place = NamedSharding(mesh, parallel.BATCH)
+        place = NamedSharding(mesh, sharding.BATCH)
         return jax.ShapeDtypeStruct((len(devices), *dimensions), jnp.float32, sharding=place)
 
     text = Text(split(TEXT_TOKENS, model.joint_attention_dim), split(model.pooled_projection_dim))

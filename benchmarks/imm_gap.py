@@ -22,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from jax_distill import build, experiment, stages, train
-from jax_distill.data.pipeline import batches, example_of_row
-from jax_distill.frozen import narrowed
-from jax_distill.optimizer import make_optimizer, trained
+from jax_distill.assembly import build, stages
+from jax_distill.assembly.frozen import narrowed
+from jax_distill.data.loader import batches, example_of_row
+from jax_distill.runs import experiment
+from jax_distill.training import train
+from jax_distill.training.optimizer import make_optimizer, trained
 
 _STEPS = flags.DEFINE_integer("steps", 60, "Steps of training before.", 0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Rows of a batch.", 4)

@@ -28,7 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "configs")]
 import jax  # noqa: E402
 import scm  # noqa: E402
 
-from jax_distill import experiment, train  # noqa: E402
+from jax_distill.runs import experiment  # noqa: E402
+from jax_distill.training import train  # noqa: E402
 
 KINDS = {
     "full": ("", {}),

@@ -23,12 +23,13 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from jax_distill.files import write_json
-from jax_distill.interop import flux_config, safetensors_files
+from jax_distill.interop import flux_config
 from jax_distill.interop.diffusers_folder import DIFFUSERS_STEM
+from jax_distill.interop.keys.transformer import TRANSFORMER_KEYS
+from jax_distill.interop.readers import safetensors_files
 from jax_distill.interop.tensors import Tensor
-from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 from jax_distill.models import mmdit
+from jax_distill.storage.files import write_json
 
 _FULL = flags.DEFINE_bool("full", False, "Whether to measure FLUX.1-lite-8B, in bfloat16.")
 _FOLDER = flags.DEFINE_string("folder", None, "Where the files are made and removed; default: /tmp")
@@ -101,8 +102,8 @@ def main(argv: list[str]) -> None:
         source, copy, ported, exported = (Path(root) / name for name in "abcd")
         size = make(source, config, like)
         before = copying(source, copy)
-        port = measure("jax_distill.porting.port", source, ported)
-        export = measure("jax_distill.exporting.export", ported, exported)
+        port = measure("jax_distill.runs.porting.port", source, ported)
+        export = measure("jax_distill.runs.exporting.export", ported, exported)
         names = [path.name for path in source.glob("*.safetensors")]
         same = all(
             subprocess.run(["cmp", source / name, exported / "transformer" / name]).returncode == 0

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from jax_distill.checkpoint import load_averaged
+from jax_distill.training.checkpoint import load_averaged
 
 ROOT = Path(__file__).parents[1]
 SMALL = {

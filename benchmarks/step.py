@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from jax_distill import build, train, worlds
 from jax_distill import config as configuration
-from jax_distill.flops import count_flops
+from jax_distill import worlds
+from jax_distill.assembly import build
 from jax_distill.objectives.objective import Batch
-from jax_distill.optimizer import make_optimizer
+from jax_distill.planning.flops import count_flops
+from jax_distill.training import train
+from jax_distill.training.optimizer import make_optimizer
 
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Samples a step.", 1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed steps of each.", 1)

@@ -15,7 +15,7 @@ of 12: with the embedded teacher, after 60 steps, the gradient's cosine with tha
 0.88 there, 0.96 at the gap of 10 that they have, and at most 0.98 (`benchmarks/imm_gap.py`).
 """
 
-from jax_distill.build import objective_settings
+from jax_distill.assembly.build import objective_settings
 from jax_distill.config import shorten, student
 from jax_distill.objectives.imm import BFLOAT16_GAP
 

@@ -12,7 +12,7 @@ FLUX.1-lite-8B at 512 px on a pod; not run at that size yet. The presets `:lora`
 `:flux_lite_lora` train adapters, as those of configs/scm.py do.
 """
 
-from jax_distill.build import objective_settings
+from jax_distill.assembly.build import objective_settings
 from jax_distill.config import shorten, student
 
 

@@ -20,7 +20,7 @@ python -m jax_distill.main --config=configs/scm.py:flux_lite_lora
 Adapters beside FLUX.1-lite-8B in int8, made for one chip; not run at that size yet.
 """
 
-from jax_distill.build import objective_settings
+from jax_distill.assembly.build import objective_settings
 from jax_distill.config import shorten, student
 
 

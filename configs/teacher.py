@@ -9,7 +9,7 @@ python -m jax_distill.main --config=configs/teacher.py --config.total_steps=1250
 --config.optimizer.decay_share=0.9
 """
 
-from jax_distill.build import objective_settings
+from jax_distill.assembly.build import objective_settings
 from jax_distill.config import base
 
 

@@ -13,7 +13,7 @@ time embedder and the velocity matching, are compared in `rescale.json`: how far
 the teacher's, and how smooth the network has become in time.
 """
 
-from jax_distill.build import objective_settings
+from jax_distill.assembly.build import objective_settings
 from jax_distill.config import base, flux, student_model
 
 

@@ -4,16 +4,12 @@ from pathlib import Path
 
 from absl import flags
 
-from jax_distill import (
-    build,
-    commands,
-    draw_settings,
-    pipeline,
-    processes,
-    scoring,
-    streams,
-)
-from jax_distill.files import check_output, write_json
+from jax_distill import pipeline, streams
+from jax_distill.assembly import build, draw_settings
+from jax_distill.devices import processes
+from jax_distill.evaluation import scoring
+from jax_distill.runs import commands
+from jax_distill.storage.files import check_output, write_json
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", pipeline.EMBEDDED, "Workdir of a run, or 'embedded' for the shipped teacher."

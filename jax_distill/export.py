@@ -4,9 +4,9 @@ from pathlib import Path
 
 from absl import flags
 
-from jax_distill import commands
-from jax_distill.exporting import DTYPES, export
-from jax_distill.interop.exported import LAYOUTS
+from jax_distill.interop.layouts import LAYOUTS
+from jax_distill.runs import commands
+from jax_distill.runs.exporting import DTYPES, export
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",

@@ -5,8 +5,11 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jax_distill import commands, experiment, lease, preflight, processes, saving
-from jax_distill.train import Interrupted, Signals
+from jax_distill.devices import processes
+from jax_distill.runs import checks, commands, experiment
+from jax_distill.storage import lease
+from jax_distill.training import saving
+from jax_distill.training.train import Interrupted, Signals
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the configuration; --config.key=value changes one of its values."
@@ -27,14 +30,14 @@ def main(argv: list[str]) -> None:
         )
     config.unlock()
     config.lock()  # all of it: sections that were set as a whole are still open
-    preflight.validate(config)
+    checks.validate(config)
     workdir = Path(_WORKDIR.value or Path("runs") / config.name)
     processes.join()
     try:
         with Signals(interrupt=True):
-            preflight.check_workdir(workdir)
+            checks.check_workdir(workdir)
             with saving.explained(workdir), lease.of_run(workdir):
-                preflight.check(config, workdir)
+                checks.check(config, workdir)
                 experiment.run(config, workdir)
     except Interrupted as stop:
         logging.info("%s; run the same command to go on", stop)

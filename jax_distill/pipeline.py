@@ -11,27 +11,19 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jax_distill import (
-    adapters,
-    build,
-    checkpoint,
-    draw_settings,
-    embedded,
-    finite,
-    frozen,
-    parallel,
-    ported,
-    processes,
-    streams,
-    worlds,
-)
 from jax_distill import config as configuration
-from jax_distill.files import check_no_partial
+from jax_distill import streams, worlds
+from jax_distill.assembly import adapters, build, draw_settings, frozen
+from jax_distill.devices import processes, sharding
 from jax_distill.flow import Text
-from jax_distill.models import lora
+from jax_distill.interop import ported_folder
+from jax_distill.models import finite, lora
 from jax_distill.objectives.objective import Objective
+from jax_distill.storage.files import check_no_partial
+from jax_distill.training import checkpoint
 from jax_distill.worlds import World
-from jax_distill.worlds.flux import load_stored, ported_config
+from jax_distill.worlds.flux.world import load_stored, ported_config
+from jax_distill.worlds.shapes import bundled
 
 EMBEDDED = "embedded"  # in the place of a workdir: the teacher that ships with the package
 
@@ -290,16 +282,16 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
 
 def _load(source: str | Path, mesh: jax.sharding.Mesh | None) -> Pipeline:
     if str(source) == EMBEDDED:
-        config = ConfigDict(embedded.load("teacher")[1]["config"]).lock()
-        return Pipeline(config, lambda: {"network": embedded.load("teacher")[0]})
+        config = ConfigDict(bundled.load("teacher")[1]["config"]).lock()
+        return Pipeline(config, lambda: {"network": bundled.load("teacher")[0]})
     check_no_partial(source, "checkpoint")
     workdir = Path(source)
-    if ported.is_ported(workdir):
+    if ported_folder.is_ported(workdir):
         config = ported_config(workdir)
 
         def read() -> dict:
             like = jax.eval_shape(lambda: build.initial_parameters(config))
-            place = mesh or parallel.make_mesh(parallel.ALL_FSDP)
+            place = mesh or sharding.make_mesh(sharding.ALL_FSDP)
             return {"network": load_stored(workdir, "network", like, place)}
 
         return Pipeline(config, read)
@@ -307,14 +299,14 @@ def _load(source: str | Path, mesh: jax.sharding.Mesh | None) -> Pipeline:
     configuration.check_teachers(workdir)
     checkpoint.complete_steps(workdir)
     if config.get("world", "shapes") == "flux" or processes.joined():
-        mesh = mesh or parallel.make_mesh(parallel.ALL_FSDP)
+        mesh = mesh or sharding.make_mesh(sharding.ALL_FSDP)
 
     def read() -> dict:
         params = checkpoint.load_averaged(workdir, mesh)
         if adapters.settings(config) is None:
             return params
         beside = load(config.teacher.checkpoint or EMBEDDED, mesh=mesh)
-        place = mesh or parallel.make_mesh(config.mesh)
+        place = mesh or sharding.make_mesh(config.mesh)
         teacher = frozen.place(frozen.hold(config, lora.merged(beside.taken())), place)
         adapters.check_teacher(config, workdir, teacher)
         return adapters.whole(config, teacher, params)

@@ -9,8 +9,8 @@ import json
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from jax_distill import commands
 from jax_distill.planning import chips, planner, table
+from jax_distill.runs import commands
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the configuration; --config.key=value changes one of its values."

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from absl import flags
 
-from jax_distill import build, commands
+from jax_distill.assembly import build
 from jax_distill.models.sizes import LONGEST
-from jax_distill.porting import DTYPES, port
+from jax_distill.runs import commands
+from jax_distill.runs.porting import DTYPES, port
 
 _SOURCE = flags.DEFINE_string(
     "source",

@@ -14,14 +14,17 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from jax_distill import build, commands, draw_settings, pipeline, streams
-from jax_distill.data import records, shapes
+from jax_distill import pipeline, streams
+from jax_distill.assembly import build, draw_settings
+from jax_distill.data import records
 from jax_distill.data.encoding import NULL_CAPTION, encode_drawn, encode_shapes
 from jax_distill.data.folder import plain_caption
-from jax_distill.files import read_lines
-from jax_distill.outputs import made_whole
-from jax_distill.worlds.flux import Flux, ported_config
-from jax_distill.worlds.shapes import embedded_codec
+from jax_distill.runs import commands
+from jax_distill.storage.files import read_lines
+from jax_distill.storage.outputs import made_whole
+from jax_distill.worlds.flux.world import Flux, ported_config
+from jax_distill.worlds.shapes import renderer
+from jax_distill.worlds.shapes.world import embedded_codec
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the latents, not there yet.")
 _EXAMPLES = flags.DEFINE_integer("examples", 12_800, "Examples of the shapes world.", 1)
@@ -96,7 +99,7 @@ def draw(output: Path) -> int:
     elif flux:
         raise ValueError("--captions is missing; give a file with a caption a line")
     else:
-        captions = [shapes.sample(seed, index).caption for index in range(_EXAMPLES.value)]
+        captions = [renderer.sample(seed, index).caption for index in range(_EXAMPLES.value)]
 
     def drawn(text, start):
         rng = np.random.Generator(np.random.Philox(key=[seed, start]))

@@ -4,9 +4,12 @@ from pathlib import Path
 
 from absl import flags
 
-from jax_distill import commands, draw_settings, pipeline, processes, streams
+from jax_distill import pipeline, streams
+from jax_distill.assembly import draw_settings
+from jax_distill.devices import processes
 from jax_distill.evaluation import grids
-from jax_distill.files import check_output
+from jax_distill.runs import commands
+from jax_distill.storage.files import check_output
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",

@@ -21,10 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_runs import PAIR, STUDENT, random_parameters, settings
 
-from jax_distill import build, parallel, train
+from jax_distill.assembly import build
+from jax_distill.devices import sharding
 from jax_distill.models import lora
 from jax_distill.objectives.objective import Batch
-from jax_distill.optimizer import make_optimizer
+from jax_distill.training import train
+from jax_distill.training.optimizer import make_optimizer
 
 LAYERS = 3  # a size that nothing else has
 SIZES = {
@@ -97,12 +99,12 @@ def held_share(state) -> float:
 def take(sizes, split_tokens, config, objective, optimizer, params, frozen, batch):
     """Parameters and metrics after a step on a mesh, the program, and `held_share` of the state."""
     devices = jax.devices()[: math.prod(sizes)]
-    mesh = parallel.make_mesh(dict(zip(parallel.AXES, sizes)), devices)
+    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), devices)
     state = train.init_state(objective, optimizer, params, 0)
-    places = parallel.shard_state(state, mesh)
+    places = sharding.shard_state(state, mesh)
     state = jax.tree.map(jnp.copy, jax.device_put(state, places))  # the step takes it
-    frozen = parallel.put(frozen, parallel.shard_state(frozen, mesh))
-    batch = parallel.shard_batch(batch, mesh)
+    frozen = sharding.put(frozen, sharding.shard_state(frozen, mesh))
+    batch = sharding.shard_batch(batch, mesh)
     with config.unlocked():
         config.mesh.split_tokens = split_tokens
     step = train.jit_step(objective, optimizer, config, places)

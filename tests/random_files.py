@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from jax_distill import config
 from jax_distill.interop import flux_config, orbax_tree
+from jax_distill.interop.keys.transformer import TRANSFORMER_KEYS
 from jax_distill.interop.parts import tensors_of
-from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
-from jax_distill.porting import port
+from jax_distill.runs.porting import port
 
 NETWORK = dataclasses.replace(random_pipeline.TRANSFORMER, num_layers=2, num_single_layers=3)
 SCHNELL = dataclasses.replace(NETWORK, guidance_embeds=False)

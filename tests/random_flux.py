@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from flax import nnx
 
-from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
+from jax_distill.interop.keys.transformer import TRANSFORMER_KEYS
 from jax_distill.models.binding import parameters
 from jax_distill.models.mmdit import MMDiT, MMDiTConfig
 

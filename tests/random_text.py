@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5EncoderModel
 from transformers import T5Config as TransformersT5Config
 
-from jax_distill.interop.clip_keys import clip_keys
-from jax_distill.interop.t5_keys import T5_KEYS
+from jax_distill.interop.keys.clip import clip_keys
+from jax_distill.interop.keys.t5 import T5_KEYS
 from jax_distill.models import clip, t5
 
 # Compiling is most of what these tests do: with these options it takes a fifth of the time.

@@ -11,8 +11,9 @@ from test_passing_errors import failing
 from test_pictures import DEEP, HEIGHT, RAMP, RGB, deep_colours, png
 from test_records import SHARD, embedded, null, some
 
-from jax_distill import files, prepare
+from jax_distill import prepare
 from jax_distill.data import encoding, folder, pictures, records
+from jax_distill.storage import files
 
 
 def ask_all(root, ask):

@@ -12,20 +12,13 @@ from test_disks import of_tensorstore
 from test_passing_errors import FAILING
 from tiny_runs import RUNS, save_run
 
-from jax_distill import (
-    acceptance,
-    cells,
-    checkpoint,
-    commands,
-    config,
-    damage,
-    exporting,
-    files,
-    main,
-    scoring,
-)
+from jax_distill import config, main
+from jax_distill.evaluation import scoring
 from jax_distill.evaluation.report import write_report
 from jax_distill.evaluation.results import read_results
+from jax_distill.runs import cells, commands, exporting
+from jax_distill.storage import files
+from jax_distill.training import acceptance, checkpoint, damage
 
 
 def ask_all(root, ask):

@@ -12,9 +12,9 @@ import test_hostile_cards
 from safetensors.numpy import load_file, save_file
 from test_torch_files import archive, state, stored
 
-from jax_distill import ported
-from jax_distill.interop import orbax_tree, sources
-from jax_distill.porting import port
+from jax_distill.interop import orbax_tree, ported_folder
+from jax_distill.interop.readers import sources
+from jax_distill.runs.porting import port
 
 
 def ask_all(root, ask):
@@ -113,13 +113,16 @@ def ask_all(root, ask):
     read = sources.read(root / "g.safetensors", base)
     ask(read.parts["network"].check)
 
-    ask(ported.describe, folder)
-    edited(good, "ported.json", lambda x: x.update(text_length=10**9), ported.describe)
+    ask(ported_folder.describe, folder)
+    edited(good, "ported.json", lambda x: x.update(text_length=10**9), ported_folder.describe)
     edited(
-        good, "ported.json", lambda x: x["parts"]["t5"].update(num_layers=10**8), ported.describe
+        good,
+        "ported.json",
+        lambda x: x["parts"]["t5"].update(num_layers=10**8),
+        ported_folder.describe,
     )
     wider = random_pipeline.T5.to_dict() | {"d_ff": 48}
-    ask(ported.open_part, good, "t5", wider)
+    ask(ported_folder.open_part, good, "t5", wider)
     (min(good.glob("clip/*/.zarray"))).write_text("{")
     ask(orbax_tree.open_tree, good / "clip")
     ask(port, root / ".x.1.partial", root / "out")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_distill.ops.attention import attention
+from jax_distill.ops.attention.attention import attention
 
 
 def inputs(dtype=jnp.float32, batch=2, queries=5, keys=7, heads=3, width=8):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_distill.ops.attention import attention, plain
+from jax_distill.ops.attention.attention import attention, plain
 
 FUSED = ("blocked", "pallas_tpu", "pallas_gpu")
 NAMES = ("output", "tangent", "d_query", "d_key", "d_value")

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jax_distill import flops, parallel
-from jax_distill.flops import count_flops
-from jax_distill.ops import attention_formulas, attention_lowering, attention_rules
-from jax_distill.ops.attention import attention, plain
-from jax_distill.ops.attention_signatures import SIGNATURES
+from jax_distill.devices import sharding
+from jax_distill.ops.attention import formulas, lowering, rules
+from jax_distill.ops.attention.attention import attention, plain
+from jax_distill.ops.attention.signatures import SIGNATURES
+from jax_distill.planning import flops
+from jax_distill.planning.flops import count_flops
 
 BATCH, TOKENS, HEADS, WIDTH, LAYERS = 2, 6, 2, 4, 2
 PRODUCT = 2 * BATCH * HEADS * TOKENS * TOKENS * WIDTH
@@ -197,7 +198,7 @@ def test_under_shard_map(implementation):
         tuple(jnp.asarray(rng.standard_normal((2, 32, 1, 64)), jnp.float32) for _ in "qkv")
         for _ in "pt"
     )
-    mesh = parallel.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1})
     spec = PartitionSpec(("data", "fsdp"), None, "tensor", None)
 
     def derivatives(function, primals, tangents):
@@ -216,8 +217,8 @@ def test_under_shard_map(implementation):
 
 
 def test_the_mesh_axes_are_those_of_parallel():
-    assert attention_lowering.MESH_AXES["b"] == parallel.BATCH[0]
-    assert attention_lowering.MESH_AXES["h"] == parallel.MESH_AXES["heads"]
+    assert lowering.MESH_AXES["b"] == sharding.BATCH[0]
+    assert lowering.MESH_AXES["h"] == sharding.MESH_AXES["heads"]
 
 
 def test_flops():
@@ -251,11 +252,11 @@ def test_flops_of_the_curvature():
     operands = (*inputs, lse, *tangents, *tangents, lse)
 
     def fused(*operands):
-        bind = attention_rules.attention_curvature_p.bind
+        bind = rules.attention_curvature_p.bind
         return bind(*operands, implementation="blocked", masked=False)
 
     def written_out(*operands):
-        return attention_formulas.curvature(*operands[:3], None, *operands[3:])
+        return formulas.curvature(*operands[:3], None, *operands[3:])
 
     assert count_flops(fused, *operands) == count_flops(written_out, *operands) == 10 * PRODUCT
 
@@ -288,7 +289,7 @@ def test_auto_is_plain_for_few_tokens_and_blocked_on_cpus():
 
 
 def test_auto_falls_back_with_one_log_line(caplog):
-    attention_lowering._log_once.cache_clear()
+    lowering._log_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert "triton" not in lowered("cuda", width=80)
     assert [record.message for record in caplog.records] == [

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jax_distill.ops.attention import attention
+from jax_distill.ops.attention.attention import attention
 
 pytest.importorskip("libtpu", reason="the TPU compiler is part of jax[tpu]")
 

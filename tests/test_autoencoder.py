@@ -9,14 +9,8 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from flax import nnx
 
-from jax_distill.interop.autoencoder_keys import AUTOENCODER_KEYS
-from jax_distill.models.autoencoder import (
-    Autoencoder,
-    AutoencoderConfig,
-    GroupNorm,
-    pack,
-    unpack,
-)
+from jax_distill.interop.keys.autoencoder import AUTOENCODER_KEYS
+from jax_distill.models.autoencoder import Autoencoder, AutoencoderConfig, GroupNorm, pack, unpack
 
 CONFIGS = {
     "four_levels": AutoencoderConfig(3, 16, (8, 16, 24, 32), 1, 8),

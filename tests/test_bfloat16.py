@@ -14,13 +14,16 @@ import pytest
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 
-from jax_distill import embedded, flow, frozen
+from jax_distill import flow
+from jax_distill.assembly import frozen
 from jax_distill.config import base
 from jax_distill.flow import Text
-from jax_distill.interop import model_card, time_scale
+from jax_distill.interop import time_scale
+from jax_distill.interop.cards import model_card
 from jax_distill.models import mmdit
 from jax_distill.models.mmdit import TIME_FREQUENCIES
 from jax_distill.objectives.time_rescale import fit_quality, refit_time_embedder
+from jax_distill.worlds.shapes import bundled
 
 SMALL = mmdit.MMDiTConfig(
     in_channels=16,
@@ -40,7 +43,7 @@ FLUX = dataclasses.replace(
 
 def mixed_embedder(width: int) -> dict:
     """The shipped teacher's time embedder, its output mixed into `width` channels."""
-    params, _ = embedded.load("teacher")
+    params, _ = bundled.load("teacher")
     first, second = (params["time_embedder"][f"linear_{i}"] for i in (1, 2))
     old = second["bias"].shape[0]
     mix = np.random.default_rng(0).standard_normal((old, width)) / np.sqrt(old)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from jax_distill.data import captions
-from jax_distill.data.captions import CONCEPTS, CaptionEncoder, write_caption
-from jax_distill.data.shapes import COLORS, SHAPES, held_out_prompts, sample
+from jax_distill.worlds.shapes import captions
+from jax_distill.worlds.shapes.captions import CONCEPTS, CaptionEncoder, write_caption
+from jax_distill.worlds.shapes.renderer import COLORS, SHAPES, held_out_prompts, sample
 
 ENCODER = CaptionEncoder()
 RELATIONS = ("left", "right", "above", "below")

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from jax_distill import cells, pipeline, study_settings
 from jax_distill import config as configuration
+from jax_distill import pipeline
+from jax_distill.assembly.stages import student_config
 from jax_distill.config import ConfigError
+from jax_distill.config.settings import flatten
 from jax_distill.evaluation import comparison
 from jax_distill.models.mmdit import MMDiTConfig
 from jax_distill.planning import program
-from jax_distill.settings import flatten
-from jax_distill.stages import student_config
+from jax_distill.runs import cells, study_settings
 
 ROOT = Path(__file__).parents[1]
 

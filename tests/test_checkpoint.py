@@ -13,8 +13,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jax_distill import checkpoint, damage
-from jax_distill.checkpoint import Checkpoints
+from jax_distill.training import checkpoint, damage
+from jax_distill.training.checkpoint import Checkpoints
 
 
 class State(NamedTuple):

@@ -14,9 +14,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 from random_text import jit, relative_error
 
+from jax_distill.devices.sharding import AXES, parameter_spec
 from jax_distill.models import clip
 from jax_distill.models.clip import ClipConfig
-from jax_distill.parallel import AXES, parameter_spec
 
 LEGACY = ClipConfig(
     vocab_size=60,

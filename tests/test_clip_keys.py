@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTextModel
 
-from jax_distill.interop.clip_keys import CLIP_KEYS, PREFIX, clip_keys
+from jax_distill.interop.keys.clip import CLIP_KEYS, PREFIX, clip_keys
 from jax_distill.models.clip import ClipConfig
 
 CONFIG = ClipConfig(

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from jax_distill import commands, experiment, main, preflight, train
+from jax_distill import main
 from jax_distill.data import records
+from jax_distill.runs import checks, commands, experiment
+from jax_distill.training import train
 
 ROOT = Path(__file__).parents[1]
 TEACHER = f"--config={ROOT}/configs/teacher.py"
@@ -173,12 +175,12 @@ def test_what_is_wrong_is_said_in_one_sentence(run, arguments, expected):
 )
 def test_a_gap_that_bfloat16_does_not_see_is_warned_of(preset, dtype, gap, warned, monkeypatch):
     found = []
-    monkeypatch.setattr(preflight.logging, "warning", lambda text, *args: found.append(text % args))
+    monkeypatch.setattr(checks.logging, "warning", lambda text, *args: found.append(text % args))
     config = runpy.run_path(f"{ROOT}/configs/imm.py")["get_config"](preset)
     config.dtype = dtype
     if gap is not None:
         config.objective.gap = gap
-    preflight.check_objective(config)
+    checks.check_objective(config)
     assert len(found) == warned
     assert all(f"objective.gap: {gap} " in text and "gap=10 or less" in text for text in found)
 

@@ -9,11 +9,13 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
-from jax_distill import adapters, build, rounding, rules, worlds
 from jax_distill import config as configuration
-from jax_distill.config import ConfigError, base
-from jax_distill.optimizer import make_optimizer
-from jax_distill.settings import flatten
+from jax_distill import worlds
+from jax_distill.assembly import adapters, build
+from jax_distill.config import ConfigError, base, rules
+from jax_distill.config.settings import flatten
+from jax_distill.training import rounding
+from jax_distill.training.optimizer import make_optimizer
 
 
 def test_no_key_can_be_added_but_to_the_objective():

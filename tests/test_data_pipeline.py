@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from jax_distill.data import pipeline, records, shapes
-from jax_distill.data.captions import CaptionEncoder
-from jax_distill.data.pipeline import CaptionedLatents, Pictures, batches, example_of_row
+from jax_distill.data import loader, records
+from jax_distill.data.loader import CaptionedLatents, Pictures, batches, example_of_row
 from jax_distill.objectives.objective import Batch
+from jax_distill.worlds.shapes import renderer
+from jax_distill.worlds.shapes.captions import CaptionEncoder
 
 
 class Numbers:
@@ -161,7 +162,7 @@ def test_a_batch_larger_than_the_data_is_refused():
         batches(Numbers(3), 12, seed=0, layout=LAYOUT)
     assert take(batches(Numbers(4), 12, seed=0, layout=LAYOUT), 1).size == 12
     with pytest.raises(ValueError, match="rescale.batch_size: 9 is more than"):
-        pipeline.check_batch_size(9, 8, "rescale.batch_size")
+        loader.check_batch_size(9, 8, "rescale.batch_size")
 
 
 def test_pictures_are_those_of_the_world():
@@ -169,7 +170,7 @@ def test_pictures_are_those_of_the_world():
     assert len(source) == 5
     picture = source[4].x
     assert picture.dtype == np.float32 and -1 <= picture.min() < picture.max() <= 1
-    np.testing.assert_allclose((picture + 1) * 127.5, shapes.sample(3, 4).image, atol=1e-4)
+    np.testing.assert_allclose((picture + 1) * 127.5, renderer.sample(3, 4).image, atol=1e-4)
 
 
 def test_captions_are_encoded_as_they_are_read(tmp_path):

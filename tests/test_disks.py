@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from jax_distill import disks
+from jax_distill.storage import disks
 
 PASSING = [errno.EIO, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE]
 PASSING += [errno.ENOMEM, errno.ETIMEDOUT, errno.EINTR, errno.ENOSPC, errno.EBUSY, errno.ENOTCONN]

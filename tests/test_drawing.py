@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from test_pipeline import CAPTIONS, tiny_pipeline
 
-from jax_distill import experiment, scoring
-from jax_distill.draw_settings import MOST_STEPS
-from jax_distill.finite import NotFinite, bad_rows, first_bad_array
+from jax_distill.assembly.draw_settings import MOST_STEPS
+from jax_distill.evaluation import scoring
 from jax_distill.flow import Text
+from jax_distill.models.finite import NotFinite, bad_rows, first_bad_array
+from jax_distill.runs import experiment
 
 SHAPE = (3, 16, 64)  # of the noise of CAPTIONS
 

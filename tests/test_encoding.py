@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jax_distill.data import encoding, folder, shapes
+from jax_distill.data import encoding, folder
 from jax_distill.data.records import LatentRecords
 from jax_distill.flow import Text
+from jax_distill.worlds.shapes import renderer
 
 
 def mean_color(images):
@@ -22,7 +23,7 @@ def test_examples_are_in_order_and_whole(tmp_path, examples):
     assert len(records) == examples
     assert records.description["seed"] == 3 and records.description["examples"] == examples
     for index in {0, examples // 2, examples - 1}:
-        example = shapes.sample(3, index)
+        example = renderer.sample(3, index)
         assert records[index].caption == example.caption
         expected = example.image.mean((0, 1))[None] / 255
         np.testing.assert_allclose(records[index].latents, expected, atol=1e-3)

@@ -12,13 +12,16 @@ import pytest
 from flax import traverse_util
 from test_pipeline import tiny_config
 
-from jax_distill import build, checkpoint, experiment, pipeline, rounding, stages, train
+from jax_distill import pipeline
+from jax_distill.assembly import build, stages
 from jax_distill.models import mmdit
 from jax_distill.objectives.objective import Batch
 from jax_distill.objectives.scm import SCM
 from jax_distill.objectives.time_rescale import TimeRescale
-from jax_distill.optimizer import trained
-from jax_distill.worlds.shapes import Shapes
+from jax_distill.runs import experiment
+from jax_distill.training import checkpoint, rounding, train
+from jax_distill.training.optimizer import trained
+from jax_distill.worlds.shapes.world import Shapes
 
 
 class Ran(NamedTuple):
@@ -57,7 +60,7 @@ def distil(monkeypatch, tmp_path):
             ("reference_row", lambda *args: lambda: None),
             ("scoring.conclude", lambda *args, **kwargs: None),
         ):
-            monkeypatch.setattr(f"jax_distill.experiment.{name}", stub)
+            monkeypatch.setattr(f"jax_distill.runs.experiment.{name}", stub)
         monkeypatch.setattr(Shapes, "source", lambda self, workdir: SimpleNamespace(null=None))
         experiment.run(config, tmp_path)
         return network, ran

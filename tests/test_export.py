@@ -19,10 +19,11 @@ from safetensors.torch import load_file as load_torch_file
 from tiny_runs import RUNS, run_program, save_run
 from transformers import CLIPTextModel, T5EncoderModel
 
-from jax_distill import config, ported
-from jax_distill.exporting import export
-from jax_distill.interop import torch_files
-from jax_distill.porting import port
+from jax_distill import config
+from jax_distill.interop import ported_folder
+from jax_distill.interop.readers import torch_files
+from jax_distill.runs.exporting import export
+from jax_distill.runs.porting import port
 
 NETWORK = dataclasses.replace(random_pipeline.TRANSFORMER, num_layers=2, num_single_layers=3)
 
@@ -81,7 +82,7 @@ def test_a_diffusers_folder_comes_back_bit_for_bit(source, folder, tmp_path):
         )
         assert before == after
     port(str(tmp_path / "out"), tmp_path / "again")
-    for name in ported.PARTS:
+    for name in ported_folder.PARTS:
         before, after = folder / name, tmp_path / "again" / name
         files = sorted(path.relative_to(before) for path in before.rglob("*") if path.is_file())
         assert files

@@ -7,8 +7,8 @@ from typing import NotRequired, TypedDict
 
 import pytest
 
-from jax_distill import files
-from jax_distill.files import (
+from jax_distill.storage import files
+from jax_distill.storage.files import (
     FileError,
     read_json,
     read_json_lines,

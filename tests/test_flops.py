@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_distill.flops import count_flops
+from jax_distill.planning.flops import count_flops
 
 M, K, N, LAYERS = 3, 5, 7, 4
 PRODUCT = 2 * M * K * N

@@ -11,8 +11,8 @@ from random_pipeline import DYNAMIC, T5, TRANSFORMER, Sizes, save_random
 from random_text import compiled_quickly, relative_error
 
 from jax_distill import pipeline
-from jax_distill.porting import port
-from jax_distill.worlds import flux
+from jax_distill.runs.porting import port
+from jax_distill.worlds.flux import world
 
 SIZES = {
     "dev": Sizes(),
@@ -122,10 +122,10 @@ def test_the_folder_decides_schedule_size_and_guidance(pairs):
 
 def test_schedules_are_followed_or_refused():
     kind = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-    assert flux.schedule_shift(None, 4096) == pytest.approx(1.15)
-    assert flux.schedule_shift({"_class_name": "SCMScheduler"}, 256) == pytest.approx(0.5)
-    assert flux.schedule_shift(kind | {"shift": 3.0}, 256) == pytest.approx(math.log(3))
+    assert world.schedule_shift(None, 4096) == pytest.approx(1.15)
+    assert world.schedule_shift({"_class_name": "SCMScheduler"}, 256) == pytest.approx(0.5)
+    assert world.schedule_shift(kind | {"shift": 3.0}, 256) == pytest.approx(math.log(3))
     dynamic = kind | {"use_dynamic_shifting": True, "max_shift": 2.0}
-    assert flux.schedule_shift(dynamic, 4096) == pytest.approx(2.0)
+    assert world.schedule_shift(dynamic, 4096) == pytest.approx(2.0)
     with pytest.raises(ValueError, match="scheduler: use_karras_sigmas=True is not supported"):
-        flux.schedule_shift(kind | {"use_karras_sigmas": True}, 256)
+        world.schedule_shift(kind | {"use_karras_sigmas": True}, 256)

@@ -15,22 +15,14 @@ from PIL import Image
 from random_pipeline import save_random
 from random_text import compiled_quickly
 
-from jax_distill import (
-    build,
-    commands,
-    experiment,
-    frozen,
-    main,
-    pipeline,
-    preflight,
-    stages,
-    worlds,
-)
+from jax_distill import main, pipeline, worlds
+from jax_distill.assembly import build, frozen, stages
 from jax_distill.config import ConfigError
 from jax_distill.data import folder
 from jax_distill.data.records import LatentRecords
-from jax_distill.porting import port
-from jax_distill.worlds.flux import Flux, ported_config
+from jax_distill.runs import checks, commands, experiment
+from jax_distill.runs.porting import port
+from jax_distill.worlds.flux.world import Flux, ported_config
 
 ROOT = Path(__file__).parents[1]
 SIZE = (32, 48)
@@ -235,7 +227,7 @@ def test_a_network_of_other_widths_is_refused(ported, prepared):
         config.data.path, config.data.resolution = str(prepared), SIZE
         config.model.pooled_projection_dim = 8
     with pytest.raises(ConfigError, match="pooled_projection_dim: 8 must be the captions' 16"):
-        preflight.check_data(config)
+        checks.check_data(config)
 
 
 def test_plain_networks_are_followed_as_they_are(ported):

@@ -9,7 +9,7 @@ from absl import logging
 from PIL import Image
 
 from jax_distill.data import folder, pictures
-from jax_distill.files import FileError
+from jax_distill.storage.files import FileError
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from tiny_runs import random_parameters, settings
 
-from jax_distill import build, draw_settings, flow, pipeline, stages
+from jax_distill import flow, pipeline
+from jax_distill.assembly import build, draw_settings, stages
 from jax_distill.config import ConfigError
 from jax_distill.flow import Text
 

@@ -13,12 +13,12 @@ import pytest
 import random_pipeline
 from tiny_runs import RUNS, programs, save_run
 
-from jax_distill import quoting
-from jax_distill.exporting import export
-from jax_distill.interop import model_card
+from jax_distill.interop.cards import model_card
 from jax_distill.interop.time_scale import Refitted
 from jax_distill.models import mmdit
-from jax_distill.porting import port
+from jax_distill.runs.exporting import export
+from jax_distill.runs.porting import port
+from jax_distill.storage import quoting
 
 PAYLOADS = [
     "x\nimport os; os.abort()\n",

@@ -10,12 +10,15 @@ import pytest
 from PIL import Image
 from random_text import write_tokenizers
 
-from jax_distill import adapters, cells, embedded, files
-from jax_distill.data.tokenizers import FluxTokenizer
+from jax_distill.assembly import adapters
 from jax_distill.evaluation import comparison, page, plots, report
 from jax_distill.evaluation import metrics as logged
 from jax_distill.evaluation.metrics import read_metrics
 from jax_distill.evaluation.results import parse_results, read_results
+from jax_distill.runs import cells
+from jax_distill.storage import files
+from jax_distill.worlds.flux.tokenizers import FluxTokenizer
+from jax_distill.worlds.shapes import bundled
 
 SCORE = {"score": 0.5, "tasks": {"a": 0.5}}
 
@@ -234,16 +237,16 @@ def test_what_adapters_stand_beside_is_a_number(tmp_path, text):
 
 
 def test_damaged_weights_of_the_package_are_named(tmp_path):
-    embedded.save("x", {"a": np.zeros(3, np.float32)}, {"b": 1}, tmp_path)
+    bundled.save("x", {"a": np.zeros(3, np.float32)}, {"b": 1}, tmp_path)
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.json' is not valid JSON.*reinstall the package"):
-        embedded.load("x", tmp_path)
+        bundled.load("x", tmp_path)
     (tmp_path / "x.json").unlink()
     with pytest.raises(ValueError, match=r"x\.json' is missing; reinstall the package"):
-        embedded.load("x", tmp_path)
+        bundled.load("x", tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"12345678")
     with pytest.raises(ValueError, match=r"x\.safetensors' is damaged .*reinstall the package"):
-        embedded.load("x", tmp_path)
+        bundled.load("x", tmp_path)
 
 
 # Tokenizers.
@@ -296,7 +299,7 @@ def test_lengths_and_sizes_of_tokenizers_are_bounded(folder, monkeypatch):
     path.write_text(json.dumps(values | {"model_max_length": 500_000}))
     with pytest.raises(ValueError, match="it has no model_max_length of captions"):
         FluxTokenizer.load(folder, 16)
-    monkeypatch.setattr("jax_distill.data.tokenizers._BYTES", 10)
+    monkeypatch.setattr("jax_distill.worlds.flux.world.tokenizers._BYTES", 10)
     with pytest.raises(ValueError, match="is longer than any tokenizer's file"):
         FluxTokenizer.load(folder, 16)
     os.mkfifo(folder / "tokenizer/added_tokens.json")

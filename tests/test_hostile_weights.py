@@ -19,23 +19,16 @@ import random_pipeline
 import safetensors.numpy
 from test_torch_files import archive, state, stored
 
-from jax_distill import ported
-from jax_distill.exporting import export
-from jax_distill.interop import (
-    bfl_keys,
-    diffusers_folder,
-    flux_config,
-    orbax_tree,
-    safetensors_files,
-    sources,
-    torch_files,
-)
+from jax_distill.interop import diffusers_folder, flux_config, orbax_tree, ported_folder
+from jax_distill.interop.keys import bfl
+from jax_distill.interop.readers import safetensors_files, sources, torch_files
 from jax_distill.interop.tensors import Tensor
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.clip import ClipConfig
 from jax_distill.models.t5 import T5Config
-from jax_distill.porting import port
-from jax_distill.worlds.flux import schedule_shift
+from jax_distill.runs.exporting import export
+from jax_distill.runs.porting import port
+from jax_distill.worlds.flux.world import schedule_shift
 
 NOTHING = b"}."
 
@@ -243,7 +236,7 @@ def test_blocks_of_bfls_names_are_counted_too():
         for name, shape in random_files.bfl_shapes(width=256, head=128).items()
     }
     tensors["double_blocks.88888888.img_mod.lin.bias"] = tensors["double_blocks.0.img_mod.lin.bias"]
-    found = bfl_keys.to_diffusers("x", tensors)
+    found = bfl.to_diffusers("x", tensors)
     shapes = {name: tensor.shape for name, tensor in found.items()}
     refused("tensors of 'transformer_blocks.2' are missing", flux_config.from_shapes, "x", shapes)
 
@@ -395,7 +388,7 @@ def test_a_snapshot_of_the_hubs_cache_is_read_with_its_links(source, good, tmp_p
     for name in diffusers_folder.TOKENIZERS:
         for path in (good / name).iterdir():
             assert (tmp_path / "out" / name / path.name).read_bytes() == path.read_bytes()
-    assert ported.describe(tmp_path / "out") == ported.describe(good)
+    assert ported_folder.describe(tmp_path / "out") == ported_folder.describe(good)
 
 
 def test_configs_of_a_folder_are_refused_by_file_and_key(copied, tmp_path):
@@ -437,7 +430,7 @@ def test_a_scheduler_says_numbers_within_bounds(copied, folder, changes):
     refused(r"scheduler_config\.json'.*download it again", diffusers_folder.scheduler, copied)
     scheduler = json.loads((folder / "ported.json").read_text())["scheduler"]
     edit(folder / "ported.json", scheduler=scheduler | changes)
-    refused("the scheduler.*port it again", ported.describe, folder)
+    refused("the scheduler.*port it again", ported_folder.describe, folder)
 
 
 def test_a_schedule_that_means_another_time_is_refused():
@@ -469,7 +462,7 @@ DAMAGES = [
 @pytest.mark.parametrize("changes", DAMAGES, ids=str)
 def test_a_description_is_of_its_types(folder, changes):
     edit(folder / "ported.json", **changes)
-    refused(r"ported\.json'.*port it again", ported.describe, folder)
+    refused(r"ported\.json'.*port it again", ported_folder.describe, folder)
 
 
 @pytest.mark.parametrize("key", ["source", "dtype", "parts", "names", "scheduler", "text_length"])
@@ -477,16 +470,16 @@ def test_a_description_without_a_key_is_refused(folder, key):
     values = json.loads((folder / "ported.json").read_text())
     del values[key]
     (folder / "ported.json").write_text(json.dumps(values))
-    refused(f"{key}.*port it again", ported.describe, folder)
+    refused(f"{key}.*port it again", ported_folder.describe, folder)
 
 
 def test_parts_of_a_description_are_read_as_those_of_a_folder(folder):
     values = json.loads((folder / "ported.json").read_text())
-    for name in ported.PARTS:
+    for name in ported_folder.PARTS:
         parts = {**values["parts"], name: {**values["parts"][name], "num_layers": 10**8}}
         parts[name] |= {"num_hidden_layers": 10**8, "layers_per_block": 10**8}
         edit(folder / "ported.json", parts=parts)
-        refused(rf"parts\.{name}: .*port it again", ported.describe, folder)
+        refused(rf"parts\.{name}: .*port it again", ported_folder.describe, folder)
 
 
 @pytest.mark.parametrize("length", [10**9, 8193, 1, -5])
@@ -537,6 +530,6 @@ def test_a_damaged_description_of_a_tree_is_refused(folder, change):
 
 def test_networks_are_still_those_of_their_files(source, good):
     """What the bounds are for leaves what is good as it is."""
-    config = flux_config.from_diffusers(ported.describe(good)["parts"]["network"])
+    config = flux_config.from_diffusers(ported_folder.describe(good)["parts"]["network"])
     assert config == dataclasses.replace(random_pipeline.TRANSFORMER)
-    assert diffusers_folder.scheduler(source) == ported.describe(good)["scheduler"]
+    assert diffusers_folder.scheduler(source) == ported_folder.describe(good)["scheduler"]

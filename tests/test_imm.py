@@ -9,7 +9,7 @@ import pytest
 from smooth import SHAPE, TEXT, smooth_network, smooth_params
 
 from jax_distill import flow
-from jax_distill.data import pipeline
+from jax_distill.data import loader
 from jax_distill.flow import GaussianOracle
 from jax_distill.objectives import teacher
 from jax_distill.objectives.imm import IMM, laplace_kernel, moment_weight
@@ -219,7 +219,7 @@ def test_pictures_come_as_often_as_there_are_particles():
     x = batch_for().x
     for particles, accumulate in ((2, 1), (2, 2), (4, 2)):
         objective = imm(particles=particles)
-        layout = pipeline.example_of_row(8, accumulate, objective.rows_per_example)
+        layout = loader.example_of_row(8, accumulate, objective.rows_per_example)
         used = [layout[turn::accumulate][::particles] for turn in range(accumulate)]
         assert sorted(np.concatenate(used)) == list(range(8 // particles))
     batch = Batch(x[layout], jax.tree.map(lambda leaf: leaf[layout], TEXT))

@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jax_distill.interop.key_table import (
+from jax_distill.interop.keys.table import (
     CONV_RULES,
     LINEAR_RULES,
     NORM_RULES,

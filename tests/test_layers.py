@@ -8,7 +8,7 @@ from flax import nnx
 
 from jax_distill.models.layers import Layers, attend, scan, split_heads
 from jax_distill.models.sizes import check_sizes
-from jax_distill.ops.attention import attention
+from jax_distill.ops.attention.attention import attention
 
 
 def _heads(dtype=np.float32):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from jax_distill import lease, liveness
-from jax_distill.files import partial_of, remove_leftovers, write_atomically
-from jax_distill.lease import NAME, InUse, of_folder, of_output
+from jax_distill.storage import lease, liveness
+from jax_distill.storage.files import partial_of, remove_leftovers, write_atomically
+from jax_distill.storage.lease import NAME, InUse, of_folder, of_output
 
 ROOT = Path(__file__).parents[1]
 

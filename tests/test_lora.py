@@ -24,24 +24,19 @@ from random_text import compiled_quickly, jit
 from safetensors.torch import load_file
 from tiny_runs import GUIDANCE, RUNS, State, random_parameters, run_program, save_run
 
-from jax_distill import (
-    adapters,
-    build,
-    checkpoint,
-    commands,
-    config,
-    main,
-    parallel,
-    pipeline,
-)
+from jax_distill import config, main, pipeline
+from jax_distill.assembly import adapters, build
 from jax_distill.data import records
+from jax_distill.devices import sharding
 from jax_distill.evaluation.metrics import read_metrics
-from jax_distill.exporting import export
-from jax_distill.flops import count_flops
 from jax_distill.flow import Text
 from jax_distill.models import lora
 from jax_distill.objectives.objective import Batch
-from jax_distill.porting import port
+from jax_distill.planning.flops import count_flops
+from jax_distill.runs import commands
+from jax_distill.runs.exporting import export
+from jax_distill.runs.porting import port
+from jax_distill.training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("meanflow", "imm", "time_rescale")
@@ -219,11 +214,11 @@ def test_int8_kernels_are_nearest_and_never_wide_outside_their_product():
 
 
 def test_frozen_kernels_are_sharded_as_plain_ones_whatever_their_kind():
-    mesh = jax.sharding.AbstractMesh((1, 2, 2), parallel.AXES)
+    mesh = jax.sharding.AbstractMesh((1, 2, 2), sharding.AXES)
     frozen, state = networks()
-    plain = flat(parallel.shard_state(frozen, mesh))
+    plain = flat(sharding.shard_state(frozen, mesh))
     whole = adapters.settings(student("scm")).attach(lora.quantized(frozen), state)
-    for path, place in flat(parallel.shard_state(whole, mesh)).items():
+    for path, place in flat(sharding.shard_state(whole, mesh)).items():
         if isinstance(place, lora.Adapted):
             assert place.base.values.spec == plain[path].spec
             assert place.base.scale.spec[-1] == plain[path].spec[-1]

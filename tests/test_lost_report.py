@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_distill import lost_report
+from jax_distill.devices import lost_report
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +39,7 @@ STACKS = """\
 Fatal Python error: Aborted
 
 Thread 0x00007f598b1c3b80 (most recent call first):
-  File "train.py", line 103 in wait
+  File "training/train.py", line 103 in wait
 
 Extension modules: numpy._core._multiarray_umath, msgspec._core (total: 2)
 """

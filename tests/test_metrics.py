@@ -9,7 +9,7 @@ import pytest
 
 from jax_distill.evaluation import metrics
 from jax_distill.evaluation.metrics import read_metrics
-from jax_distill.files import FileError
+from jax_distill.storage.files import FileError
 
 
 def write(path, *lines):

@@ -12,11 +12,11 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from flax import nnx
 
-from jax_distill.flops import count_flops
 from jax_distill.flow import Text
 from jax_distill.models import mmdit
 from jax_distill.models.binding import binder
 from jax_distill.models.mmdit import MMDiT, MMDiTConfig, initial_parameters
+from jax_distill.planning.flops import count_flops
 
 PLAIN = MMDiTConfig(
     in_channels=6,

@@ -16,11 +16,13 @@ from random_text import jit
 from safetensors.numpy import save_file
 from tiny_runs import GUIDANCE, RUNS, assert_same_pictures, programs, run_program, save_run
 
-from jax_distill import build, embedded, pipeline
-from jax_distill.exporting import export
+from jax_distill import pipeline
+from jax_distill.assembly import build
 from jax_distill.flow import Text
-from jax_distill.interop.model_card import METHODS
-from jax_distill.worlds.shapes import embedded_codec
+from jax_distill.interop.cards.model_card import METHODS
+from jax_distill.runs.exporting import export
+from jax_distill.worlds.shapes import bundled
+from jax_distill.worlds.shapes.world import embedded_codec
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +170,6 @@ def test_the_card_says_how_to_draw(runs, tmp_path):
 def test_the_embedded_teacher_is_exported(tmp_path):
     export("embedded", tmp_path / "out")
     model = FluxTransformer2DModel.from_pretrained(tmp_path / "out/transformer")
-    params, _ = embedded.load("teacher")
+    params, _ = bundled.load("teacher")
     kernel = params["image_in"]["kernel"]
     np.testing.assert_array_equal(model.x_embedder.weight.detach(), kernel.T)

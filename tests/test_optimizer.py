@@ -8,7 +8,7 @@ import pytest
 
 from jax_distill import config as configuration
 from jax_distill.config import ConfigError
-from jax_distill.optimizer import learning_rate, make_optimizer
+from jax_distill.training.optimizer import learning_rate, make_optimizer
 
 PEAK = 0.5
 

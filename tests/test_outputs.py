@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from jax_distill import exporting, lease, pipeline, porting, preflight
+from jax_distill import pipeline
 from jax_distill.config import base
 from jax_distill.data.records import LatentRecords
-from jax_distill.files import FileError
-from jax_distill.interop import sources
-from jax_distill.lease import InUse
-from jax_distill.outputs import Stopped, made_whole
+from jax_distill.interop.readers import sources
+from jax_distill.runs import checks, exporting, porting
+from jax_distill.storage import lease
+from jax_distill.storage.files import FileError
+from jax_distill.storage.lease import InUse
+from jax_distill.storage.outputs import Stopped, made_whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,7 +83,7 @@ def test_a_killed_process_leaves_no_source_and_the_next_removes_it(tmp_path):
         "--source": sources.locate,
         "--base": lambda path: porting.port("x", tmp_path / "out", base=str(path)),
         "data.path": LatentRecords,
-        "teacher.checkpoint": lambda path: preflight.teacher_config(taught_by(path)),
+        "teacher.checkpoint": lambda path: checks.teacher_config(taught_by(path)),
     }
     for name, read in readers.items():
         for path in (left, left / "network"):

@@ -15,11 +15,9 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from regression import Regression, Source, frozen, parameters, small_config
 from tiny_runs import STUDENT, settings
 
-from jax_distill import build, checkpoint, preflight, train
+from jax_distill.assembly import build
 from jax_distill.config import ConfigError
-from jax_distill.models import lora
-from jax_distill.ops.placement import constrain
-from jax_distill.parallel import (
+from jax_distill.devices.sharding import (
     AXES,
     activations_on,
     local_rows,
@@ -30,6 +28,10 @@ from jax_distill.parallel import (
     shard_state,
     slice_shape,
 )
+from jax_distill.models import lora
+from jax_distill.ops.placement import constrain
+from jax_distill.runs import checks
+from jax_distill.training import checkpoint, train
 
 MESH = AbstractMesh((2, 4, 2), AXES)
 
@@ -180,13 +182,13 @@ def test_a_mesh_that_cuts_slices_is_refused():
 
 
 def test_a_batch_too_small_for_a_pod_is_told_the_way_out(monkeypatch):
-    monkeypatch.setattr(preflight.parallel, "make_mesh", lambda _: AbstractMesh((1, 256, 1), AXES))
+    monkeypatch.setattr(checks.parallel, "make_mesh", lambda _: AbstractMesh((1, 256, 1), AXES))
     config = small_config(batch_size=64)
     with pytest.raises(ConfigError, match="64 .* make it a multiple of 256, or mesh.tensor 4$"):
-        preflight.check_batches(config, ["batch_size"], 1000)
+        checks.check_batches(config, ["batch_size"], 1000)
     config = small_config(batch_size=63)
     with pytest.raises(ConfigError, match="63 .* make it a multiple of 256$"):
-        preflight.check_batches(config, ["batch_size"], 1000)
+        checks.check_batches(config, ["batch_size"], 1000)
 
 
 def test_each_process_holds_its_rows():

@@ -17,18 +17,15 @@ from test_disks import of_rust, of_tensorflow, of_tensorstore, raised, wrapped
 from test_records import some
 from test_torch_files import archive, state, stored
 
-from jax_distill import commands, disks, embedded, files, ported
-from jax_distill.data import folder, pictures, records, tokenizers
-from jax_distill.files import FileError, unread
-from jax_distill.interop import (
-    diffusers_folder,
-    orbax_tree,
-    safetensors_files,
-    sources,
-    tensors,
-    torch_files,
-)
-from jax_distill.porting import port
+from jax_distill.data import folder, pictures, records
+from jax_distill.interop import diffusers_folder, orbax_tree, ported_folder, tensors
+from jax_distill.interop.readers import safetensors_files, sources, torch_files
+from jax_distill.runs import commands
+from jax_distill.runs.porting import port
+from jax_distill.storage import disks, files
+from jax_distill.storage.files import FileError, unread
+from jax_distill.worlds.flux import tokenizers
+from jax_distill.worlds.shapes import bundled
 
 NUMBERS = [errno.EIO, errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.ESTALE]
 DAMAGE = ("anew", "download", "port it", "restore", "remove", "reinstall", "take it away")
@@ -75,7 +72,7 @@ def zip_error(number):
 
 def read_part(root):
     like = diffusers_folder.shapes(random_pipeline.T5)
-    ported.load_part(root / "ported", "t5", like)
+    ported_folder.load_part(root / "ported", "t5", like)
 
 
 READERS = {  # what fails, with which kind of error, and who meets it
@@ -89,7 +86,7 @@ READERS = {  # what fails, with which kind of error, and who meets it
         safetensors_error,
         lambda root: safetensors_files.read_metadata(root / "x.safetensors"),
     ),
-    "embedded": ((embedded, "load_file"), safetensors_error, lambda root: embedded.load("teacher")),
+    "embedded": ((bundled, "load_file"), safetensors_error, lambda root: bundled.load("teacher")),
     "torch": (
         (torch_files.zipfile, "ZipFile"),
         zip_error,
@@ -100,7 +97,7 @@ READERS = {  # what fails, with which kind of error, and who meets it
         of_tensorstore,
         lambda root: orbax_tree.open_tree(root / "ported/clip"),
     ),
-    "part": ((ported.ocp.StandardCheckpointer, "restore"), wrapped, read_part),
+    "part": ((ported_folder.ocp.StandardCheckpointer, "restore"), wrapped, read_part),
     "shards": (
         (records.grain.sources, "ArrayRecordDataSource"),
         of_tensorflow,

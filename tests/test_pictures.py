@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from jax_distill.data import pictures
-from jax_distill.files import FileError
+from jax_distill.storage.files import FileError
 
 HEIGHT, WIDTH = 24, 40
 RAMP = np.linspace(0, 1, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)  # grey, from black to white

@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from jax_distill import build, pipeline, scoring
 from jax_distill import config as configuration
-from jax_distill.data import shapes
-from jax_distill.files import write_json
+from jax_distill import pipeline
+from jax_distill.assembly import build
+from jax_distill.evaluation import scoring
+from jax_distill.storage.files import write_json
+from jax_distill.worlds.shapes import renderer
 
 
 def tiny_config(objective: str):
@@ -102,7 +104,7 @@ def test_true_pictures_score_one_and_wrong_ones_little():
     """`score` judges each picture against its own prompt."""
     prompts = scoring.held_out(60)
     rng = np.random.default_rng(0)
-    true = np.stack([shapes.picture(prompt.request, rng)[1] for prompt in prompts])
+    true = np.stack([renderer.picture(prompt.request, rng)[1] for prompt in prompts])
 
     def stub(pictures):
         return lambda captions, *, steps, seed, guidance: pictures
@@ -115,7 +117,7 @@ def test_true_pictures_score_one_and_wrong_ones_little():
 
 def test_held_out_takes_each_task_alike():
     tasks = [prompt.request.task for prompt in scoring.held_out(60)]
-    assert {task: tasks.count(task) for task in tasks} == dict.fromkeys(shapes.TASKS, 10)
+    assert {task: tasks.count(task) for task in tasks} == dict.fromkeys(renderer.TASKS, 10)
     for bad in (0, 7, 606):
         with pytest.raises(ValueError, match=f"prompts: {bad} is not a multiple of 6 up to 600"):
             scoring.held_out(bad)

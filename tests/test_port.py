@@ -16,9 +16,10 @@ import torch
 from random_files import NETWORK
 from safetensors.numpy import load_file, save_file
 
-from jax_distill import config, ported
-from jax_distill.interop import diffusers_folder, orbax_tree, sources
-from jax_distill.porting import port
+from jax_distill import config
+from jax_distill.interop import diffusers_folder, orbax_tree, ported_folder
+from jax_distill.interop.readers import sources
+from jax_distill.runs.porting import port
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +42,12 @@ def _tensors(folder):
     return {name: array for file in files for name, array in load_file(file).items()}
 
 
-@pytest.mark.parametrize("name", ported.PARTS)
+@pytest.mark.parametrize("name", ported_folder.PARTS)
 def test_parts_are_the_sources(source, folder, name):
     part = diffusers_folder.parts(source)[name]
     theirs = _tensors(source / diffusers_folder.SUBFOLDERS[name])
     assert part.tensors.keys() == theirs.keys()
-    loaded = ported.load_part(folder, name, part.like)
+    loaded = ported_folder.load_part(folder, name, part.like)
     jax.tree.map(np.testing.assert_array_equal, loaded, part.table.to_jax(theirs, part.like))
 
 
@@ -54,15 +55,15 @@ def test_the_folder_says_what_it_holds(source, folder):
     settings = config.load(folder)
     assert settings.world == "flux" and settings.objective.name == "flow_matching"
     assert settings.model.num_single_layers == 3 and settings.model.time_scale == 1000
-    description = ported.describe(folder)
-    assert list(description["parts"]) == list(ported.PARTS)
+    description = ported_folder.describe(folder)
+    assert list(description["parts"]) == list(ported_folder.PARTS)
     assert description["parts"]["clip"] == json.loads(
         (source / "text_encoder/config.json").read_text()
     )
     assert description["scheduler"]["use_dynamic_shifting"]
     for path in (source / "tokenizer_2").iterdir():
         assert (folder / "tokenizer_2" / path.name).read_bytes() == path.read_bytes()
-    assert ported.is_ported(folder) and not ported.is_ported(source)
+    assert ported_folder.is_ported(folder) and not ported_folder.is_ported(source)
 
 
 def test_parts_are_restored_onto_a_mesh(source, folder):
@@ -70,7 +71,7 @@ def test_parts_are_restored_onto_a_mesh(source, folder):
     mesh = jax.make_mesh(
         (1, 1, 1), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3
     )
-    loaded = ported.load_part(folder, "network", part.like, mesh=mesh)
+    loaded = ported_folder.load_part(folder, "network", part.like, mesh=mesh)
     kernel = loaded["single_blocks"]["mlp_in"]["kernel"]
     assert kernel.sharding.spec == jax.P(None, "fsdp", "tensor")
 
@@ -78,10 +79,10 @@ def test_parts_are_restored_onto_a_mesh(source, folder):
 def test_a_part_of_other_shapes_is_refused(source, folder):
     parts = diffusers_folder.parts(source)
     with pytest.raises(ValueError, match="clip': parameter '.*' is (missing|not expected)"):
-        ported.load_part(folder, "clip", parts["t5"].like)
+        ported_folder.load_part(folder, "clip", parts["t5"].like)
     wider = jax.tree.map(lambda x: jax.ShapeDtypeStruct((*x.shape, 2), x.dtype), parts["t5"].like)
     with pytest.raises(ValueError, match=r"'norm_out/scale' has shape \(24,\) where \(24, 2\)"):
-        ported.load_part(folder, "t5", {**parts["t5"].like, "norm_out": wider["norm_out"]})
+        ported_folder.load_part(folder, "t5", {**parts["t5"].like, "norm_out": wider["norm_out"]})
 
 
 def test_types_are_kept_or_chosen(tmp_path):

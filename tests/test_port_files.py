@@ -15,10 +15,12 @@ from random_files import assert_same_tensors
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
-from jax_distill import config, ported
-from jax_distill.interop import bfl_keys, safetensors_files, single_file, torch_files
+from jax_distill import config
+from jax_distill.interop import ported_folder
+from jax_distill.interop.keys import bfl
+from jax_distill.interop.readers import safetensors_files, single_file, torch_files
 from jax_distill.interop.tensors import Tensor
-from jax_distill.porting import port
+from jax_distill.runs.porting import port
 
 SAME = {"shift": "base", "text_length": 24}
 BLOCK = "transformer_blocks.0.attn.to_q.weight"
@@ -40,7 +42,7 @@ def test_bfls_names_are_those_of_diffusers_converter(tmp_path):
     shapes = random_files.bfl_shapes(width=3072, head=128, inner=1)  # the width that it knows
     theirs = random_files.random_arrays(shapes)
     save_file(theirs, tmp_path / "flux1.safetensors")
-    ours = bfl_keys.to_diffusers("", safetensors_files.read_file(tmp_path / "flux1.safetensors"))
+    ours = bfl.to_diffusers("", safetensors_files.read_file(tmp_path / "flux1.safetensors"))
     tensors = {name: torch.from_numpy(array) for name, array in theirs.items()}
     expected = convert_flux_transformer_checkpoint_to_diffusers(tensors)
     assert ours.keys() == expected.keys()
@@ -60,7 +62,7 @@ def test_every_prefix_leads_to_the_same_network(folder, tmp_path, names, prefix,
             k: Tensor(x.shape, x.dtype, lambda *at, x=x: x[slice(*at)] if at else x)
             for k, x in arrays.items()
         }
-        expected = {k: x.read() for k, x in bfl_keys.to_diffusers("", plain).items()}
+        expected = {k: x.read() for k, x in bfl.to_diffusers("", plain).items()}
     else:
         arrays = expected = random_files.arrays(random_files.state_dict())
     path, more = tmp_path / f"flux1.{ending}", {}
@@ -73,7 +75,7 @@ def test_every_prefix_leads_to_the_same_network(folder, tmp_path, names, prefix,
     settings = config.load(tmp_path / "out")
     assert settings.model == config.load(folder).model
     assert settings.teacher.checkpoint == str(folder)
-    assert ported.describe(tmp_path / "out")["source"]["layout"] == names
+    assert ported_folder.describe(tmp_path / "out")["source"]["layout"] == names
     assert_same_tensors(tmp_path / "out", expected)
 
 
@@ -197,7 +199,7 @@ def test_t2i_distills_students_are_ported(folder, tmp_path, method):
     assert settings.objective.name == method
     assert random_files.factors(tmp_path / "out") == (1.0, 1.0)
     assert settings.model.interval_embeds == (method == "meanflow")
-    assert ported.describe(tmp_path / "out")["source"]["layout"] == "t2i_distill"
+    assert ported_folder.describe(tmp_path / "out")["source"]["layout"] == "t2i_distill"
     assert_same_tensors(tmp_path / "out", random_files.arrays(state))
 
 

@@ -13,10 +13,12 @@ import torch
 from random_files import BASE_LENGTH, NETWORK, SCHNELL, factors
 from safetensors.torch import save_file
 
-from jax_distill import build, config, ported, worlds
-from jax_distill.exporting import assumed, export
-from jax_distill.porting import port
-from jax_distill.worlds.flux import ported_config
+from jax_distill import config, worlds
+from jax_distill.assembly import build
+from jax_distill.interop import ported_folder
+from jax_distill.runs.exporting import assumed, export
+from jax_distill.runs.porting import port
+from jax_distill.worlds.flux.world import ported_config
 
 STOCK = {"time_scale": 1000.0, "guidance_factor": 1000.0}
 ONES = {"time_scale": 1.0, "guidance_factor": 1.0}
@@ -126,7 +128,7 @@ def test_what_is_told_or_assumed_is_kept(base, tmp_path, name, made, flags, expe
     port(_file(tmp_path / name, **made), tmp_path / "out", base=str(base), **flags)
     objective = config.load(tmp_path / "out").objective.name
     assert (objective, *factors(tmp_path / "out")) == expected
-    said = " ".join(ported.describe(tmp_path / "out")["assumed"])
+    said = " ".join(ported_folder.describe(tmp_path / "out")["assumed"])
     assert ("1 t and 1 w" in said) == (name == "x.pt" and not flags)
     assert ("1000 t and 1000 w" in said) == (name != "x.pt" and not (flags or made))
     if "header" not in made and not flags.get("objective"):
@@ -173,7 +175,7 @@ def test_a_network_unlike_its_base_is_drawn_from_as_told(base, tmp_path, flags, 
     scheduler = json.loads((tmp_path / "exported/scheduler/scheduler_config.json").read_text())
     assert scheduler["use_dynamic_shifting"] == (flags["shift"] in ("base", "dynamic"))
     card = (tmp_path / "exported/README.md").read_text()
-    for words in ported.describe(tmp_path / "out")["assumed"]:
+    for words in ported_folder.describe(tmp_path / "out")["assumed"]:
         assert f"did not say: {words}\n" in card
     assert "a teacher, made by flow matching" in card and "captions are of" not in card
 
@@ -203,8 +205,8 @@ def test_a_guided_network_beside_a_base_without_guidance_is_asked_for_too(schnel
 
 def test_a_network_like_its_base_is_drawn_from_as_it_is(base, tmp_path):
     port(_file(tmp_path / "x.safetensors"), tmp_path / "out", base=str(base))
-    described = ported.describe(tmp_path / "out")
-    assert described["scheduler"] == ported.describe(base)["scheduler"]
+    described = ported_folder.describe(tmp_path / "out")
+    assert described["scheduler"] == ported_folder.describe(base)["scheduler"]
     assert config.load(tmp_path / "out").data.text_length == BASE_LENGTH
     assert "the schedule is that of --base" in described["assumed"]
     assert f"captions are of {BASE_LENGTH} tokens, as those of --base" in described["assumed"]
@@ -238,9 +240,9 @@ def test_factors_are_positive_numbers(base, tmp_path, factor, value):
 def test_the_text_length_of_a_pipeline_is_told(base, tmp_path):
     port(base.parent / "source", tmp_path / "out")
     assert config.load(tmp_path / "out").data.text_length == 256
-    [said] = ported.describe(tmp_path / "out")["assumed"]
+    [said] = ported_folder.describe(tmp_path / "out")["assumed"]
     assert "captions are of 256 tokens" in said and "FLUX.1-dev was made with 512" in said
-    assert ported.describe(base)["assumed"] == []
+    assert ported_folder.describe(base)["assumed"] == []
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "safetensors"])
@@ -258,7 +260,7 @@ def test_our_exports_say_all_of_it(base, tmp_path, layout, interval, flags):
     export(str(tmp_path / "first"), tmp_path / "exported", layout=layout)
     if layout == "diffusers":
         port(tmp_path / "exported", tmp_path / "second", text_length=BASE_LENGTH)
-        assert ported.describe(tmp_path / "second")["assumed"] == []
+        assert ported_folder.describe(tmp_path / "second")["assumed"] == []
     else:
         port(tmp_path / "exported/model.safetensors", tmp_path / "second", base=str(base))
     first, second = (config.load(tmp_path / name) for name in ("first", "second"))
@@ -301,22 +303,24 @@ def test_the_command_takes_what_it_asks_for(base, tmp_path):
     settings = config.load(tmp_path / "out")
     assert settings.objective.name == "time_rescale" and settings.data.text_length == 7
     assert settings.model.time_scale == 2.0
-    assert ported.describe(tmp_path / "out")["assumed"] == [] and "assumed" not in ran.stderr
+    assert ported_folder.describe(tmp_path / "out")["assumed"] == [] and "assumed" not in ran.stderr
 
 
 def test_how_a_teacher_is_guided_is_told_or_said(base, tmp_path):
     path = _file(tmp_path / "x.safetensors", network=SCHNELL)
     told = {"base": str(base), "shift": "1", "text_length": 7}
     port(path, tmp_path / "auto", **told)
-    assert any("no guidance is applied" in x for x in ported.describe(tmp_path / "auto")["assumed"])
+    assert any(
+        "no guidance is applied" in x for x in ported_folder.describe(tmp_path / "auto")["assumed"]
+    )
     assert build.guidance_of(config.load(tmp_path / "auto")) == "none"
     student = config.load(tmp_path / "auto").copy_and_resolve_references()
     with student.unlocked():  # whose card says what its teacher's does
         student.teacher.checkpoint = str(tmp_path / "auto")
     config.save(student, tmp_path / "run")
-    assert assumed(tmp_path / "run") == ported.describe(tmp_path / "auto")["assumed"]
+    assert assumed(tmp_path / "run") == ported_folder.describe(tmp_path / "auto")["assumed"]
     port(path, tmp_path / "cfg", **told, guidance="cfg")
-    assert not any("guidance" in x for x in ported.describe(tmp_path / "cfg")["assumed"])
+    assert not any("guidance" in x for x in ported_folder.describe(tmp_path / "cfg")["assumed"])
     assert build.guidance_of(config.load(tmp_path / "cfg")) == "cfg"
     del told["base"]  # as `_asked` gives it
     _asked(path, base, "has no guidance embedder; leave it out", **told, guidance="embedded")

@@ -8,8 +8,9 @@ import pytest
 from absl.testing import flagsaver
 from test_pipeline import tiny_pipeline
 
-from jax_distill import commands, pipeline, prepare
+from jax_distill import pipeline, prepare
 from jax_distill.data.records import LatentRecords
+from jax_distill.runs import commands
 
 
 @pytest.fixture

@@ -19,9 +19,11 @@ import pytest
 from absl import flags
 from regression import Regression, Source, frozen, parameters, small_config
 
-from jax_distill import clusters, lost_report, peers, processes, train
-from jax_distill.checkpoint import Checkpoints
-from jax_distill.optimizer import make_optimizer
+from jax_distill.devices import clusters, lost_report, processes
+from jax_distill.runs import peers
+from jax_distill.training import train
+from jax_distill.training.checkpoint import Checkpoints
+from jax_distill.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")

@@ -7,8 +7,8 @@ import re
 import pytest
 from absl import logging
 
-from jax_distill import progress
-from jax_distill.progress import Report
+from jax_distill.training import progress
+from jax_distill.training.progress import Report
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from flax import serialization
 
 from jax_distill.data import records
 from jax_distill.data.records import DESCRIPTION, LatentRecord, LatentRecords
-from jax_distill.files import FileError
 from jax_distill.flow import Text
+from jax_distill.storage.files import FileError
 
 
 def some(count):

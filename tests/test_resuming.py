@@ -14,13 +14,15 @@ from absl import logging
 from regression import Regression, Source, frozen, parameters
 from regression import small_config as unnamed
 
-from jax_distill import acceptance, experiment, preflight, resuming, stages, train
 from jax_distill import config as configuration
+from jax_distill.assembly import stages
 from jax_distill.config import ConfigError, base
+from jax_distill.config.settings import flatten
 from jax_distill.data import identity, records
-from jax_distill.optimizer import learning_rate, make_optimizer
-from jax_distill.resuming import FREE, REFUSED, SAID
-from jax_distill.settings import flatten
+from jax_distill.runs import checks, experiment, resuming
+from jax_distill.runs.resuming import FREE, REFUSED, SAID
+from jax_distill.training import acceptance, train
+from jax_distill.training.optimizer import learning_rate, make_optimizer
 
 ROOT = Path(__file__).parents[1]
 ANOTHER = {  # of settings that are one of a few words
@@ -35,7 +37,7 @@ def settings(name, preset=""):
     """The whole configuration of a run, as its workdir has it."""
     config = runpy.run_path(f"{ROOT}/configs/{name}.py")["get_config"](preset)
     if name not in ("teacher", "autoencoder"):
-        config = stages.student_config(config, preflight.teacher_config(config))
+        config = stages.student_config(config, checks.teacher_config(config))
     return config.copy_and_resolve_references().lock()
 
 

@@ -7,9 +7,9 @@ import pytest
 from regression import Regression, Source, frozen, parameters, small_config
 
 from jax_distill import config as configuration
-from jax_distill import rounding, train
-from jax_distill.checkpoint import Checkpoints
-from jax_distill.optimizer import make_optimizer
+from jax_distill.training import rounding, train
+from jax_distill.training.checkpoint import Checkpoints
+from jax_distill.training.optimizer import make_optimizer
 
 KEYS = jax.random.split(jax.random.key(0), 4096)
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_distill import files, saving
-from jax_distill.checkpoint import Checkpoints
-from jax_distill.files import FileError, write_json
-from jax_distill.outputs import made_whole
+from jax_distill.storage import files
+from jax_distill.storage.files import FileError, write_json
+from jax_distill.storage.outputs import made_whole
+from jax_distill.training import saving
+from jax_distill.training.checkpoint import Checkpoints
 
 
 class State(NamedTuple):

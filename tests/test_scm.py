@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 
 from jax_distill import flow
-from jax_distill.flops import count_flops
 from jax_distill.flow import GaussianOracle, Network, Text
 from jax_distill.models import mmdit
 from jax_distill.objectives import teacher
 from jax_distill.objectives.objective import Batch
 from jax_distill.objectives.scm import SCM, SCMDraws
+from jax_distill.planning.flops import count_flops
 
 SHAPE = (6, 4, 3)
 TEXT = Text(jnp.zeros((6, 2, 5)), jnp.zeros((6, 4)))

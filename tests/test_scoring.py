@@ -3,7 +3,7 @@
 import pytest
 
 from jax_distill import config as configuration
-from jax_distill import scoring
+from jax_distill.evaluation import scoring
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from jax_distill.data import shapes
-from jax_distill.data.shapes import (
+from jax_distill.worlds.shapes import renderer
+from jax_distill.worlds.shapes.renderer import (
     COLORS,
     HELD_OUT_PAIRS,
     SHAPES,
@@ -45,10 +45,10 @@ def test_sample_rejects_an_unknown_split():
 def test_coverage_agrees_with_supersampling(shape):
     obj = Placed(shape, "black", 30.3, 33.8, 9.6)
     fine = (np.arange(64 * 16) + 0.5) / 16
-    inside = shapes.signed_distance(shape, fine - obj.x, fine[:, None] - obj.y, obj.radius) < 0
+    inside = renderer.signed_distance(shape, fine - obj.x, fine[:, None] - obj.y, obj.radius) < 0
     oracle = inside.reshape(64, 16, 64, 16).mean((1, 3))
     drawn = np.zeros((64, 64))
-    box, part = shapes.coverage(obj)
+    box, part = renderer.coverage(obj)
     drawn[box] = part
     assert np.abs(drawn - oracle).max() < 0.35  # worst at corners, where a distance is no area
     assert np.abs(drawn - oracle).mean() < 0.003
@@ -56,12 +56,12 @@ def test_coverage_agrees_with_supersampling(shape):
 
 
 def test_shapes_have_similar_areas():
-    areas = [shapes.coverage(Placed(shape, "red", 32, 32, 10))[1].sum() for shape in SHAPES]
+    areas = [renderer.coverage(Placed(shape, "red", 32, 32, 10))[1].sum() for shape in SHAPES]
     assert max(areas) < 1.3 * min(areas)
 
 
 def test_triangle_points_up():
-    _, inside = shapes.coverage(Placed("triangle", "red", 32, 32, 10))
+    _, inside = renderer.coverage(Placed("triangle", "red", 32, 32, 10))
     rows = inside.sum(1)
     assert rows[: len(rows) // 2].sum() < 0.5 * rows[len(rows) // 2 :].sum()
 
@@ -113,7 +113,7 @@ def test_relations_hold_in_the_picture(examples):
 
 def test_training_mix(examples):
     shares = Counter(example.request.task for example in examples)
-    for task, share in zip(TASKS, shapes.TRAINING_MIX, strict=True):
+    for task, share in zip(TASKS, renderer.TRAINING_MIX, strict=True):
         assert shares[task] / len(examples) == pytest.approx(share, abs=0.04)
     for task in ("position", "counting"):
         colors = [e.request.objects[0][1] for e in examples if e.request.task == task]
@@ -125,23 +125,23 @@ def test_training_never_shows_what_is_held_out(examples):
         pairs = [(obj.color, obj.shape) for obj in example.objects]
         assert not HELD_OUT_PAIRS.intersection(pairs)
         if len(pairs) == 2:
-            assert not shapes.held_out_combination(*pairs)
-        assert not shapes.is_unseen(example.request)
+            assert not renderer.held_out_combination(*pairs)
+        assert not renderer.is_unseen(example.request)
 
 
 def test_test_split_shows_what_is_held_out():
     tests = [sample(0, index, "test") for index in range(300)]
     drawn = {(obj.color, obj.shape) for example in tests for obj in example.objects}
     assert HELD_OUT_PAIRS <= drawn
-    assert any(shapes.is_unseen(example.request) for example in tests)
+    assert any(renderer.is_unseen(example.request) for example in tests)
 
 
 def test_held_out_combinations_are_a_tenth_in_any_order():
     pairs = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS]
     combos = [(a, b) for a, b in combinations(pairs, 2) if a[1] != b[1]]
-    held = [shapes.held_out_combination(a, b) for a, b in combos]
+    held = [renderer.held_out_combination(a, b) for a, b in combos]
     assert 0.07 < np.mean(held) < 0.13
-    assert held == [shapes.held_out_combination(b, a) for a, b in combos]
+    assert held == [renderer.held_out_combination(b, a) for a, b in combos]
 
 
 def test_held_out_prompts():
@@ -151,7 +151,7 @@ def test_held_out_prompts():
     unseen = Counter(p.request.task for p in prompts if p.unseen)
     assert unseen == {"colors": 25, "color_attr": 40}
     for prompt in prompts:
-        assert prompt.unseen == shapes.is_unseen(prompt.request)
+        assert prompt.unseen == renderer.is_unseen(prompt.request)
         if prompt.request.task in ("position", "counting", "two_object", "single_object"):
             assert all(color is None for _, color, _ in prompt.request.objects)
     for task, least in zip(TASKS, (4, 6, 12, 24, 48, 100), strict=True):
@@ -174,6 +174,6 @@ def test_world_is_frozen():
 
 def test_picture_draws_an_unseen_request():
     request = Request("colors", (("triangle", "blue", 1),))
-    objects, image = shapes.picture(request, np.random.default_rng(0))
+    objects, image = renderer.picture(request, np.random.default_rng(0))
     assert [(o.shape, o.color) for o in objects] == [("triangle", "blue")]
     assert image.shape == (64, 64, 3) and image.dtype == np.uint8

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jax_distill.data.shapes import (
+from jax_distill.worlds.shapes.judge import find_objects, judge, satisfied, score
+from jax_distill.worlds.shapes.renderer import (
     COLORS,
     SHAPES,
     TASKS,
@@ -16,7 +17,6 @@ from jax_distill.data.shapes import (
     picture,
     render,
 )
-from jax_distill.evaluation.shapes_eval import find_objects, judge, satisfied, score
 
 CIRCLE = Placed("circle", "red", 20.0, 32.0, 9.0)
 SQUARE = Placed("square", "blue", 44.0, 32.0, 9.0)

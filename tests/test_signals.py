@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from jax_distill.signals import Interrupted, Signals
+from jax_distill.devices.signals import Interrupted, Signals
 
 
 class Thing:

@@ -17,9 +17,10 @@ from random_text import compiled_quickly
 from safetensors.torch import load_file
 from tiny_runs import run_program, save_run
 
-from jax_distill import build, config, pipeline
-from jax_distill.exporting import export
-from jax_distill.porting import port
+from jax_distill import config, pipeline
+from jax_distill.assembly import build
+from jax_distill.runs.exporting import export
+from jax_distill.runs.porting import port
 
 CAPTIONS = ["a red circle", "two crosses and a disc"]
 HEIGHT, WIDTH, LENGTH, GUIDANCE = 32, 48, 24, 4.5

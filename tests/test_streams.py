@@ -11,9 +11,10 @@ from regression import Regression, Source, frozen, parameters, small_config
 from test_pipeline import CAPTIONS, tiny_pipeline
 
 import jax_distill
-from jax_distill import pipeline, streams, train
-from jax_distill.data import shapes
-from jax_distill.data.pipeline import batches
+from jax_distill import pipeline, streams
+from jax_distill.data.loader import batches
+from jax_distill.training import train
+from jax_distill.worlds.shapes import renderer
 
 EDGES = (0, 1, 2**16, 2**31 - 1, 2**31, 3_000_000_019, 2**32 - 1)
 SETTINGS = {
@@ -118,5 +119,5 @@ def test_each_seed_has_its_order_of_the_data_and_its_stream_of_shapes():
     for seed in EDGES:
         first = next(batches(Source(), 16, seed))
         orders.add(np.asarray(first.x).tobytes())
-        captions.add(tuple(shapes.sample(seed, index).caption for index in range(8)))
+        captions.add(tuple(renderer.sample(seed, index).caption for index in range(8)))
     assert len(orders) == len(captions) == len(EDGES)

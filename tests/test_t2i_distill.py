@@ -13,11 +13,13 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from random_files import NETWORK
 from random_text import jit
 
-from jax_distill import build, config, ported
-from jax_distill.exporting import export
+from jax_distill import config
+from jax_distill.assembly import build
 from jax_distill.flow import Text
+from jax_distill.interop import ported_folder
 from jax_distill.models import mmdit
-from jax_distill.porting import port
+from jax_distill.runs.exporting import export
+from jax_distill.runs.porting import port
 
 GRID = (3, 4)
 
@@ -86,7 +88,7 @@ def test_the_velocity_is_that_of_its_own_formulas(folder, tmp_path, interval):
     settings = config.load(tmp_path / "ported")
     network = build.network_config(settings)
     like = jax.eval_shape(lambda: build.initial_parameters(settings))
-    params = ported.load_part(tmp_path / "ported", "network", like)
+    params = ported_folder.load_part(tmp_path / "ported", "network", like)
     velocity = jit(mmdit.as_network(network, grid=GRID).velocity)
 
     inputs = _inputs()

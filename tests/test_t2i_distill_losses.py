@@ -18,14 +18,16 @@ from random_files import NETWORK
 from random_text import jit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jax_distill import build, config, ported
+from jax_distill import config
+from jax_distill.assembly import build
 from jax_distill.flow import Text
+from jax_distill.interop import ported_folder
 from jax_distill.models import mmdit
 from jax_distill.objectives import teacher
 from jax_distill.objectives.meanflow import MeanFlow, MeanFlowDraws
 from jax_distill.objectives.objective import Batch
 from jax_distill.objectives.scm import SCM, SCMDraws
-from jax_distill.porting import port
+from jax_distill.runs.porting import port
 
 GRID = (3, 4)
 LIMITS = {"loss": 1e-6, "tangent": 1e-6, "error": 1e-6, "d image_out": 3e-6, "d image_in": 3e-6}
@@ -166,7 +168,7 @@ def networks(tmp_path_factory):
         port(root / f"{name}.pt", root / name, base=str(base))
         settings = config.load(root / name)
         like = jax.eval_shape(lambda: build.initial_parameters(settings))
-        params = ported.load_part(root / name, "network", like)
+        params = ported_folder.load_part(root / name, "network", like)
         return Ported(build.network_config(settings), params, Theirs(state))
 
     return make("teacher", False, 1), make("scm", False, 2), make("meanflow", True, 3)

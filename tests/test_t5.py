@@ -16,9 +16,9 @@ from jax.sharding import AbstractMesh
 from random_text import jit, relative_error
 from transformers.models.t5.modeling_t5 import T5Attention
 
+from jax_distill.devices.sharding import AXES, parameter_spec
 from jax_distill.models import t5
 from jax_distill.models.t5 import T5Config
-from jax_distill.parallel import AXES, parameter_spec
 
 SMALL = T5Config(
     vocab_size=40,

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import T5EncoderModel
 
-from jax_distill.interop.t5_keys import EMBEDDING_NAMES, T5_KEYS, t5_keys
+from jax_distill.interop.keys.t5 import EMBEDDING_NAMES, T5_KEYS, t5_keys
 from jax_distill.models.t5 import T5Config
 
 CONFIG = T5Config(vocab_size=40, d_model=24, d_kv=4, d_ff=40, num_layers=11, num_heads=3)

@@ -12,7 +12,7 @@ from diffusers import FluxPipeline
 from random_text import write_tokenizers
 from transformers import CLIPTokenizer, T5TokenizerFast
 
-from jax_distill.data.tokenizers import FluxTokenizer
+from jax_distill.worlds.flux.tokenizers import FluxTokenizer
 
 WORDS = ("a red circle above a blue square", "", "two Crosses, 3 discs!", "unknown Ω words")
 LONG = "a red circle and " * 30

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from jax_distill.interop import torch_files
+from jax_distill.interop.readers import torch_files
 from jax_distill.interop.tensors import Tensor
 
 GLOBAL = {

@@ -17,11 +17,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from regression import SHAPE, Regression, Source, frozen, parameters, small_config
 
-from jax_distill import train
-from jax_distill.checkpoint import Checkpoints
-from jax_distill.flops import count_flops
 from jax_distill.objectives.objective import Batch
-from jax_distill.optimizer import make_optimizer
+from jax_distill.planning.flops import count_flops
+from jax_distill.training import train
+from jax_distill.training.checkpoint import Checkpoints
+from jax_distill.training.optimizer import make_optimizer
 
 
 @pytest.fixture(scope="module", autouse=True)

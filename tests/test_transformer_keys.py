@@ -9,7 +9,7 @@ import pytest
 import random_flux
 import torch
 
-from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
+from jax_distill.interop.keys.transformer import TRANSFORMER_KEYS
 from jax_distill.models.mmdit import MMDiTConfig
 
 CONFIG = MMDiTConfig(

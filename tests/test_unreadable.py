@@ -8,7 +8,7 @@ import random_files
 import torch
 from safetensors.numpy import save_file
 
-from jax_distill.porting import port
+from jax_distill.runs.porting import port
 
 LINEAR = "single_transformer_blocks.0.proj_mlp"
 CASES = {

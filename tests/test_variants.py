@@ -10,9 +10,9 @@ import torch
 from absl import logging
 from random_files import NETWORK
 
-from jax_distill import ported
-from jax_distill.interop import orbax_tree, variants
-from jax_distill.porting import port
+from jax_distill.interop import orbax_tree, ported_folder
+from jax_distill.interop.readers import variants
+from jax_distill.runs.porting import port
 
 INDEX = "diffusion_pytorch_model.safetensors.index"
 
@@ -36,7 +36,7 @@ def _both(folders, target):
 
 
 def _assert_same(actual, expected, half):
-    for name in ported.PARTS:
+    for name in ported_folder.PARTS:
         trees = [orbax_tree.open_tree(folder / name) for folder in (actual, expected)]
         dtype = np.dtype(np.float16 if name in half else np.float32)
         for ours, plain in zip(*map(jax.tree.leaves, trees), strict=True):
@@ -49,9 +49,9 @@ def test_the_only_variant_is_taken_and_said(folders, tmp_path, caplog):
     logging.set_verbosity(logging.INFO)
     assert (folders / f"half/transformer/{INDEX}.fp16.json").is_file()  # as diffusers writes it
     port(folders / "half", tmp_path / "out", text_length=9)
-    _assert_same(tmp_path / "out", folders / "ported", ported.PARTS)
+    _assert_same(tmp_path / "out", folders / "ported", ported_folder.PARTS)
     said = [x.getMessage() for x in caplog.records if "as variant fp16 alone" in x.getMessage()]
-    assert len(said) == len(ported.PARTS)
+    assert len(said) == len(ported_folder.PARTS)
 
 
 def test_plain_weights_come_first_and_a_variant_where_it_is_asked_for(folders, tmp_path, caplog):

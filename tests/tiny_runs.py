@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jax_distill import build, checkpoint, config
+from jax_distill import config
+from jax_distill.assembly import build
+from jax_distill.training import checkpoint
 
 GUIDANCE = 3.0
 SIZES = {

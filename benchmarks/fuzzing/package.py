@@ -8,15 +8,17 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import jax_distill
-from jax_distill import build, config, exporting, porting, preflight, prepare
+from jax_distill import config, prepare
+from jax_distill.assembly import build
 from jax_distill.data import folder as pictures
 from jax_distill.data import records
-from jax_distill.data.tokenizers import FluxTokenizer, TokenIds
 from jax_distill.evaluation.metrics import Metrics, read_metrics
 from jax_distill.evaluation.report import write_report
 from jax_distill.evaluation.results import Results, read_results
-from jax_distill.interop import single_file, sources
+from jax_distill.interop.readers import single_file, sources
 from jax_distill.interop.tensors import Tensor, check_finite
+from jax_distill.runs import checks, exporting, porting
+from jax_distill.worlds.flux.tokenizers import FluxTokenizer, TokenIds
 
 ROOT = Path(jax_distill.__file__).parents[1]
 """Of the tree whose package is fuzzed; its tests make the small networks."""
@@ -40,10 +42,10 @@ def read_records(folder: Path) -> Records:
 def read_config(workdir: Path) -> ConfigDict:
     """A run's configuration, checked as far as that needs nothing else than itself."""
     settings = config.load(workdir)
-    preflight.validate(settings)
+    checks.validate(settings)
     if settings.objective.name not in {"autoencoder", *build.OBJECTIVES}:
         raise config.ConfigError(f"objective.name: {settings.objective.name!r} is unknown")
-    preflight.check_objective(settings)
+    checks.check_objective(settings)
     return settings
 
 

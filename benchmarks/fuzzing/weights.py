@@ -229,7 +229,7 @@ def _names_of(program: str) -> set[str]:
 
 def _wrong_card(card: str) -> str:
     """What a stranger has put into a model card."""
-    from jax_distill.interop import model_card, snippets
+    from jax_distill.interop.cards import model_card, snippets
 
     ours = "".join(Path(module.__file__).read_text() for module in (model_card, snippets))
     known = set(re.findall(r"\w+", ours))

@@ -11,8 +11,9 @@ import numpy as np
 from absl import logging
 
 from jax_distill import streams
-from jax_distill.data import folder, records, shapes
+from jax_distill.data import folder, records
 from jax_distill.flow import Text
+from jax_distill.worlds.shapes import renderer
 
 BATCH = 64
 DRAWN_BATCH = 240  # captions that are embedded, then drawn, at a time
@@ -36,7 +37,7 @@ def encode_shapes(
     def encoded():
         for start in range(0, examples, BATCH):
             count = min(BATCH, examples - start)
-            batch = [shapes.sample(seed, start + i) for i in range(count)]
+            batch = [renderer.sample(seed, start + i) for i in range(count)]
             images = np.stack([example.image for example in batch])
             padded = np.pad(images, ((0, BATCH - count), (0, 0), (0, 0), (0, 0)))
             names = [f"picture {start + i} of the shapes world" for i in range(count)]

@@ -8,10 +8,10 @@ from typing import NamedTuple, TypedDict
 
 from absl import logging
 
-from jax_distill import disks
 from jax_distill.data import pictures
 from jax_distill.data.pictures import read
-from jax_distill.files import FileError, read_json_lines, read_text
+from jax_distill.storage import disks
+from jax_distill.storage.files import FileError, read_json_lines, read_text
 
 __all__ = ["METADATA", "Captioned", "find", "plain_caption", "read"]
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
 
-from jax_distill import disks
-from jax_distill.files import FileError, check_regular, unread
+from jax_distill.storage import disks
+from jax_distill.storage.files import FileError, check_regular, unread
 
 BACKGROUND = (255, 255, 255)
 """What lies behind transparent pixels."""

@@ -13,7 +13,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from flax import serialization
 
-from jax_distill.files import (
+from jax_distill.flow import Text
+from jax_distill.storage.files import (
     FileError,
     check_no_partial,
     check_regular,
@@ -23,7 +24,6 @@ from jax_distill.files import (
     write_atomically,
     write_json,
 )
-from jax_distill.flow import Text
 
 DESCRIPTION, NULL = "dataset.json", "null.msgpack"
 SHARD_BYTES = 2**30

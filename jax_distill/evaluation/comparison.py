@@ -13,8 +13,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from jax_distill.evaluation import page, plots
 from jax_distill.evaluation.plots import Theme
-from jax_distill.files import write_atomically
-from jax_distill.quoting import one_line, prose
+from jax_distill.storage.files import write_atomically
+from jax_distill.storage.quoting import one_line, prose
 
 
 class Spread(NamedTuple):

@@ -15,7 +15,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.transforms import IdentityTransform
 from PIL import Image
 
-from jax_distill.files import write_atomically
+from jax_distill.storage.files import write_atomically
 
 # Sizes are in pixels and for pictures of this width; with wider ones all grows alike.
 PICTURE_WIDTH = 128

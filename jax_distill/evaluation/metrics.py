@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from jax_distill.files import FileError, check_regular, encoding_of
+from jax_distill.storage.files import FileError, check_regular, encoding_of
 
 MOST_LINES = 100_000  # that are kept; a plot shows fewer
 MOST_BYTES = 2**29  # of a file: over a million lines

@@ -9,7 +9,7 @@ from string import Template
 from PIL import Image
 
 from jax_distill.evaluation import plots
-from jax_distill.files import check_regular, write_atomically
+from jax_distill.storage.files import check_regular, write_atomically
 
 MAX_WIDTH = 2400  # px of a picture; wider ones are reduced, or a page of large ones gets too heavy
 MAX_PIXELS = 10**8  # of a picture that is read at all

@@ -20,8 +20,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from jax_distill.files import write_atomically
-from jax_distill.quoting import one_line
+from jax_distill.storage.files import write_atomically
+from jax_distill.storage.quoting import one_line
 
 MAX_POINTS = 600  # of a curve; more cannot be told apart
 SMOOTHING = 0.05  # of a curve's points, averaged into one

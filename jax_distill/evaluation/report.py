@@ -16,8 +16,8 @@ import numpy as np
 from jax_distill.evaluation import page, plots
 from jax_distill.evaluation.metrics import Metrics, read_metrics
 from jax_distill.evaluation.results import Results, Score, parse_results, read_results
-from jax_distill.files import FileError, read_json
-from jax_distill.quoting import one_line
+from jax_distill.storage.files import FileError, read_json
+from jax_distill.storage.quoting import one_line
 
 MAX_SAMPLES = 4
 MAX_STAGES, MAX_PLOTS, MAX_SETTINGS = 8, 24, 1000  # more than runs have; a page must be done once

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jax_distill.files import FileError, parse_json, read_text
-from jax_distill.quoting import shown
+from jax_distill.storage.files import FileError, parse_json, read_text
+from jax_distill.storage.quoting import shown
 
 # What a table and a plot can show, and more than any evaluation here writes.
 _MOST_COUNTS, _MOST_TASKS, _MOST_KEYS, _LONGEST_NAME = 16, 32, 1000, 80

@@ -9,19 +9,20 @@ import jax
 from absl import logging
 from flax import nnx
 
-from jax_distill.files import check_regular, read_json
-from jax_distill.interop import flux_config, scheduler_config, unreadable, variants
-from jax_distill.interop.autoencoder_keys import AUTOENCODER_KEYS
-from jax_distill.interop.clip_keys import clip_keys
-from jax_distill.interop.key_table import KeyTable
+from jax_distill.interop import flux_config, scheduler_config
+from jax_distill.interop.keys.autoencoder import AUTOENCODER_KEYS
+from jax_distill.interop.keys.clip import clip_keys
+from jax_distill.interop.keys.t5 import EMBEDDING_NAMES, t5_keys
+from jax_distill.interop.keys.table import KeyTable
+from jax_distill.interop.keys.transformer import TRANSFORMER_KEYS
 from jax_distill.interop.parts import Part
-from jax_distill.interop.safetensors_files import read_file, read_folder, read_metadata
-from jax_distill.interop.t5_keys import EMBEDDING_NAMES, t5_keys
+from jax_distill.interop.readers import unreadable, variants
+from jax_distill.interop.readers.safetensors_files import read_file, read_folder, read_metadata
 from jax_distill.interop.tensors import Tensors
-from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 from jax_distill.models import clip, mmdit, t5
 from jax_distill.models.autoencoder import Autoencoder, AutoencoderConfig
 from jax_distill.models.binding import parameters
+from jax_distill.storage.files import check_regular, read_json
 
 INDEX = "model_index.json"
 SUBFOLDERS = {

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax_distill.models.mmdit import MMDiTConfig
-from jax_distill.quoting import shown
+from jax_distill.storage.quoting import shown
 
 CLASS = "FluxTransformer2DModel"
 TIME_SCALE = GUIDANCE_FACTOR = 1000.0  # diffusers'

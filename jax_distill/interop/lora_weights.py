@@ -11,10 +11,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jax_distill.interop.keys.transformer import TRANSFORMER_KEYS
 from jax_distill.interop.orbax_tree import StoredLeaf
 from jax_distill.interop.parts import tensors_of
 from jax_distill.interop.tensors import Tensor, Tensors
-from jax_distill.interop.transformer_keys import TRANSFORMER_KEYS
 from jax_distill.models import lora
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -19,8 +19,8 @@ import numpy as np
 import tensorstore as ts
 from flax.traverse_util import flatten_dict
 
-from jax_distill.files import FileError, read_json, unread
-from jax_distill.quoting import one_line, shown
+from jax_distill.storage.files import FileError, read_json, unread
+from jax_distill.storage.quoting import one_line, shown
 
 METADATA = "_METADATA"
 _KEY = re.compile(r"[\w-][\w .-]*")  # it becomes the name of a folder

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_distill.interop.key_table import KeyTable, Place
+from jax_distill.interop.keys.table import KeyTable, Place
 from jax_distill.interop.orbax_tree import Leaf, StoredLeaf, TreeWriter
 from jax_distill.interop.tensors import THREADS, Tensor, Tensors, check_finite, check_types
 

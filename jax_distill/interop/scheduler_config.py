@@ -5,7 +5,7 @@ from typing import Annotated, Any, TypedDict
 
 from msgspec import Meta
 
-from jax_distill.files import FileError, check_finite_numbers, check_kind
+from jax_distill.storage.files import FileError, check_finite_numbers, check_kind
 
 EULER = "FlowMatchEulerDiscreteScheduler"
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jax_distill.files import named
+from jax_distill.storage.files import named
 
 DTYPES: Mapping[str, np.dtype] = {  # safetensors' names of the types that weights come in
     "BF16": np.dtype(ml_dtypes.bfloat16),

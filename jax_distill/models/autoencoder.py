@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jax_distill.models.sizes import check_positive, check_size, check_sizes, checked_sequence
-from jax_distill.quoting import shown
+from jax_distill.storage.quoting import shown
 
 _EPSILON = 1e-6
 _MOST_LEVELS, _MOST_BLOCKS = 8, 8  # more than any autoencoder has; each takes its time to be made

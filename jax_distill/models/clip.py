@@ -18,7 +18,7 @@ from flax import nnx
 from jax_distill.models.binding import binder, parameters
 from jax_distill.models.layers import Layers, attend, scan, split_heads
 from jax_distill.models.sizes import MOST_WORDS, check_positive, check_size, check_sizes
-from jax_distill.quoting import shown
+from jax_distill.storage.quoting import shown
 
 # An eos_token_id of 2 is not the end token's id but the mark of configs that transformers wrote
 # wrongly until 2023 (FLUX's among them); theirs is the highest id of the vocabulary.

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jax_distill import finite
+from jax_distill.models import finite
 from jax_distill.models.autoencoder import (
     Autoencoder,
     AutoencoderConfig,

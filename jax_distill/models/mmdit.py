@@ -30,7 +30,7 @@ from jax_distill.models.sizes import (
     check_sizes,
     checked_sequence,
 )
-from jax_distill.ops.attention import IMPLEMENTATIONS, attention
+from jax_distill.ops.attention.attention import IMPLEMENTATIONS, attention
 from jax_distill.ops.placement import constrain
 
 TIME_FREQUENCIES = 256  # channels of the sinusoidal features of time, guidance and interval

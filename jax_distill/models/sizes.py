@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from jax_distill.quoting import shown
+from jax_distill.storage.quoting import shown
 
 WIDEST = 2**16  # of any axis of a parameter but a vocabulary's
 DEEPEST = 1000  # blocks

@@ -26,7 +26,7 @@ from flax import nnx
 from jax_distill.models.binding import binder, parameters
 from jax_distill.models.layers import Layers, attend, scan, split_heads
 from jax_distill.models.sizes import check_positive, check_sizes
-from jax_distill.quoting import shown
+from jax_distill.storage.quoting import shown
 
 _SIZES = (
     "vocab_size",

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from jax_distill import build
-from jax_distill.parallel import AXES
+from jax_distill.assembly import build
+from jax_distill.devices.sharding import AXES
 from jax_distill.planning.collectives import Collective
 from jax_distill.planning.program import Program, bytes_on_a_chip, sampling_steps
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from jax_distill import parallel, stages
+from jax_distill.assembly import stages
 from jax_distill.config import ConfigError
+from jax_distill.devices import sharding
 from jax_distill.planning import chips, collectives, formulas, program
 from jax_distill.planning.chips import GIB, Topology
 from jax_distill.planning.program import Program
@@ -214,7 +215,7 @@ def _programs(
             devices = jax.devices()[:1] if topology.kind == "cpu" else chips.tpu_devices(topology)
             mesh = program.make_mesh(stage.config, devices)
         else:
-            mesh = formulas.abstract_mesh(parallel.mesh_shape(config.mesh, topology.chips))
+            mesh = formulas.abstract_mesh(sharding.mesh_shape(config.mesh, topology.chips))
             program.check_batch(stage.config, mesh)
         make_program = program.sampling if sample else program.training
         plain = None

@@ -11,23 +11,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jax_distill import (
-    adapters,
-    build,
-    frozen,
-    parallel,
-    preflight,
-    rounding,
-    stages,
-    streams,
-    train,
-)
 from jax_distill import config as configuration
+from jax_distill import streams
+from jax_distill.assembly import adapters, build, frozen, stages
 from jax_distill.config import ConfigError
-from jax_distill.flops import count_flops
+from jax_distill.devices import sharding
 from jax_distill.flow import Text
 from jax_distill.objectives.objective import Batch
-from jax_distill.optimizer import make_optimizer
+from jax_distill.planning.flops import count_flops
+from jax_distill.runs import checks
+from jax_distill.training import rounding, train
+from jax_distill.training.optimizer import make_optimizer
 
 FLUX_LITE = {
     "num_layers": 8,
@@ -88,12 +82,12 @@ def training(stage: stages.Stage, mesh: Any) -> Program:
         return train.init_state(objective, optimizer, params, config.seed, config.ema_dtype)
 
     abstract = jax.eval_shape(create)
-    shardings = parallel.shard_state(abstract, mesh)
+    shardings = sharding.shard_state(abstract, mesh)
     state = train.with_shardings(abstract, shardings)
     held = {"null": text_like(config, 1)}
     if stage.teacher is not None:
         held["teacher"] = jax.eval_shape(functools.partial(_held, stage))
-    held = train.with_shardings(held, parallel.shard_state(held, mesh))
+    held = train.with_shardings(held, sharding.shard_state(held, mesh))
     batch = Batch(
         jax.ShapeDtypeStruct((config.batch_size, *build.token_shape(config)), jnp.float32),
         text_like(config, config.batch_size),
@@ -128,14 +122,14 @@ def sampling(stage: stages.Stage, mesh: Any) -> Program:
         return {"network": beside.attach(_held(stage), state)}
 
     params = jax.eval_shape(create)
-    params = train.with_shardings(params, parallel.shard_state(params, mesh))
+    params = train.with_shardings(params, sharding.shard_state(params, mesh))
     count, steps = config.batch_size, sampling_steps(config)
     noise = jax.ShapeDtypeStruct((count, *build.token_shape(config)), jnp.float32)
     guidance = jax.ShapeDtypeStruct((count,), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(streams.key(0), count))
     inputs = _split((noise, text_like(config, count), guidance, keys), mesh)
     null = text_like(config, 1)
-    null = train.with_shardings(null, parallel.shard_state(null, mesh))
+    null = train.with_shardings(null, sharding.shard_state(null, mesh))
 
     def function(params, null, inputs):
         noise, text, guidance, keys = inputs
@@ -157,7 +151,7 @@ def run_stages(config: ConfigDict) -> list[stages.Stage]:
     Raises:
       ConfigError: a value that a run would refuse, nothing that has a plan, or no teacher.
     """
-    preflight.validate(config)
+    checks.validate(config)
     if config.objective.name == "autoencoder":
         raise ConfigError("objective.name: the autoencoder has no plan; give another --config")
     if config.objective.name in stages.FROM_SCRATCH:
@@ -165,7 +159,7 @@ def run_stages(config: ConfigDict) -> list[stages.Stage]:
     if config.world == "flux" and not config.teacher.checkpoint:
         teacher = flux_lite(config)
     else:
-        teacher = preflight.teacher_config(config)
+        teacher = checks.teacher_config(config)
     every = stages.of(_shifted(stages.student_config(config, teacher)), teacher)
     every = [stage._replace(config=_shifted(stage.config)) for stage in every]
     return [stage for stage in every if stage.config.total_steps]
@@ -225,7 +219,7 @@ def make_mesh(config: ConfigDict, devices: Sequence[Any]) -> Mesh:
       ConfigError or ValueError: naming the key and the fix.
     """
     try:
-        mesh = parallel.make_mesh(config.mesh, devices)
+        mesh = sharding.make_mesh(config.mesh, devices)
     except NotImplementedError as error:  # the mesh's axes are not made of the topology's
         reason = str(error).split(". ")[0]
         raise ConfigError(f"mesh: {dict(config.mesh)} does not fit the wiring ({reason})") from None
@@ -264,7 +258,7 @@ def _held(stage: stages.Stage) -> dict:
 
 def _split(tree: Any, mesh: Any) -> Any:
     """Shapes of arrays that are split along their first axis."""
-    place = NamedSharding(mesh, PartitionSpec(*parallel.BATCH))
+    place = NamedSharding(mesh, PartitionSpec(*sharding.BATCH))
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
     )

@@ -8,8 +8,8 @@ flux.py     FLUX: text encoders and autoencoder of a folder that `jax_distill.po
 
 from ml_collections import ConfigDict
 
-from jax_distill.worlds.flux import Flux
-from jax_distill.worlds.shapes import Shapes
+from jax_distill.worlds.flux.world import Flux
+from jax_distill.worlds.shapes.world import Shapes
 from jax_distill.worlds.world import Source, World
 
 __all__ = ["WORLDS", "Source", "World", "of"]

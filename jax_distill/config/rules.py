@@ -1,0 +1,244 @@
+"""What values each setting may have: tables that configurations are checked against.
+
+They name no part of the program that they speak of, so that whatever reads a configuration can
+check it; tests compare the names with those parts.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from jax_distill import streams
+from jax_distill.config.settings import ConfigError
+from jax_distill.storage.quoting import shown
+
+Rule = tuple[Sequence[str], Callable[[Any], bool], str]
+"""Keys, what must hold of their values, and how that is said."""
+
+
+def check(values: Mapping[str, Any], rules: Iterable[Rule]) -> None:
+    """Checks the values that there are.
+
+    Args:
+      values: flat, of types that were checked.
+      rules: such as `of_runs` gives.
+
+    Raises:
+      ConfigError: naming the key, its value, and what it must be.
+    """
+    for keys, holds, words in rules:
+        for key in keys:
+            if values.get(key) is not None and not holds(values[key]):
+                raise ConfigError(f"{key}: {shown(values[key])} is not {words}")
+    for key, value in values.items():
+        if not _is_moderate(value):
+            raise ConfigError(f"{key}: {shown(value)} is not {_MODERATE}")
+
+
+_MODEL_NUMBERS = (
+    "model.in_channels",
+    "model.num_layers",
+    "model.num_single_layers",
+    "model.attention_head_dim",
+    "model.num_attention_heads",
+    "model.joint_attention_dim",
+    "model.pooled_projection_dim",
+    "model.time_scale",
+    "model.guidance_factor",
+)
+_POSITIVE = (
+    *("total_steps", "batch_size", "accumulate", "log_every", "checkpoint.every"),
+    *("checkpoint.keep", "data.examples", "data.text_length", "samples.prompts"),
+    *("samples.teacher_steps", "rescale.batch_size", "rescale.learning_rate"),
+    *("optimizer.learning_rate", "optimizer.epsilon", "optimizer.clip_norm"),
+    *("optimizer.adam_share", "evaluation.prompts", "lora.alpha", *_MODEL_NUMBERS),
+    *("autoencoder.latent_channels", "autoencoder.layers_per_block"),
+    "autoencoder.norm_num_groups",
+)
+_NOT_NEGATIVE = (
+    *("samples.every", "evaluation.every", "rescale.total_steps", "evaluation.guidance"),
+    *("optimizer.warmup_steps", "optimizer.weight_decay", "lora.rank"),
+)
+_SHARES = ("ema_decay", "optimizer.b1", "optimizer.b2")
+_SEEDS = ("seed", "data.seed")
+_STEP_COUNTS = ("evaluation.student_steps", "evaluation.teacher_steps")
+MOST_STEPS = 10_000
+"""Of a sampler; its schedule is held in memory."""
+PATCH = 16
+"""Pixels along a side of a token: eight of the autoencoder's, two of the packing."""
+MOST_PIXELS = 2**14
+"""Along a side of a picture; FLUX's are of 2^11."""
+_RESOLUTION = f"a height and a width, multiples of {PATCH} up to {MOST_PIXELS} pixels"
+CHOICES = {
+    "on_nonfinite": ("stop", "skip"),
+    "dtype": ("float32", "bfloat16"),
+    "ema_dtype": ("float32", "bfloat16"),
+    "optimizer.name": ("adamw", "muon"),
+    "optimizer.moments": ("float32", "bfloat16"),
+    "optimizer.schedule": ("constant", "cosine", "trapezoid"),
+    "teacher.velocity": ("rescaled", "original"),
+    "teacher.guidance": ("auto", "embedded", "cfg", "none"),
+    "world": ("shapes", "flux"),
+    "lora.base": ("", "int8"),
+}
+"""What a setting may be, where that is one of a few words."""
+
+# Far above what anybody needs, and far below what a machine cannot count to, or lay out: a number
+# is refused before so many layers, tokens or pictures are made of it.
+_AT_MOST = {
+    2**31 - 1: (
+        *("total_steps", "rescale.total_steps", "log_every", "checkpoint.every", "samples.every"),
+        *("evaluation.every", "data.examples", "optimizer.warmup_steps"),
+        *("objective.tangent_warmup", "objective.discrete_warmup"),
+    ),
+    2**20: ("batch_size", "rescale.batch_size", "accumulate", "objective.particles"),
+    2**17: (
+        *("model.in_channels", "model.joint_attention_dim", "model.pooled_projection_dim"),
+        *("lora.rank", "autoencoder.latent_channels", "autoencoder.norm_num_groups"),
+    ),
+    10_000: (
+        *("samples.prompts", "samples.teacher_steps", "evaluation.prompts", "checkpoint.keep"),
+    ),
+    8192: ("data.text_length",),
+    1024: (
+        *("model.num_layers", "model.num_single_layers", "model.attention_head_dim"),
+        *("model.num_attention_heads", "autoencoder.layers_per_block"),
+    ),
+}
+
+
+def of_runs() -> Iterable[Rule]:
+    """Keys, what must hold of their values, and how that is said."""
+    yield _POSITIVE, lambda value: 0 < value < math.inf, "positive"
+    yield _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "zero or more"
+    yield _SHARES, lambda value: 0 <= value < 1, "at least 0 and less than 1"
+    yield _SEEDS, lambda value: 0 <= value <= streams.MOST_SEED, "at least 0 and less than 2^32"
+    yield ("optimizer.decay_share",), lambda value: 0 <= value <= 1, "from 0 to 1"
+    yield ("name",), _is_name, "a word; it names the default workdir"
+    yield ("data.resolution",), _is_resolution, _RESOLUTION
+    yield _STEP_COUNTS, lambda value: min(value) > 0, "a list of positive numbers"
+    steps = f"a list of at most 100 numbers, none above {MOST_STEPS}"
+    yield _STEP_COUNTS, lambda value: max(value) <= MOST_STEPS and len(value) <= 100, steps
+    yield ("autoencoder.block_out_channels",), _are_widths, "a list of up to 8 positive widths"
+    yield ("model.axes_dims_rope",), _are_axes, "a list of three even numbers"
+    yield ("optimizer.frozen", "lora.targets"), is_pattern, PATTERN
+    for most, keys in _AT_MOST.items():
+        yield keys, lambda value, most=most: value <= most, f"{most} or less"
+    for key, known in CHOICES.items():
+        yield (key,), known.__contains__, f"one of {', '.join(filter(None, known))}"
+
+
+def of_objectives() -> Iterable[Rule]:
+    """The same for what objectives have, by the settings' names."""
+
+    def keys(names):
+        return [f"objective.{name}" for name in names.split()]
+
+    positive = "time_std angle_std data_scale data_std tangent_constant loss_constant particles"
+    yield keys(positive), lambda value: 0 < value < math.inf, "positive"
+    at_least = "tangent_warmup discrete_warmup loss_power weight_power kl_weight l1_weight"
+    yield keys(at_least), lambda value: 0 <= value < math.inf, "zero or more"
+    shares = "equal_share drop_rate mix_from mix_to"
+    yield keys(shares), lambda value: 0 <= value <= 1, "from 0 to 1"
+    numbers = "time_mean angle_mean weight_offset omega kappa time_shift"
+    yield keys(numbers), math.isfinite, "a finite number"
+    yield keys("gap"), lambda value: 1 <= value <= 20, "from 1 to 20; float32 tells no closer times"
+    yield keys("middle_angle"), lambda value: 0 < value < math.pi / 2, "between 0 and pi / 2"
+    scales = "a list of finite numbers"
+    yield keys("guidance_scales"), lambda value: all(map(math.isfinite, value)) and value, scales
+    for most, names in _AT_MOST.items():
+        yield names, lambda value, most=most: value <= most, f"{most} or less"
+
+
+PATTERN = (
+    "a pattern of up to 500 characters, in which no repetition is within another, and at most four"
+    " stand one after another"
+)
+_REPETITIONS = 4  # on paths of a hundred letters those take less than a second
+_FEW = 3  # a repetition that is not more often is none
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a text is a regular expression that is found in a path, or is not, in no time."""
+    if len(text) > 500:
+        return False
+    try:
+        re.compile(text)
+        return _repetitions(re._parser.parse(text)) <= _REPETITIONS
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+def _repetitions(pattern: Any) -> float:
+    """How many repetitions a path goes through at most, one after another.
+
+    Infinite where one can divide what it matches in several ways: it holds another, or
+    alternatives.
+
+    Args:
+      pattern: of `re`'s parser, a sequence of operations with their arguments.
+    """
+    most = 0.0
+    for operation, argument in pattern:
+        name = str(operation)
+        if name == "BRANCH":
+            most += max(map(_repetitions, argument[1]))
+        elif "REPEAT" in name:
+            _, upper, inner = argument
+            held = _repetitions(inner)
+            if upper <= _FEW:
+                most += upper * held
+            else:
+                most += math.inf if held or _has_alternatives(inner) else 1
+        else:
+            most += sum(map(_repetitions, _within(argument)))
+    return most
+
+
+def _has_alternatives(pattern: Any) -> bool:
+    """Whether what is repeated may match in several ways; what only looks ahead matches nothing."""
+    for operation, argument in pattern:
+        name = str(operation)
+        if name == "BRANCH" or ("REPEAT" in name and argument[0] != argument[1]):
+            return True
+        if "ASSERT" not in name and any(map(_has_alternatives, _within(argument))):
+            return True
+    return False
+
+
+def _within(argument: Any) -> list[Any]:
+    """The patterns that an operation holds, such as a group."""
+    parts = argument if isinstance(argument, tuple) else (argument,)
+    return [part for part in parts if isinstance(part, re._parser.SubPattern)]
+
+
+def _is_name(value: str) -> bool:
+    """Of words between slashes, which lead nowhere but down; or empty, which runs may not be."""
+    parts = value.split("/") if value else ()
+    plain = len(value) <= 200 and value.isprintable() and "\\" not in value
+    return plain and all(part.strip(". ") for part in parts)
+
+
+def _is_resolution(value: Sequence[int]) -> bool:
+    return len(value) == 2 and all(0 < x <= MOST_PIXELS and x % PATCH == 0 for x in value)
+
+
+def _are_widths(value: Sequence[int]) -> bool:
+    return len(value) <= 8 and all(0 < width <= 2**17 for width in value)
+
+
+def _are_axes(value: Sequence[int]) -> bool:
+    return len(value) == 3 and all(width > 0 and width % 2 == 0 for width in value)
+
+
+_MODERATE = "a finite number, a short line, or a list of up to 1000 of them"
+
+
+def _is_moderate(value: Any) -> bool:
+    """Whether a value can be counted with, written down and shown."""
+    if isinstance(value, list | tuple):
+        return len(value) <= 1000 and all(map(_is_moderate, value))
+    if isinstance(value, str):
+        return len(value) <= 4096 and value.isprintable()
+    return value is None or abs(value) < 2**63

@@ -1,0 +1,404 @@
+"""Runs: what happens, in which order, for a configuration."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from jax_distill.training import (acceptance, checkpoint, train)
+from jax_distill.assembly import (adapters, build, frozen, stages)
+from jax_distill import (flow, pipeline, streams, worlds)
+from jax_distill.storage import lease
+from jax_distill.devices import (processes, sharding)
+from jax_distill.evaluation import scoring
+from jax_distill import config as configuration
+from jax_distill.worlds.shapes import renderer
+from jax_distill.data.loader import Pictures
+from jax_distill.evaluation import (grids, report)
+from jax_distill.storage.files import write_json
+from jax_distill.models.finite import NotFinite
+from jax_distill.models import (autoencoder, lora)
+from jax_distill.models.binding import (binder, parameters)
+from jax_distill.models.latents import LatentCodec
+from jax_distill.objectives import time_rescale
+from jax_distill.objectives.autoencoder import AutoencoderObjective
+from jax_distill.training.train import Interrupted
+from jax_distill.worlds import (Source, World)
+
+__all__ = ["Interrupted", "run"]
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Trains what `config` describes in `workdir`, or goes on with what is there."""
+    if config.objective.name == "autoencoder":
+        train_autoencoder(config, workdir)
+    elif config.objective.name == "flow_matching":
+        train_teacher(config, workdir)
+    elif config.objective.name == "time_rescale":
+        rescale_teacher(config, workdir)
+    else:
+        distill(config, workdir)
+
+
+def begin(config: ConfigDict, workdir: Path) -> None:
+    """Writes the configuration of a new run; `train.fit` accepts that of one that goes on.
+
+    Raises:
+      ValueError: not all processes of the run see it there.
+    """
+    path = workdir / "config.json"
+    if processes.is_leader() and not path.exists():
+        acceptance.note_data(config, workdir)
+        configuration.save(config, workdir)
+    processes.wait("configuration written")
+    if not path.exists():
+        raise ValueError(
+            f"--workdir: process {jax.process_index()} does not see what process 0 writes into"
+            f" '{workdir}'; give a folder that all hosts share"
+        )
+
+
+def data(world: World, workdir: Path) -> Source:
+    """The data of a run, which one process makes where it must be made."""
+    return processes.leader_first(lambda: world.source(workdir), "data made")
+
+
+def train_autoencoder(config: ConfigDict, workdir: Path) -> None:
+    """Trains the autoencoder and measures the scale and shift of its latents."""
+    begin(config, workdir)
+    settings = autoencoder.AutoencoderConfig(**config.autoencoder)
+    size = renderer.IMAGE_SIZE // settings.downsampling
+    bind = binder(lambda: autoencoder.Autoencoder(settings, rngs=nnx.Rngs(0)))
+    objective = AutoencoderObjective(
+        encode=lambda params, images: tuple(bind(params).encode(images)),
+        decode=lambda params, latents: bind(params).decode(latents),
+        latent_shape=(size, size, settings.latent_channels),
+        kl_weight=config.objective.kl_weight,
+        l1_weight=config.objective.l1_weight,
+    )
+    params = parameters(autoencoder.Autoencoder(settings, rngs=nnx.Rngs(streams.key(config.seed))))
+    source = Pictures(config.data.examples, config.data.seed)
+    params = sharding.gather(train.fit(config, workdir, objective, params, {}, source))
+    if not processes.is_leader():
+        return
+    raw = dataclasses.replace(settings, scaling_factor=1.0, shift_factor=0.0)
+    codec = LatentCodec(raw, params)
+    pictures = np.stack([renderer.sample(config.data.seed, i).image for i in range(1024)])
+    latents = np.concatenate([codec.encode(part) for part in np.split(pictures, 16)])
+    measured = dataclasses.replace(
+        settings,
+        scaling_factor=float(1 / latents.std()),
+        shift_factor=float(latents.mean()),
+    )
+    write_json(workdir / "autoencoder.json", measured.to_dict())
+
+
+def train_teacher(config: ConfigDict, workdir: Path) -> None:
+    """Trains a network from scratch by flow matching, and evaluates it."""
+    begin(config, workdir)
+    world = worlds.of(config)
+    objective = build.objective(config)
+    source = data(world, workdir)
+    held = {"null": source.null}
+    trained = pipeline.Pipeline(config, {}, world)
+    preview = previewer(workdir, trained, source, {"teacher": config.evaluation.teacher_steps})
+    hooks = [(config.samples.every, under_way(preview))]
+    fresh = functools.partial(build.initial_parameters, config)
+    initial = train.Initial(jax.eval_shape(fresh), fresh)
+    trained.params = train.fit(config, workdir, objective, initial, held, source, hooks=hooks)
+    preview(config.total_steps, trained.params)
+    conclude(workdir, teacher=trained)
+
+
+def rescale_teacher(config: ConfigDict, workdir: Path) -> None:
+    """Time rescale as a run of its own: a teacher for many students."""
+    config, teacher = with_teacher(config)
+    source = data(teacher.world, workdir)
+    (stage,) = stages.of(config, teacher.config)
+    rescaled = rescale(stage, workdir, teacher, source)
+    counts = {"rescaled": config.evaluation.teacher_steps}
+    reference = reference_row(teacher, source, config.samples)
+    previewer(workdir, rescaled, source, counts, reference)(config.total_steps, rescaled.params)
+    conclude(workdir, teacher=rescaled)
+
+
+def distill(config: ConfigDict, workdir: Path) -> None:
+    """Makes a few-step student of a teacher: time rescale, the objective, and the evaluation.
+
+    While the student is trained, nothing is held of teacher and rescaled network but what its loss
+    reads (and the teacher's embedders, where adapters learn from the rescaled network); what is
+    needed before and after is read again.
+    """
+    config, teacher = with_teacher(config)
+    begin(config, workdir)
+    adapters.check_teacher(config, workdir, teacher.params["network"], note=True)
+    world = teacher.world
+    source = data(world, workdir)
+    *before, stage = stages.of(config, teacher.config)
+    reference = reference_row(teacher, source, config.samples)
+    read, network = stored_network(config, teacher), teacher.params["network"]
+    if before:
+        with lease.of_run(workdir / "time_rescale"):
+            rescaled = rescale(before[0], workdir / "time_rescale", teacher, source)
+        read = rescaled.taken
+        if config.teacher.velocity == "rescaled":
+            reference()
+            network = frozen.place(frozen.hold(config, read()), mesh_of(config))
+            if adapters.settings(config) is None:  # else its arrays are the adapters' base
+                teacher.release()
+    whole = functools.partial(adapters.whole, config, network)
+    counts = {"student": config.evaluation.student_steps}
+    student = pipeline.Pipeline(config, {}, world)
+    preview = previewer(workdir, student, source, counts, reference)
+    hooks = [(config.samples.every, preview)]
+    if world.scored:
+        record = scoring.recorder(workdir / scoring.SCORES, student)
+        hooks.append((config.evaluation.every, record))
+    hooks = [(every, under_way(of_whole(hook, whole))) for every, hook in hooks]
+    objective = build.objective(config, stage.teacher)
+    held = {"teacher": network, "null": source.null}
+    trained = train.fit(
+        config, workdir, objective, initial_of(stage, read), held, source, hooks=hooks
+    )
+    student.params = whole(trained)
+    preview(config.total_steps, student.params)
+    conclude(workdir, teacher=teacher, student=student)
+
+
+def with_teacher(config: ConfigDict) -> tuple[ConfigDict, pipeline.Pipeline]:
+    """The student's whole configuration, and the teacher as the student's run holds it.
+
+    The teacher is in the student's world and precision, frozen, on the mesh of the run; it can be
+    released and is then read again where it is needed.
+    """
+    mesh = mesh_of(config)
+    loaded = pipeline.load(config.teacher.checkpoint or pipeline.EMBEDDED, mesh=mesh)
+    config = stages.student_config(config, loaded.config)
+
+    def read() -> dict:
+        return {"network": frozen.place(frozen.hold(config, lora.merged(loaded.taken())), mesh)}
+
+    teacher = pipeline.Pipeline(stages.as_teacher(config, loaded.config), read, worlds.of(config))
+    kind, asked = build.guidance_of(teacher.config), config.teacher.guidance
+    how = f"teacher.guidance={asked}" if asked != "auto" else f"auto: {kind}"
+    logging.info("teacher: %s (%s)", build.GUIDANCE[kind], how)
+    return config, teacher
+
+
+def mesh_of(config: ConfigDict) -> Mesh:
+    """The mesh that a run trains on."""
+    return sharding.make_mesh(config.mesh)
+
+
+def initial_of(stage: stages.Stage, read: Callable[[], dict]) -> train.Initial:
+    """What a stage starts from: the network that `read` gives, which is called where it begins."""
+    fresh = functools.partial(build.initial_parameters, stage.config)
+    return train.Initial(jax.eval_shape(fresh), lambda: stages.initial_network(stage, read()))
+
+
+def stored_network(config: ConfigDict, teacher: pipeline.Pipeline) -> Callable[[], dict]:
+    """A function that gives the teacher's parameters, none of them narrowed.
+
+    They are those that the run holds, where that is as wide as they are stored, or where only
+    adapters are trained: these start from embedders alone, which are held as they are stored.
+    Otherwise they are read anew.
+    """
+
+    def read() -> dict:
+        if config.dtype == "float32" or adapters.settings(config) is not None:
+            return teacher.params["network"]
+        source = config.teacher.checkpoint or pipeline.EMBEDDED
+        return lora.merged(pipeline.load(source, mesh=mesh_of(config)).params["network"])
+
+    return read
+
+
+def conclude(
+    workdir: Path, *, teacher: pipeline.Pipeline, student: pipeline.Pipeline | None = None
+) -> None:
+    """Scores what was trained, in a world that is scored, and writes the report."""
+    if teacher.world.scored:
+        scoring.conclude(workdir, teacher=teacher, student=student)
+    elif processes.is_leader():
+        print(f"report: {report.write_report(workdir)}")
+
+
+def rescale(
+    stage: stages.Stage, workdir: Path, teacher: pipeline.Pipeline, source: Source
+) -> pipeline.Pipeline:
+    """The teacher with the student's inputs: t for 1000 t, and the guidance scale embedded."""
+    config = stage.config
+    begin(config, workdir)
+    adapters.check_teacher(config, workdir, teacher.params["network"], note=True)
+    initial = initial_of(stage, stored_network(config, teacher))
+    objective = build.objective(config, stage.teacher)
+    held = {"teacher": teacher.params["network"], "null": source.null}
+    train.fit(config, workdir, objective, initial, held, source)
+
+    def read() -> dict:
+        average = checkpoint.load_averaged(workdir, mesh_of(config))
+        if adapters.settings(config) is None:
+            return average
+        return adapters.whole(config, teacher.params["network"], average)
+
+    rescaled = pipeline.Pipeline(config, read, teacher.world)
+    if processes.agreed(not (workdir / "rescale.json").exists()):
+        refitted = initial.make()
+        quality = stages.qualities(stage, teacher.params["network"], refitted)
+        old = jax.tree.map(  # of the types of the new one: all stages but the last compile as one
+            lambda leaf, like: jnp.asarray(leaf, like.dtype),
+            teacher.params["network"]["time_embedder"],
+            refitted["time_embedder"],
+        )
+        networks = {
+            "unfitted": {**refitted, "time_embedder": old},
+            "refitted": refitted,
+            "finetuned": rescaled.params["network"],
+        }
+        compared = compare_stages(config, teacher, networks, source)
+        for name, (error, condition) in quality.items():
+            logging.info(
+                "%s: refitted with an error of %.3f of its variation, condition %.1f",
+                name,
+                error,
+                condition,
+            )
+            values = {f"{name}_error": error, f"{name}_condition": condition}
+            compared["refitted"] |= values
+        if processes.is_leader():
+            write_json(workdir / "rescale.json", compared)
+    return rescaled
+
+
+def compare_stages(
+    config: ConfigDict,
+    teacher: pipeline.Pipeline,
+    networks: dict[str, dict],
+    source: Source,
+) -> dict[str, dict[str, float]]:
+    """How near the network of each stage of the rescale is to the teacher, how smooth in time."""
+    # About 64 pictures, no more on a device than a step of training has there.
+    mesh = mesh_of(config)
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    most = config.batch_size // config.accumulate
+    count = min(most, len(source) // devices * devices, max(devices, 64 // devices * devices))
+    batch = jax.tree.map(lambda *rows: np.stack(rows), *[source[index] for index in range(count)])
+    t = jnp.linspace(0.01, 0.99, count)
+    noise = jax.random.normal(streams.key(config.seed), batch.x.shape)
+    guidance = jnp.full(count, config.evaluation.guidance)
+    split = NamedSharding(mesh, sharding.BATCH)
+    points = sharding.put((batch, noise, t, guidance), split)
+    held = {"teacher": teacher.params["network"], "null": source.null}
+    old = build.teacher_velocity(teacher.config, worlds.of(config).resolution)
+    network = build.network(config)
+
+    @jax.jit
+    def measure(params, frozen, batch, noise, t, guidance):
+        return time_rescale.compare(
+            lambda x, t: network.velocity(params, x, t, batch.text, guidance),
+            lambda x, t: old(frozen, x, t, batch.text, guidance),
+            flow.interpolate(batch.x, noise, t),
+            t,
+        )
+
+    stage_values = {}
+    for name, params in networks.items():
+        measured = measure(params, held, *points)
+        values = {key: float(value) for key, value in measured._asdict().items()}
+        stage_values[name] = values
+        logging.info(
+            "time rescale, %s: relative velocity error %.3f, rms d(net)/dt %.3g (teacher's %.3g)",
+            name,
+            values["velocity_error"],
+            values["time_derivative"],
+            values["old_time_derivative"],
+        )
+    return stage_values
+
+
+def reference_row(
+    teacher: pipeline.Pipeline, source: Source, settings: ConfigDict
+) -> Callable[[], np.ndarray]:
+    """A function that draws the teacher's row of the sample grids, once.
+
+    Args:
+      teacher: draws it.
+      source: the data.
+      settings: the run's section `samples`.
+    """
+
+    def draw() -> np.ndarray:
+        _, text = teacher.world.preview(source, settings.prompts)
+        return teacher.draw(text, steps=settings.teacher_steps)
+
+    return functools.cache(draw)
+
+
+def previewer(
+    workdir: Path,
+    trained: pipeline.Pipeline,
+    source: Source,
+    steps: dict[str, Sequence[int]],
+    reference: Callable[[], np.ndarray] | None = None,
+):
+    """A function (step, averaged parameters) that draws fixed prompts into `samples/`.
+
+    Args:
+      workdir: of the run.
+      trained: what is trained; its parameters are set.
+      source: the data.
+      steps: numbers of sampling steps, a row each, under the name of what is trained.
+      reference: draws the first row, see `reference_row`.
+    """
+    config, world = trained.config, trained.world
+    full = config.samples.teacher_steps
+    prompts, text = world.preview(source, config.samples.prompts)
+    draw = functools.partial(pipeline.Pipeline.draw, text=text, resolution=world.resolution)
+    ((name, counts),) = steps.items()
+
+    def preview(step: int, params: dict) -> None:
+        trained.params = params
+        rows = {f"{name}, {count} step{'s' * (count > 1)}": count for count in counts}
+        pictures = [draw(trained, steps=count) for count in rows.values()]
+        labels = list(rows)
+        if reference is not None:
+            pictures, labels = [reference(), *pictures], [f"teacher, {full} steps", *labels]
+        if not processes.is_leader():
+            return
+        grids.save_grid(
+            workdir / "samples" / f"step-{step:06d}.png",
+            pictures,
+            row_labels=labels,
+            column_labels=prompts,
+            title=f"{config.name}, step {step}",
+        )
+
+    return preview
+
+
+def under_way(hook: Callable[[int, dict], None]) -> Callable[[int, dict], None]:
+    """A hook of training that draws: pictures that are not finite are a line, not the run's end.
+
+    The run may get over it, and may be told to (`on_nonfinite`); what is drawn after it may not.
+    """
+
+    def warned(step: int, params: dict) -> None:
+        try:
+            hook(step, params)
+        except NotFinite as error:
+            logging.warning("step %d: nothing is drawn or scored; %s", step, error)
+
+    return warned
+
+
+def of_whole(hook: Callable[[int, dict], None], whole: Callable[[dict], dict]):
+    """A hook of training, given whole parameters."""
+    return lambda step, params: hook(step, whole(params))

@@ -1,0 +1,357 @@
+"""Files: read as what they should be or refused by name, written whole or not at all."""
+
+import codecs
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from jax_distill.storage import disks, liveness
+
+TEXT_BYTES = 2**26
+"""The most that is read of one text, or of one line of a file that is read line by line."""
+JSON_BYTES = 2**24
+"""The most that is read as JSON at once, which takes up to thirty times as much memory."""
+JSON_DEPTH = 64
+"""Lists and tables in one another that JSON may have."""
+
+_MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's does
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,9})\.partial")
+
+
+class FileError(ValueError):
+    """A file that is not what it should be; the message names it, the cause and the fix."""
+
+
+def unread(
+    where: str, error: BaseException, passing: Callable[[BaseException], bool] = disks.passing
+) -> FileError | None:
+    """What to raise where something cannot be read, and that says nothing about what it holds.
+
+    Args:
+      where: begins the message, such as "'a.pt'".
+      error: that a library has raised.
+      passing: tells such errors from those of damaged files; `disks.raised` is the other one.
+
+    Returns:
+      An error to raise, or None where what is read is damaged: then the caller says so.
+    """
+    if not passing(error):
+        return None
+    reason = disks.reason(error)
+    return FileError(
+        f"{where} cannot be read for now ({reason}); mend that and run the same command again"
+    )
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Lets errors of the system name a file that was open already, which they do not by themselves.
+
+    Raises:
+      OSError: as the block does.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def check_regular(path: Path) -> None:
+    """Checks that a path is a file with content: no folder, pipe, socket or device.
+
+    Raises:
+      FileError: it is something else, which a reader could wait for without end.
+      FileNotFoundError: there is nothing.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise FileError(f"'{str(path)[:200]}...' is a longer name than files have") from None
+    if not stat.S_ISREG(mode):
+        raise FileError(f"'{path}' is no regular file; give a file that lies on a disk")
+
+
+def read_text(path: Path) -> str:
+    """The text of a file: UTF-8 whatever the locale, or what a byte order mark says; no mark.
+
+    Raises:
+      FileError: it is not text, or longer than `TEXT_BYTES`.
+      FileNotFoundError: there is none.
+    """
+    path = Path(path)
+    check_regular(path)
+    with named(path), path.open("rb") as file:
+        content = file.read(TEXT_BYTES + 1)
+    if len(content) > TEXT_BYTES:
+        raise FileError(f"'{path}' is longer than the {TEXT_BYTES >> 20} MiB that are read of text")
+    try:
+        return _checked(content.decode(encoding_of(content)), path)
+    except UnicodeDecodeError as error:
+        raise _no_text(path, error) from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    r"""The lines of a text with their numbers, from 1; they end at \n or \r\n and nowhere else.
+
+    Raises:
+      FileError: as `read_text`, of a line.
+      FileNotFoundError: there is no file.
+    """
+    path = Path(path)
+    check_regular(path)
+    with named(path), path.open("rb") as file:
+        encoding = encoding_of(file.read(4))
+    with path.open(encoding=encoding, newline="\n") as file:
+        number = 0
+        while True:
+            try:
+                with named(path):
+                    line = file.readline(TEXT_BYTES)
+            except UnicodeDecodeError as error:
+                raise _no_text(path, error) from None
+            if not line:
+                return
+            number += 1
+            if len(line) == TEXT_BYTES and not line.endswith("\n"):
+                raise FileError(f"'{path}', line {number}: it is longer than a line of text")
+            yield number, _checked(line.removesuffix("\n").removesuffix("\r"), path)
+
+
+def read_json(path: Path, kind: Any = dict[str, Any], *, fix: str = "restore or remove it") -> Any:
+    """What a JSON file holds, whose types are checked; keys that `kind` does not name are kept.
+
+    Args:
+      path: of the file.
+      kind: a type such as `dict[str, int]`, or a `TypedDict`, as `msgspec.convert` takes it.
+      fix: what to do about a file that is something else.
+
+    Raises:
+      FileError: it is no JSON, or not of that kind.
+      FileNotFoundError: there is none.
+    """
+    return parse_json(read_text(path), kind, where=f"'{path}'", fix=fix)
+
+
+def read_json_lines(
+    path: Path, kind: Any = dict[str, Any], *, fix: str = "mend or remove that line"
+) -> Iterator[tuple[int, Any]]:
+    """What the lines of a file hold, each JSON, with their numbers; empty lines are passed over.
+
+    Raises:
+      FileError and FileNotFoundError: as `read_json`, naming the line.
+    """
+    for number, line in read_lines(path):
+        if line.strip():
+            yield number, parse_json(line, kind, where=f"'{path}', line {number}", fix=fix)
+
+
+def parse_json(text: str, kind: Any = Any, *, where: str, fix: str) -> Any:
+    """As `read_json`, of a text.
+
+    Args:
+      text: JSON.
+      kind: as of `read_json`.
+      where: begins the message, such as "'a.json', line 3".
+      fix: ends it.
+
+    Raises:
+      FileError: it is no JSON, longer than `JSON_BYTES`, deeper than `JSON_DEPTH`, or not of that
+        kind.
+    """
+    if len(text) > JSON_BYTES:
+        raise FileError(f"{where} is longer than the {JSON_BYTES >> 20} MiB of JSON that are read")
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # no halves of characters
+    except (ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FileError(f"{where} is not valid JSON ({reason}); {fix}") from None
+    if text.count("{") + text.count("[") > JSON_DEPTH and len(list(_levels(value))) > JSON_DEPTH:
+        raise FileError(f"{where} has more than {JSON_DEPTH} tables in one another; {fix}")
+    check_kind(value, kind, where=where, fix=fix)
+    return value
+
+
+def _levels(value: Any) -> Iterator[list[Any]]:
+    """What JSON holds: the whole, what is in that, and so on, as far as its depth is allowed."""
+    level = [value]
+    for _ in range(JSON_DEPTH + 2):
+        yield level
+        nested = (
+            x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)
+        )
+        level = [child for children in nested for child in children]
+        if not level:
+            return
+
+
+def check_finite_numbers(value: Any, *, where: str, fix: str) -> None:
+    """Raises FileError when a number in what JSON holds is NaN or infinite."""
+    for level in _levels(value):
+        if any(isinstance(x, float) and not math.isfinite(x) for x in level):
+            raise FileError(f"{where} holds a number that is not finite; {fix}")
+
+
+def check_kind(value: Any, kind: Any, *, where: str, fix: str) -> None:
+    """Checks the types of what JSON or a pickle has given, without converting any.
+
+    Raises:
+      FileError: naming the place, such as `$.parts.clip`.
+    """
+    try:
+        msgspec.convert(value, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FileError(f"{where} does not hold what it should ({reason}); {fix}") from None
+
+
+def encoding_of(content: bytes) -> str:
+    """The encoding that the first bytes of a file name; UTF-8 where they name none."""
+    return next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
+
+
+def _checked(text: str, path: Path) -> str:
+    if "\0" in text:  # UTF-16 without its mark reads as UTF-8 with these in between
+        raise FileError(f"'{path}' is not UTF-8 text (it has NUL characters); save it as UTF-8")
+    return text
+
+
+def _no_text(path: Path, error: UnicodeDecodeError) -> FileError:
+    return FileError(f"'{path}' is not UTF-8 text ({error.reason}); save it as UTF-8")
+
+
+def is_address(path: str | Path) -> bool:
+    """Whether a path is of a bucket, such as gs://bucket/run; as a `Path` it has one slash less."""
+    return re.match(r"[a-z][a-z0-9+.-]+:/", str(path)) is not None
+
+
+def check_output(path: str | Path, endings: Sequence[str] = (), *, name: str = "--output") -> None:
+    """Checks that a file can be written, before the work that it is to hold; nothing is left there.
+
+    Args:
+      path: of the file; folders that are missing are made when it is written.
+      endings: that its name may have, such as ".png"; any by default.
+      name: of the flag, for the message.
+
+    Raises:
+      FileError: it has another ending, there is something else, or its folder cannot be written.
+    """
+    text, path = str(path), Path(path)
+    if is_address(text):
+        raise FileError(f"{name}: '{text}' is an address; give a path, such as in a mounted bucket")
+    if not path.name or endings and path.suffix.lower() not in endings:
+        wanted = " or ".join(f"*{ending}" for ending in endings) or "a file"
+        raise FileError(f"{name}: '{text}' has not the right ending; name the file {wanted}")
+    folder = path.parent
+    try:
+        if os.path.lexists(path) and not path.is_file():
+            raise FileError(f"{name}: '{text}' is there and no regular file; choose another")
+        while not folder.exists():
+            if folder.is_symlink():
+                raise FileError(f"{name}: '{folder}' is a link to nothing; give another folder")
+            folder = folder.parent
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path.with_name(path.name + ".partial"))  # as it is written: too long a name?
+        with tempfile.TemporaryFile(dir=folder):  # has no name, where the file system knows such
+            pass
+    except FileError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FileError(
+            f"{name}: '{text}' cannot be written ({reason} at '{folder}'); give another path"
+        ) from None
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes a file so that a reader finds the old one or the whole new one, never a part.
+
+    Args:
+      path: the file; its folder is made if it is missing.
+      content: bytes, or text that is written as UTF-8.
+
+    Raises:
+      FileError: the disk is full, or cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        partial = partial_of(path)
+        try:
+            with partial.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        if (found := disks.full(error)) is None:
+            raise
+        what, fix = found
+        raise FileError(f"'{path}': {what}; {fix} and run the same command again") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON, indented, in the same way."""
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def partial_of(path: Path) -> Path:
+    """Where this process makes a file or folder, until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def check_no_partial(path: str | Path, name: str) -> None:
+    """Checks that a source is not one that a process is making, or was when it died.
+
+    Args:
+      path: of the source.
+      name: begins the message, such as "--source".
+
+    Raises:
+      FileError: it is.
+    """
+    if any(_PARTIAL.fullmatch(part) for part in Path(path).absolute().parts):
+        raise FileError(f"{name}: '{path}' is half made; make it whole and give that")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Removes what processes of this host left half made, of a file or folder, when they died."""
+    with contextlib.suppress(OSError):
+        for leftover in os.scandir(path.parent):
+            found = _PARTIAL.fullmatch(leftover.name)
+            if found is None or found["name"] != path.name:
+                continue
+            pid, changed = int(found["pid"]), leftover.stat(follow_symlinks=False).st_mtime
+            # A living process of that number may be a later one.
+            if liveness.is_alive(pid) and not liveness.started_after(pid, changed):
+                continue
+            if leftover.is_dir(follow_symlinks=False):
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                os.unlink(leftover)

@@ -1,0 +1,303 @@
+"""Training checkpoints: Orbax, asynchronous and atomic, with the input pipeline's position."""
+
+import copy
+import itertools
+import json
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from jax_distill.devices import processes
+from jax_distill.devices.sharding import shard_state
+from jax_distill.storage.files import read_json
+from jax_distill.training import damage
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds."""
+
+    state: Any
+    position: dict[str, Any]  # of the input pipeline
+    metrics: dict[str, Any]  # of the steps since the last logged one
+
+
+class Progress(TypedDict):
+    """What stands beside the state in a checkpoint."""
+
+    metrics: dict[str, Any]
+    checksums: dict[str, int]
+
+
+class Checkpoints:
+    """The checkpoints of one run; what a killed save left behind is removed.
+
+    Args:
+      directory: where they are, `<workdir>/checkpoints`.
+      keep: how many of the latest are kept.
+    """
+
+    def __init__(self, directory: Path, keep: int = 2):
+        self.directory = Path(directory).resolve()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                enable_async_checkpointing=True,
+                create=True,
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the latest complete checkpoint, None when there is none."""
+        return self._manager.latest_step()
+
+    def save(
+        self, step: int, state: Any, position: dict[str, Any], metrics: dict[str, Any] | None = None
+    ) -> None:
+        """Begins to save; returns once the arrays are copied. Does nothing if `step` is there.
+
+        Args:
+          step: steps taken.
+          state: a NamedTuple of trees of arrays.
+          position: of the input pipeline after `step` batches, JSON-able.
+          metrics: of the steps since the last logged one, JSON-able.
+        """
+        if step in self._manager.all_steps():
+            return
+        # Copies: the files are written while the caller goes on.
+        position, metrics = copy.deepcopy((position, metrics or {}))
+        progress = {"metrics": metrics, "checksums": checksums(state, position)}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=ocp.args.JsonSave(position),
+                progress=ocp.args.JsonSave(progress),
+            ),
+        )
+
+    def restore(self, step: int, like: Any) -> Saved:
+        """What was saved at a step.
+
+        Args:
+          step: one that was saved.
+          like: a state of the same structure, whose shapes, types and shardings are used; arrays
+            or `jax.ShapeDtypeStruct`s.
+
+        Raises:
+          damage.Other: the state that was saved has other arrays.
+          Exception: of whatever kind, when the files are damaged.
+        """
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        found = _described(self.directory / str(step))
+        if difference := damage.difference(_flat(found), _flat(target)):
+            raise damage.Other(difference)
+        items = {"state": ocp.args.StandardRestore(target), "data": ocp.args.JsonRestore()}
+        if _has_progress(self.directory / str(step)):
+            items["progress"] = ocp.args.JsonRestore()
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        state, position = restored["state"], restored["data"]
+        progress = restored.get("progress", {"metrics": {}, "checksums": {}})
+        found = checksums(state, position)
+        if not progress["checksums"].items() <= found.items():
+            raise damage.Changed("its checksums do not fit what it holds")
+        return Saved(state, position, progress["metrics"])
+
+    def restore_latest(self, like: Any) -> tuple[int, Saved] | None:
+        """The latest checkpoint that is whole, with its step; None when there is none at all.
+
+        Damaged ones after it are renamed to `damaged-<step>`, with a warning; nothing is deleted.
+
+        Raises:
+          ValueError: there are checkpoints and none can be restored, the latest holds another
+            state, or it cannot be read for now.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
+            return None
+        step, saved = damage.first_whole(
+            self.directory, steps, lambda step: self.restore(step, like), self._check_itself
+        )
+        if step != steps[0]:
+            if processes.is_leader():
+                for damaged in steps[: steps.index(step)]:
+                    _set_aside(self.directory / str(damaged))
+            processes.wait("damaged checkpoints renamed")
+            self._manager.reload()
+        return step, saved
+
+    def _check_itself(self, step: int) -> None:
+        """Reads a checkpoint as it describes itself.
+
+        Raises:
+          Exception: of whatever kind, when the files are damaged.
+        """
+        folder = self.directory / str(step)
+        fields = _restore(folder, _described(folder))
+        position = ocp.JsonCheckpointHandler().restore(folder / "data")
+        if not _saved_sums(folder).items() <= _sums(fields, position).items():
+            raise damage.Changed("its checksums do not fit what it holds")
+
+    def wait(self) -> None:
+        """Returns when every save has reached the disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits as `wait` does and lets go of the directory."""
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        # Of several processes, one that fails waits for none: they may be waiting for it.
+        if not (processes.joined() and isinstance(error, Exception)):
+            self.close()
+
+
+def complete_steps(workdir: Path) -> list[int]:
+    """The steps of a run's complete checkpoints, latest first; nothing is read or written.
+
+    Raises:
+      ValueError: the run has none.
+    """
+    directory = (Path(workdir) / "checkpoints").resolve()
+    if not directory.is_dir():
+        raise ValueError(
+            f"'{workdir}' has no checkpoints; train it with python -m jax_distill.main"
+        )
+    steps = sorted(ocp.utils.checkpoint_steps(directory), reverse=True)
+    if not steps:
+        raise ValueError(f"'{directory}' has no complete checkpoint yet; train on and try again")
+    return steps
+
+
+def load_averaged(workdir: Path, mesh: Mesh | None = None, *, from_step: int = 0) -> dict:
+    """The averaged parameters of a run's latest whole checkpoint.
+
+    The run may be under way: nothing is written, and no more than the average is read.
+
+    Args:
+      workdir: of the run.
+      mesh: places them by the rules of `parallel`; without one they are on the default device.
+      from_step: the earliest that will do.
+
+    Raises:
+      ValueError: the run has no complete checkpoint, none that can be restored, or cannot be read
+        for now.
+    """
+    steps = [step for step in complete_steps(workdir) if step >= from_step]
+    if not steps:
+        raise ValueError(f"'{workdir}' has no complete checkpoint of step {from_step} or later")
+    directory = (Path(workdir) / "checkpoints").resolve()
+
+    def restore(step: int) -> dict:
+        folder = directory / str(step)
+        found = {"ema": _described(folder)["ema"]}
+        restored = _restore(folder, found, None if mesh is None else shard_state(found, mesh))
+        expected = _saved_sums(folder)
+        if expected and int(bit_sums(restored)["ema"]) != expected["ema"]:
+            raise damage.Changed("its checksums do not fit what it holds")
+        return restored["ema"]
+
+    return damage.first_whole(directory, steps, restore)[1]
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """The state that a checkpoint holds, as a tree of shapes and types."""
+    return ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """The arrays of a tree by their names, such as "opt_state.1.0.mu.kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _restore(folder: Path, found: dict[str, Any], places: Any = None) -> dict[str, Any]:
+    """Reads a part of a checkpoint's state.
+
+    Args:
+      folder: of the checkpoint.
+      found: that part of what `_described` gives.
+      places: a tree of shardings; by default all is on the default device.
+    """
+    if places is None:
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = jax.tree.map(lambda _: device, found)
+    target = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        found,
+        places,
+    )
+    arguments = ocp.checkpoint_utils.construct_restore_args(target)
+    return ocp.PyTreeCheckpointHandler().restore(
+        folder / "state", args=ocp.args.PyTreeRestore(target, arguments, partial_restore=True)
+    )
+
+
+def _saved_sums(folder: Path) -> dict[str, int]:
+    """The checksums of a checkpoint; the first versions saved none."""
+    if not _has_progress(folder):
+        return {}
+    return read_json(folder / "progress" / "metadata", Progress)["checksums"]
+
+
+def _has_progress(folder: Path) -> bool:
+    """Whether a checkpoint was saved with what the first versions did not save; not: is whole."""
+    described = folder / "_CHECKPOINT_METADATA"
+    if (folder / "progress").exists() or not described.exists():
+        return (folder / "progress").exists()
+    return "progress" in (read_json(described).get("item_handlers") or {})
+
+
+def _set_aside(folder: Path) -> None:
+    """Renames a damaged checkpoint; those that were set aside before stay."""
+    for number in itertools.count():
+        aside = folder.with_name(f"damaged-{folder.name}" + f"-{number}" * bool(number))
+        if not aside.exists():
+            folder.rename(aside)
+            return
+
+
+def is_finished(workdir: Path, total_steps: int) -> bool:
+    """Whether a run has a complete checkpoint of its last step."""
+    try:
+        return complete_steps(workdir)[0] >= total_steps
+    except ValueError:
+        return False
+
+
+def checksums(state: Any, position: dict[str, Any]) -> dict[str, int]:
+    """A number for each field of the state (a NamedTuple) and one for the input's position.
+
+    Orbax notices missing and cut files, but takes a flipped bit for data.
+    """
+    return _sums(state._asdict(), position)
+
+
+def _sums(fields: dict[str, Any], position: dict[str, Any]) -> dict[str, int]:
+    numbers = jax.device_get(bit_sums(fields))
+    text = json.dumps(position, sort_keys=True)
+    return {name: int(value) for name, value in numbers.items()} | {
+        "data": zlib.crc32(text.encode())
+    }
+
+
+@jax.jit
+def bit_sums(fields: dict[str, Any]) -> dict[str, jax.Array]:
+    """The sum modulo 2^32 of all bits as whole numbers, whatever the sharding."""
+
+    def add(leaf: jax.Array) -> jax.Array:
+        kind = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+        return jnp.sum(jax.lax.bitcast_convert_type(leaf, kind), dtype=jnp.uint32)
+
+    zero = jnp.zeros((), jnp.uint32)
+    return {name: sum(map(add, jax.tree.leaves(tree)), zero) for name, tree in fields.items()}

@@ -1,0 +1,137 @@
+"""What a run tells of itself: the terminal, metrics.jsonl and TensorBoard."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import TypedDict
+
+from absl import logging
+
+from jax_distill.devices import processes
+from jax_distill.storage.files import FileError, check_regular, parse_json, write_atomically
+
+METRICS = "metrics.jsonl"
+
+
+class Report:
+    """Progress on the terminal, TensorBoard events, and one line of metrics.jsonl a logged step.
+
+    A line holds the means over the steps since the line before, of finite values; null where there
+    are none.
+
+    Args:
+      workdir: where metrics.jsonl and the event files go.
+      total: steps to take in all.
+      batch_size: examples a step.
+    """
+
+    def __init__(self, workdir: Path, total: int, batch_size: int):
+        self._workdir, self._total, self._batch_size = workdir, total, batch_size
+        self._writer = None
+        self.window: dict[str, list[float]] = {}  # of each metric, the sum and the count
+
+    def begin(self, start: int, window: dict[str, list[float]]) -> None:
+        """Opens the files; lines of steps that will be taken again are dropped.
+
+        Args:
+          start: steps taken before.
+          window: that of the report that saved them.
+        """
+        self.window = window
+        self._start = self._last_step = start
+        self._begun = time.monotonic()
+        self.start_clock()
+        if processes.is_leader():
+            from clu import metric_writers  # brings TensorFlow: seconds that only training pays
+
+            _forget_after(self._workdir / METRICS, start)
+            self._writer = metric_writers.create_default_writer(
+                str(self._workdir), just_logging=False, asynchronous=True
+            )
+
+    def start_clock(self) -> None:
+        """Throughput and the time left count from here."""
+        self._clock_start = self._last = time.monotonic()
+
+    def add(self, metrics: dict[str, float]) -> None:
+        """Takes in the metrics of one step."""
+        for name, value in metrics.items():
+            total, count = self.window.get(name, (0.0, 0))
+            if math.isfinite(value):
+                total, count = total + value, count + 1
+            self.window[name] = [total, count]
+        self.window["skipped"] = [metrics["skipped"], 1]  # a count already
+
+    def write(self, step: int, learning_rate: float) -> None:
+        """Writes a line and begins the next."""
+        mean = {name: sum_ / n if n else None for name, (sum_, n) in self.window.items()}
+        mean["skipped"] = int(mean["skipped"])
+        self.window = {}
+        now = time.monotonic()
+        rate = (step - self._last_step) / max(now - self._last, 1e-9)
+        left = (self._total - step) * (now - self._clock_start) / max(step - self._start, 1)
+        self._last, self._last_step = now, step
+        if self._writer is None:
+            return
+        line = {
+            "loss": mean.pop("loss"),
+            **mean,
+            "learning_rate": learning_rate,
+            "steps_per_sec": rate,
+            "examples_per_sec": rate * self._batch_size,
+            "time": now - self._begun,
+        }
+        with (self._workdir / METRICS).open("a") as file:
+            file.write(json.dumps({"step": step, **line}) + "\n")
+        self._writer.write_scalars(step, {k: v for k, v in line.items() if v is not None})
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        examples = line["examples_per_sec"]
+        logging.info(
+            "step %d/%d  loss %s  %s examples/s  %s left",
+            *(step, self._total, loss),
+            f"{examples:.0f}" if examples >= 10 else f"{examples:.1f}",
+            clock(left),
+        )
+
+    def close(self) -> None:
+        """Writes out what TensorBoard has not got yet."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+
+class _Line(TypedDict):
+    step: int
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drops the lines of later steps, and what a killed run left half written, atomically."""
+    if not path.exists():
+        return
+    check_regular(path)
+    kept = []
+    # Bytes that are no text, such as zeros after a loss of power, spoil their line alone.
+    with path.open("rb") as file:
+        content = file.read().decode(errors="replace")
+    for number, text in enumerate(filter(str.strip, content.split("\n")), 1):
+        try:
+            line = parse_json(text, _Line, where=f"'{path}', line {number}", fix="it is left out")
+        except FileError as error:
+            logging.warning("%s", error)
+            continue
+        if line["step"] <= step:
+            kept.append(text + "\n")
+    write_atomically(path, "".join(kept))
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,293 @@
+"""FLUX's world: the text encoders and the autoencoder of a ported folder."""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx, traverse_util
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from jax_distill import flow
+from jax_distill.config import ConfigError, load
+from jax_distill.data.encoding import NULL_CAPTION, encode_folder
+from jax_distill.data.folder import find
+from jax_distill.data.loader import EmbeddedLatents
+from jax_distill.data.records import LatentRecords
+from jax_distill.devices import sharding
+from jax_distill.flow import Text
+from jax_distill.interop import ported_folder
+from jax_distill.models import clip, t5
+from jax_distill.models.autoencoder import Autoencoder, AutoencoderConfig
+from jax_distill.models.binding import parameters
+from jax_distill.models.latents import LatentCodec
+from jax_distill.storage.quoting import shown
+from jax_distill.worlds.flux.text_encoders import Part, TextEncoders
+from jax_distill.worlds.flux.tokenizers import FluxTokenizer
+
+_LARGEST_SHIFT = 50.0  # of mu: times are shifted by e^mu
+# What diffusers' FlowMatchEulerDiscreteScheduler can also do, and the only value that we follow.
+_FIXED = {
+    "num_train_timesteps": 1000,
+    "time_shift_type": "exponential",
+    "shift_terminal": None,
+    "invert_sigmas": False,
+    "stochastic_sampling": False,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+
+
+class Flux:
+    """Pictures and captions as FLUX has them; see `World`.
+
+    The parts come from the ported folder that `teacher.checkpoint` leads to, over as many runs as
+    there are between. Parameters are read when they are needed, in the type that they are stored
+    in; the text encoders are let go of again.
+    """
+
+    batch_size = 4
+    scored = False
+    plain_guidance = "none"  # as FLUX.1-schnell
+
+    def __init__(self, config: ConfigDict):
+        self._config = config
+        self.resolution = tuple(config.data.resolution)
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The ported folder.
+
+        Raises:
+          ConfigError: `teacher.checkpoint` leads to none.
+        """
+        return parts_folder(self._config.teacher.checkpoint)
+
+    @functools.cached_property
+    def _described(self) -> dict[str, Any]:
+        return ported_folder.describe(self.folder)
+
+    @functools.cached_property
+    def codec(self) -> LatentCodec:
+        config = AutoencoderConfig.from_dict(self._described["parts"]["autoencoder"])
+        like = jax.eval_shape(lambda: parameters(Autoencoder(config, rngs=nnx.Rngs(0))))
+        params = load_stored(self.folder, "autoencoder", like)
+        return LatentCodec(config, params, sliced=True)
+
+    @property
+    def latent_channels(self) -> int:
+        return 4 * self._described["parts"]["autoencoder"]["latent_channels"]
+
+    @property
+    def text_widths(self) -> tuple[int, int]:
+        parts = self._described["parts"]
+        return parts["t5"]["d_model"], parts["clip"]["hidden_size"]
+
+    def text_encoders(self) -> TextEncoders:
+        """The text encoders, on all devices; they take memory for as long as they are held."""
+        tokenizer = FluxTokenizer.load(self.folder, self._config.data.text_length)
+        mesh = sharding.make_mesh(sharding.ALL_FSDP)
+        parts = []
+        for name, module, kind in (("clip", clip, clip.ClipConfig), ("t5", t5, t5.T5Config)):
+            config = kind.from_dict(self._described["parts"][name])
+            like = jax.eval_shape(
+                lambda module=module, config=config: module.initial_parameters(config, nnx.Rngs(0))
+            )
+            parts.append(Part(config, load_stored(self.folder, name, like, mesh)))
+        return TextEncoders(tokenizer.encode, *parts, dtype=self._config.dtype, mesh=mesh)
+
+    def encode(self, captions: Sequence[str]) -> Text:
+        """Reads the text encoders, embeds, and lets go of them: 10 GB in FLUX's size."""
+        return self.text_encoders().encode(captions)
+
+    @functools.cached_property
+    def null(self) -> Text:
+        """The empty caption: of `data.path`, where there is one, or embedded anew."""
+        if self._config.data.path:
+            return LatentRecords(Path(self._config.data.path)).null
+        return self.encode([NULL_CAPTION])
+
+    def time_shift(self, tokens: int) -> float:
+        """As the teacher's scheduler has it: by the number of tokens, or constant (schnell)."""
+        return schedule_shift(scheduler_of(self._config.teacher.checkpoint), tokens)
+
+    def source(self, workdir: Path) -> EmbeddedLatents:
+        """`data.path`, captions embedded, as `jax_distill.prepare` made it."""
+        del workdir
+        return EmbeddedLatents(LatentRecords(Path(self._config.data.path)))
+
+    def preview(self, source: EmbeddedLatents, count: int) -> tuple[list[str], Text]:
+        """Captions of the data, taken evenly: no text encoder is needed."""
+        return source.captions([index * len(source) // count for index in range(count)])
+
+    def prepare(self, source: Path, output: Path, *, seed: int | None = None) -> int:
+        """Encodes a folder of pictures with captions, fitted to the world's height and width.
+
+        Args:
+          source: the folder, see `data.folder`.
+          output: folder of the records.
+          seed: of latents that are drawn from the posterior; None takes its mean.
+
+        Returns:
+          The number of pictures.
+
+        Raises:
+          ValueError: pictures or captions cannot be used.
+        """
+        pictures = find(source, self.resolution)
+        embed = self.text_encoders().encode
+        encode_folder(output, pictures, self.resolution, self.codec.encode, embed, seed=seed)
+        return len(pictures)
+
+    def check(self, records: LatentRecords | None) -> None:
+        config = self._config
+        if records is None:
+            raise ConfigError(
+                "data.path: missing; make the folder with python -m jax_distill.prepare"
+                f" --checkpoint={self.folder} --source=PICTURES --output=DIR"
+            )
+        if config.samples.prompts > len(records):
+            raise ConfigError(
+                f"samples.prompts: {config.samples.prompts} is more than the {len(records)}"
+                " examples there are"
+            )
+        sequence = records[0].sequence
+        if sequence is None or not records.has_null:
+            raise ConfigError(
+                f"data.path: '{config.data.path}' has no embedded captions; make the folder with"
+                f" python -m jax_distill.prepare --checkpoint={self.folder}"
+            )
+        length = config.data.text_length
+        made_for = records.description.get("resolution", ())
+        if tuple(made_for) != self.resolution:
+            raise ConfigError(
+                f"data.path: the pictures in '{config.data.path}' are of {tuple(made_for)} pixels,"
+                f" data.resolution is {self.resolution}; they must be equal"
+            )
+        if sequence.shape != (length, self.text_widths[0]):
+            raise ConfigError(
+                f"data.path: the captions in '{config.data.path}' are of shape {sequence.shape},"
+                f" the teacher's text encoders make {(length, self.text_widths[0])}; prepare the"
+                " folder with its text encoders"
+            )
+
+
+def ported_config(folder: Path) -> ConfigDict:
+    """The configuration of a ported folder; its `teacher.checkpoint`, itself, leads to the parts.
+
+    Raises:
+      ValueError: it is no ported folder, or an early one that lacks what it must say.
+    """
+    described = ported_folder.describe(folder)
+    config = load(folder).copy_and_resolve_references()
+    student = described["source"]["layout"] == "t2i_distill"
+    if student and config.model.guidance_embeds and "guidance_factor" not in config.model:
+        raise ValueError(
+            f"'{folder}' was ported before the guidance factor was kept; port it again"
+        )
+    with config.unlocked():
+        # A folder without the parts names the one that has them, but its schedule is its own.
+        config.teacher.checkpoint = str(folder)
+    return config
+
+
+def parts_folder(checkpoint: str) -> Path:
+    """The ported folder with text encoders and autoencoder that a teacher leads to.
+
+    Args:
+      checkpoint: a `teacher.checkpoint`: such a folder, or a run whose own teacher leads to one.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    for folder in ported_folders(checkpoint):
+        if "autoencoder" in ported_folder.describe(folder)["parts"]:
+            return folder
+    if not checkpoint:
+        raise ConfigError(
+            "teacher.checkpoint: missing; give a folder that python -m jax_distill.port made, or a"
+            " run that began with one"
+        )
+    raise ConfigError(
+        f"teacher.checkpoint: '{checkpoint}' leads to no ported folder with text encoders and"
+        " autoencoder; make one of a whole diffusers folder with python -m jax_distill.port"
+    )
+
+
+def scheduler_of(checkpoint: str) -> dict[str, Any] | None:
+    """The scheduler's config of the first ported folder that a teacher leads to.
+
+    Args:
+      checkpoint: as `parts_folder` takes it.
+
+    Returns:
+      diffusers' scheduler_config.json; None for FLUX's own schedule.
+
+    Raises:
+      ConfigError: it leads to none.
+    """
+    folder = next(ported_folders(checkpoint), None) or parts_folder(checkpoint)
+    return ported_folder.describe(folder)["scheduler"]
+
+
+def ported_folders(checkpoint: str) -> Iterator[Path]:
+    """All ported folders that a teacher leads to, its own first."""
+    passed: list[str] = []
+    while checkpoint and checkpoint not in passed:
+        if ported_folder.is_ported(Path(checkpoint)):
+            yield Path(checkpoint)
+        passed.append(checkpoint)
+        try:
+            checkpoint = load(Path(checkpoint)).teacher.checkpoint
+        except ConfigError as error:
+            raise ConfigError(f"teacher.checkpoint: {error}") from None
+
+
+def schedule_shift(scheduler: Mapping[str, Any] | None, tokens: int) -> float:
+    """The shift mu of a scheduler's sampling schedule, to be used with `flow.shift_time`.
+
+    Args:
+      scheduler: scheduler_config.json of diffusers' `FlowMatchEulerDiscreteScheduler`; FLUX's own
+        if it is None, or of another kind.
+      tokens: image tokens of a picture.
+
+    Raises:
+      ValueError: the scheduler bends its schedule in another way.
+    """
+    euler = "FlowMatchEulerDiscreteScheduler"
+    if not scheduler or scheduler.get("_class_name", euler) != euler:
+        return flow.flux_shift(tokens)
+    for key, expected in _FIXED.items():
+        if (found := scheduler.get(key, expected)) != expected:
+            raise ValueError(
+                f"scheduler: {key}={shown(found)} is not supported; only {expected!r} is"
+            )
+    if not scheduler.get("use_dynamic_shifting", False):
+        return math.log(scheduler.get("shift", 1.0))
+    shift = flow.flux_shift(
+        tokens,
+        scheduler.get("base_shift", 0.5),
+        scheduler.get("max_shift", 1.15),
+        scheduler.get("base_image_seq_len", 256),
+        scheduler.get("max_image_seq_len", 4096),
+    )
+    if abs(shift) > _LARGEST_SHIFT:
+        raise ValueError(
+            f"scheduler: at {tokens} tokens its shift is {shift:.3g}, which leaves no time but one;"
+            " mend scheduler_config.json and port it again"
+        )
+    return shift
+
+
+def load_stored(folder: Path, name: str, like: dict, mesh: Mesh | None = None) -> dict:
+    """As `ported_folder.load_part`, with parameters of the types that they have on disk."""
+    stored = traverse_util.flatten_dict(ported_folder.shapes(folder / name))
+    flat = {
+        path: jax.ShapeDtypeStruct(leaf.shape, stored[path].dtype if path in stored else leaf.dtype)
+        for path, leaf in traverse_util.flatten_dict(like).items()
+    }
+    return ported_folder.load_part(folder, name, traverse_util.unflatten_dict(flat), mesh=mesh)
