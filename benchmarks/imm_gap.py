@@ -26,8 +26,8 @@ from jax_distill.assembly import build, stages
 from jax_distill.assembly.frozen import narrowed
 from jax_distill.data.loader import batches, example_of_row
 from jax_distill.runs import experiment
-from jax_distill.training import train
 from jax_distill.training.optimizer import make_optimizer, trained
+from jax_distill.training.step import combine, init_state, make_step, partition
 
 _STEPS = flags.DEFINE_integer("steps", 60, "Steps of training before.", 0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Rows of a batch.", 4)
@@ -56,10 +56,10 @@ def gradient(method, config):
     """(params, frozen, batch, draws) -> the gradient by the trained parameters, as one vector."""
 
     def compute(params, frozen, batch, draws):
-        chosen, others = train.partition(params, trained(config.optimizer, params))
+        chosen, others = partition(params, trained(config.optimizer, params))
 
         def loss(chosen):
-            return method.loss(train.combine(chosen, others), frozen, batch, draws, 0)[0]
+            return method.loss(combine(chosen, others), frozen, batch, draws, 0)[0]
 
         leaves = jax.tree.leaves(jax.grad(loss)(chosen))
         return jnp.concatenate([leaf.ravel() for leaf in leaves])
@@ -92,8 +92,8 @@ def main(argv):
         for dtype in ("float32", "bfloat16")
     ]
     optimizer = make_optimizer(config.optimizer, config.total_steps)
-    state = jax.tree.map(jnp.array, train.init_state(method, optimizer, initial, config.seed))
-    step = jax.jit(train.make_step(method, optimizer, config), donate_argnums=0)
+    state = jax.tree.map(jnp.array, init_state(method, optimizer, initial, config.seed))
+    step = jax.jit(make_step(method, optimizer, config), donate_argnums=0)
     with tempfile.TemporaryDirectory() as folder:
         source = teacher.world.source(Path(folder))
         layout = example_of_row(config.batch_size, 1, method.rows_per_example)

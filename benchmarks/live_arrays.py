@@ -29,7 +29,8 @@ import jax  # noqa: E402
 import scm  # noqa: E402
 
 from jax_distill.runs import experiment  # noqa: E402
-from jax_distill.training import train  # noqa: E402
+from jax_distill.training import loop  # noqa: E402
+from jax_distill.training.step import jit_step  # noqa: E402
 
 KINDS = {
     "full": ("", {}),
@@ -107,7 +108,7 @@ class Watch:
 def measure(kind: str, workdir: Path) -> dict[str, dict[str, int]]:
     """Live bytes by stage: "steps", while steps run, and "most"."""
     measured: dict[str, dict[str, int]] = {}
-    jit_step, fit = train.jit_step, train.fit
+    jit_step, fit = jit_step, loop.fit
 
     def watched_fit(config, *args, **kwargs):
         name = "time_rescale" if config.objective.name == "time_rescale" else "student"
@@ -122,13 +123,13 @@ def measure(kind: str, workdir: Path) -> dict[str, dict[str, int]]:
 
             return step
 
-        train.jit_step = watched_step
+        jit_step = watched_step
         with Watch() as watch:
             result = fit(config, *args, **kwargs)
         stage["most"] = watch.most
         return result
 
-    train.fit = experiment.train.fit = watched_fit
+    loop.fit = experiment.loop.fit = watched_fit
     experiment.previewer = lambda *args: lambda *args: None
     experiment.conclude = lambda *args, **kwargs: None
     experiment.compare_stages = lambda *args: {"refitted": {}}
@@ -137,7 +138,7 @@ def measure(kind: str, workdir: Path) -> dict[str, dict[str, int]]:
     try:
         experiment.run(configuration(kind), workdir)
     finally:
-        train.jit_step, train.fit, experiment.train.fit = jit_step, fit, fit
+        jit_step, loop.fit, experiment.loop.fit = jit_step, fit, fit
     return measured
 
 

@@ -18,10 +18,10 @@ from absl import app, flags
 from jax_distill import config as configuration
 from jax_distill import worlds
 from jax_distill.assembly import build
-from jax_distill.objectives.objective import Batch
+from jax_distill.flow import Batch
 from jax_distill.planning.flops import count_flops
-from jax_distill.training import train
 from jax_distill.training.optimizer import make_optimizer
+from jax_distill.training.step import init_state, make_step
 
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Samples a step.", 1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed steps of each.", 1)
@@ -41,9 +41,9 @@ def prepared(objective: str, batch: Batch):
     method = build.objective(config, teacher=config)
     optimizer = make_optimizer(config.optimizer, config.total_steps)
     params = build.initial_parameters(config)
-    state = jax.tree.map(jnp.array, train.init_state(method, optimizer, params, seed=0))
+    state = jax.tree.map(jnp.array, init_state(method, optimizer, params, seed=0))
     frozen = {"null": worlds.of(config).null, "teacher": params}
-    step = jax.jit(train.make_step(method, optimizer, config))
+    step = jax.jit(make_step(method, optimizer, config))
     draws = method.draw(jax.random.key(0), batch)
 
     def loss(params, frozen):

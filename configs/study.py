@@ -48,9 +48,7 @@ ABLATIONS = (
 
 def get_config(preset: str = ""):
     if preset not in ("", "ablations", "smoke"):
-        raise ConfigError(
-            f"--config: there is no preset {preset!r} after the colon; known: ablations, smoke"
-        )
+        raise ConfigError(f"--config: unknown preset {preset!r}; known: ablations, smoke")
     config = ConfigDict(
         {
             "name": "study",

@@ -21,6 +21,13 @@ class Text(NamedTuple):
     pooled: jax.Array  # (B, P), one vector a caption (CLIP)
 
 
+class Batch(NamedTuple):
+    """One batch of training data."""
+
+    x: jax.Array  # (B, N, C) packed latents; (B, H, W, 3) pictures for the autoencoder
+    text: Text | None = None
+
+
 class Network(NamedTuple):
     """A raw velocity network as pure functions of a parameter tree.
 

@@ -6,10 +6,10 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from jax_distill.devices import processes
+from jax_distill.devices.signals import Interrupted, Signals
 from jax_distill.runs import checks, commands, experiment
 from jax_distill.storage import lease
 from jax_distill.training import saving
-from jax_distill.training.train import Interrupted, Signals
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "File of the configuration; --config.key=value changes one of its values."

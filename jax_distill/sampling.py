@@ -5,6 +5,9 @@ loop is a scan, so that fifty steps compile as one. Parameters are already bound
 they take: ``flow_map(x, t, s, text, guidance) -> x_s`` and ``velocity(x, t, text, guidance) -> v``,
 with times (B,).
 
+A method names its sampler as data, `PushForward`, `Restart` or `Solve` of a schedule: `draw` draws
+with it, and exports and cards read it.
+
 What a sample costs, in evaluations of the network: `sample` one a step; `solve` what `evaluations`
 says, and twice that if the velocity is guided by two evaluations.
 """
@@ -59,6 +62,103 @@ def _positive(steps: int) -> int:
     return steps
 
 
+class Shifted(NamedTuple):
+    """A schedule of even times, moved by FLUX's shift.
+
+    Attributes:
+      shift: mu of `flow.shift_time`; None for FLUX's own at the number of tokens.
+      start: the first time.
+    """
+
+    shift: float | None = 0.0
+    start: float = 1.0
+
+    def at(self, tokens: int) -> "Shifted":
+        """The schedule for so many tokens, whose shift is a number."""
+        return self if self.shift is not None else self._replace(shift=flow.flux_shift(tokens))
+
+    def times(self, steps: int, tokens: int) -> jax.Array:
+        """(steps + 1,)."""
+        return self.start * flow.shift_time(uniform_times(steps), self.at(tokens).shift)
+
+
+class Angles(NamedTuple):
+    """The schedule of `consistency_times`.
+
+    Attributes:
+      middle: the angle between pi/2 and 0 of the two-step schedule.
+    """
+
+    middle: float = 1.3
+
+    def at(self, tokens: int) -> "Angles":
+        """The schedule for so many tokens: the same for any number."""
+        del tokens
+        return self
+
+    def times(self, steps: int, tokens: int) -> jax.Array:
+        """(steps + 1,)."""
+        del tokens
+        return consistency_times(steps, self.middle)
+
+
+class PushForward(NamedTuple):
+    """Draws by ``x_s = X(x_t, t -> s)`` along a schedule."""
+
+    schedule: Shifted | Angles
+
+
+class Restart(NamedTuple):
+    """Draws by a jump to data and fresh noise, ``x_s = (1 - s) X(x_t, t -> 0) + s e'``."""
+
+    schedule: Shifted | Angles
+
+
+class Solve(NamedTuple):
+    """Integrates a velocity along a schedule.
+
+    Attributes:
+      schedule: the times.
+      solver: a key of `SOLVERS`.
+    """
+
+    schedule: Shifted
+    solver: str = "euler"
+
+
+Sampler = PushForward | Restart | Solve
+
+
+def draw(
+    sampler: Sampler,
+    move: Callable[..., jax.Array],
+    noise: jax.Array,
+    text: flow.Text | None,
+    guidance: jax.Array | None,
+    key: jax.Array,
+    steps: int,
+) -> jax.Array:
+    """Draws data from noise.
+
+    Args:
+      sampler: how.
+      move: a flow map (x, t, s, text, guidance); for `Solve` a velocity (x, t, text, guidance).
+      noise: (B, N, C).
+      text: captions (B, ..).
+      guidance: (B,).
+      key: of fresh noise, one or (B,).
+      steps: of the schedule.
+
+    Returns:
+      (B, N, C).
+    """
+    times = sampler.schedule.times(steps, noise.shape[1])
+    if isinstance(sampler, Solve):
+        return solve(move, noise, times, text, guidance, solver=SOLVERS[sampler.solver])
+    key = key if isinstance(sampler, Restart) else None
+    return sample(move, noise, times, text, guidance, renoise_key=key)
+
+
 # Students.
 
 
@@ -108,6 +208,43 @@ def sample(
 
     advance = push_forward if renoise_key is None else restart
     return _walk(lambda x, step, memory: (advance(x, step), memory), noise, times, ())
+
+
+def rollout(
+    flow_map: FlowMap,
+    noise: jax.Array,
+    times: jax.Array,
+    count: jax.Array,
+    text: flow.Text | None = None,
+    guidance: jax.Array | None = None,
+    *,
+    renoise_key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Walks the first steps of a restart sampler, a number of them that may be traced.
+
+    No gradient passes: a loss takes the last step itself, with one backward pass whatever the
+    number, and all shapes are static.
+
+    Args:
+      flow_map: as in `sample`.
+      noise: (B, ...).
+      times: (steps + 1,), decreasing.
+      count: (), integer, from 0 to steps - 1: the steps that are taken.
+      text: captions.
+      guidance: (B,).
+      renoise_key: of the fresh noise.
+
+    Returns:
+      The input (B, ...) of the step that would follow, and its time (B,).
+    """
+
+    def advance(index, x):
+        t, s = (jnp.full(noise.shape[:1], times[index + ahead]) for ahead in (0, 1))
+        data = flow_map(x, t, jnp.zeros_like(s), text, guidance)
+        return flow.interpolate(data, _fresh_noise(renoise_key, index, x), s).astype(x.dtype)
+
+    x = jax.lax.fori_loop(0, count, advance, jax.lax.stop_gradient(noise))
+    return jax.lax.stop_gradient((x, jnp.full(noise.shape[:1], times[count])))
 
 
 def _fresh_noise(key: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:

@@ -10,9 +10,9 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from jax_distill.devices.signals import Interrupted, Signals
 from jax_distill.runs import cells, commands, study_settings
 from jax_distill.storage import lease
-from jax_distill.training.train import Interrupted, Signals
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File of the study's configuration.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where it lives. Default: runs/<name>.")

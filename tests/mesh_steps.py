@@ -23,10 +23,10 @@ from tiny_runs import PAIR, STUDENT, random_parameters, settings
 
 from jax_distill.assembly import build
 from jax_distill.devices import sharding
+from jax_distill.flow import Batch
 from jax_distill.models import lora
-from jax_distill.objectives.objective import Batch
-from jax_distill.training import train
 from jax_distill.training.optimizer import make_optimizer
+from jax_distill.training.step import init_state, jit_step
 
 LAYERS = 3  # a size that nothing else has
 SIZES = {
@@ -100,14 +100,14 @@ def take(sizes, split_tokens, config, objective, optimizer, params, frozen, batc
     """Parameters and metrics after a step on a mesh, the program, and `held_share` of the state."""
     devices = jax.devices()[: math.prod(sizes)]
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), devices)
-    state = train.init_state(objective, optimizer, params, 0)
+    state = init_state(objective, optimizer, params, 0)
     places = sharding.shard_state(state, mesh)
     state = jax.tree.map(jnp.copy, jax.device_put(state, places))  # the step takes it
     frozen = sharding.put(frozen, sharding.shard_state(frozen, mesh))
     batch = sharding.shard_batch(batch, mesh)
     with config.unlocked():
         config.mesh.split_tokens = split_tokens
-    step = train.jit_step(objective, optimizer, config, places)
+    step = jit_step(objective, optimizer, config, places)
     program = step.lower(state, frozen, batch).compile({"xla_backend_optimization_level": 0})
     state, metrics = program(state, frozen, batch)
     share = held_share(state)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_distill import config as configuration
-from jax_distill.objectives.objective import Batch
+from jax_distill.flow import Batch
 
 SHAPE = (4, 8)  # of one example
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_distill.flow import Text
+from jax_distill.flow import Batch, Text
 from jax_distill.models import mmdit
-from jax_distill.objectives.objective import Batch
 from jax_distill.objectives.scm import SCM
 from jax_distill.objectives.teacher import embedded_guidance
 

@@ -14,9 +14,11 @@ import pytest
 from absl.testing import flagsaver
 
 from jax_distill import main
+from jax_distill.assembly import stages
+from jax_distill.config import base
 from jax_distill.data import records
 from jax_distill.runs import checks, commands, experiment
-from jax_distill.training import train
+from jax_distill.training import loop
 
 ROOT = Path(__file__).parents[1]
 TEACHER = f"--config={ROOT}/configs/teacher.py"
@@ -72,7 +74,7 @@ def one_sentence(error):
         (["--config.seed=3"], "--config is missing"),
         (["--config.seed=3", TEACHER], "--config.seed comes before --config"),
         ([f"--config={ROOT}/configs/nothing.py"], "no file '.*nothing.py'"),
-        ([TEACHER + ":huge"], "no preset 'huge'"),
+        ([TEACHER + ":huge"], "unknown preset 'huge'"),
         ([TEACHER, "--wrkdir=x"], "flag 'wrkdir'. Did you mean: workdir"),
         ([TEACHER, "x"], "unexpected arguments: x"),
         # Their names and types.
@@ -246,6 +248,24 @@ def test_every_setting_of_an_objective_can_be_set_on_the_command_line(run, data)
     assert settings.items() <= config.objective.to_dict().items()
 
 
+def test_every_setting_of_a_students_network_can_be_set_and_is_else_its_teachers(run, data):
+    student = runpy.run_path(f"{ROOT}/configs/scm.py")["get_config"]("")
+    assert student.model.keys() == base().model.keys()
+    plain = stages.student_config(student, base()).model.to_dict()
+    own = {"time_scale": 1.0, "guidance_embeds": True}
+    assert plain == base().model.to_dict() | own
+    settings = {"attention": "xla", "guidance_factor": 10.0, "axes_dims_rope": (16, 8, 40)}
+    flags = [f"--config.model.{key}={value}" for key, value in settings.items()]
+    batches = ("--config.batch_size=8", "--config.rescale.batch_size=8")
+    error = run(SCM, data, *batches, *flags)
+    assert error == (
+        "error: model.axes_dims_rope: (16, 8, 40) differs from the teacher's (16, 24, 24), whose"
+        " parameters the student starts from; leave it out"
+    )
+    config = run(SCM, data, *batches, *flags[:-1], "--config.model.num_layers=2")
+    assert settings.items() - config.model.to_dict().items() == {("axes_dims_rope", (16, 8, 40))}
+
+
 def test_data_that_does_not_fit(run, tmp_path):
     long = "a red circle, a blue square, a green cross, a black triangle and a purple circle"
     error = run(TEACHER, *TINY, write_data(tmp_path / "long", ["a red circle"] * 7 + [long]))
@@ -314,7 +334,7 @@ def test_a_run_of_an_older_version_goes_on(run, tmp_path, data):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (train.NonFiniteLoss("step 3"), "error: step 3"),
+        (loop.NonFiniteLoss("step 3"), "error: step 3"),
         (
             PermissionError(13, "Permission denied", "x"),
             "error: 'x': Permission denied; mend that and run the same command again",
@@ -374,7 +394,7 @@ def test_commands_run_under_the_default_settings_of_jax(monkeypatch, caplog):
 
 
 PRINTS = r"""
-from jax_distill import commands
+from jax_distill.runs import commands
 line = "wrote gr\u00fc\u00dfe \udcff.png " + "." * 100
 commands.run(lambda argv: [print(line) for _ in range(2000)])
 """
@@ -429,7 +449,8 @@ WRONG = {
 RUN_ALL = """
 import importlib, sys
 from absl import flags
-from jax_distill import commands, pipeline
+from jax_distill import pipeline
+from jax_distill.runs import commands
 def fail(*arguments, **named): raise AssertionError("something is loaded")
 pipeline.load = fail
 module = importlib.import_module("jax_distill." + sys.argv[1])

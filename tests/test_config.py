@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from jax_distill import config as configuration
 from jax_distill import worlds
 from jax_distill.assembly import adapters, build
-from jax_distill.config import ConfigError, base, rules
+from jax_distill.config import ConfigError, base, rules, stored
 from jax_distill.config.settings import flatten
 from jax_distill.training import rounding
 from jax_distill.training.optimizer import make_optimizer
@@ -43,8 +43,24 @@ def test_bases_share_nothing():
 
 def test_presets():
     assert base("", presets=("", "large")).name == base("large", presets=("", "large")).name
-    with pytest.raises(ConfigError, match="no preset 'huge' .* known: large"):
+    with pytest.raises(ConfigError, match="unknown preset 'huge'; known: large"):
         base("huge", presets=("", "large"))
+
+
+def test_players_have_the_optimizer_of_the_student_but_for_what_is_set(tmp_path):
+    config = base()
+    config.name, config.objective.name = "x", "scm"
+    config.optimizer.learning_rate = 3e-4
+    config.optimizers.critic = configuration.overrides(config.optimizer, weight_decay=0.5)
+    config.lock()
+    config.optimizers.critic.b1 = 0.0  # as the command line sets it
+    configuration.save(config, tmp_path)
+    expected = config.optimizer.to_dict() | {"weight_decay": 0.5, "b1": 0.0}
+    for run in (config, configuration.load(tmp_path)):
+        for player, settings in (("critic", expected), ("", config.optimizer.to_dict())):
+            found = configuration.optimizer_of(run, player)
+            assert found.to_dict() == settings and found.is_locked
+        assert configuration.optimizer_of(run, "other").to_dict() == config.optimizer.to_dict()
 
 
 def test_what_was_saved_is_loaded(tmp_path):
@@ -124,6 +140,13 @@ def written(workdir, changes):
         ({"dtype": "float8"}, "dtype: 'float8' is not one of float32, bfloat16"),
         ({"objective": "scm"}, "objective: 'scm' must be a section that has a name"),
         ({"objective.name": "gan"}, "objective.name: 'gan' is not one of"),
+        ({"optimizers": 3}, "optimizers: 3 must be a section"),
+        ({"optimizers.critic": 3}, "optimizers.critic: 3 must be a section"),
+        ({"optimizers.a b": {}}, "optimizers: 'a b' is no name of a player"),
+        ({"optimizers.critic": {"speed": 1}}, "optimizers.critic.speed: there is no such key"),
+        ({"optimizers.critic": {"b1": "x"}}, "optimizers.critic.b1: 'x' must be float"),
+        ({"optimizers.critic": {"b1": 1.0}}, "optimizers.critic.b1: 1.0 is not at least 0 and"),
+        ({"optimizers.critic": {"name": "x"}}, "optimizers.critic.name: 'x' is not one of adamw"),
         ({"objective.gap": 3}, "objective.gap: there is no such key"),
         ({"objective.equal_share": "much"}, "objective.equal_share: 'much' must be float"),
         ({"objective.time_shift": [1]}, r"objective.time_shift: \[1\] must be a number or null"),
@@ -141,9 +164,10 @@ def test_what_is_wrong_in_a_workdirs_configuration_is_named(tmp_path, changes, e
 
 def test_a_configuration_of_an_older_version_is_completed(tmp_path):
     whole = configuration.load(written(tmp_path, {}))
-    older = {key: ... for key in configuration.LATER if not key.startswith(("lora.", "rescale."))}
+    older = {key: ... for key in stored.LATER if not key.startswith(("lora.", "rescale."))}
     older |= {"lora": ..., "rescale": ..., "evaluation.batch_size": 120}
     found = configuration.load(written(tmp_path, older))
+    assert found.optimizers.to_dict() == {}
     for key in ("remat", "attention", "guidance_factor"):  # which networks have defaults for
         assert key not in found.model
         del whole.unlock().model[key]
@@ -166,9 +190,9 @@ def test_damaged_configurations_end_in_a_sentence(tmp_path):
             for _ in range(rng.randrange(3)):
                 sections = [key for key in inner if isinstance(inner[key], dict)]
                 inner = inner[rng.choice(sections)] if sections else inner
-            key = rng.choice(list(inner))
+            key = rng.choice(list(inner) or ["critic"])
             if rng.random() < 0.3:
-                del inner[key]
+                inner.pop(key, None)
             else:
                 inner[key] = rng.choice(strange)
             (tmp_path / "config.json").write_text(json.dumps(damaged))

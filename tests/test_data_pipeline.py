@@ -5,7 +5,7 @@ import pytest
 
 from jax_distill.data import loader, records
 from jax_distill.data.loader import CaptionedLatents, Pictures, batches, example_of_row
-from jax_distill.objectives.objective import Batch
+from jax_distill.flow import Batch
 from jax_distill.worlds.shapes import renderer
 from jax_distill.worlds.shapes.captions import CaptionEncoder
 

@@ -14,12 +14,12 @@ from test_pipeline import tiny_config
 
 from jax_distill import pipeline
 from jax_distill.assembly import build, stages
+from jax_distill.flow import Batch
 from jax_distill.models import mmdit
-from jax_distill.objectives.objective import Batch
 from jax_distill.objectives.scm import SCM
 from jax_distill.objectives.time_rescale import TimeRescale
 from jax_distill.runs import experiment
-from jax_distill.training import checkpoint, rounding, train
+from jax_distill.training import checkpoint, loop, rounding
 from jax_distill.training.optimizer import trained
 from jax_distill.worlds.shapes.world import Shapes
 
@@ -53,7 +53,7 @@ def distil(monkeypatch, tmp_path):
 
         for name, stub in (
             ("pipeline.load", load),
-            ("train.fit", fit),
+            ("loop.fit", fit),
             ("checkpoint.load_averaged", lambda workdir, mesh: saved[workdir]),
             ("compare_stages", lambda *args: {"refitted": {}}),
             ("previewer", lambda *args: lambda *args: None),
@@ -163,7 +163,7 @@ def test_a_stage_of_no_steps_gives_what_it_starts_from(tmp_path):
     with config.unlocked():
         config.total_steps = 0
     objective, params = build.objective(config), build.initial_parameters(config)
-    found = train.fit(config, tmp_path, objective, params, {}, Examples(config))
+    found = loop.fit(config, tmp_path, objective, params, {}, Examples(config))
     assert same(found["network"], params)
     assert same(checkpoint.load_averaged(tmp_path), found)
 
@@ -245,7 +245,7 @@ def test_a_finished_stage_is_read_back_as_its_average_alone(tmp_path, monkeypatc
     def never():
         raise AssertionError("made though there is a checkpoint")
 
-    found = train.fit(config, tmp_path, None, train.Initial({}, never), {}, None)
+    found = loop.fit(config, tmp_path, None, loop.Initial({}, never), {}, None)
     assert same(found, average)
 
 

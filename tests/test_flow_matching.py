@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jax_distill import flow
-from jax_distill.flow import GaussianOracle, Network, Text
+from jax_distill.flow import Batch, GaussianOracle, Network, Text
 from jax_distill.objectives import teacher
 from jax_distill.objectives.flow_matching import FlowMatching
-from jax_distill.objectives.objective import Batch, drop_text
+from jax_distill.objectives.objective import drop_text
 
 NULL = Text(jnp.full((1, 2, 3), -1.0), jnp.full((1, 4), -1.0))
 TEXT = Text(jnp.ones((5, 2, 3)), jnp.arange(20.0).reshape(5, 4))

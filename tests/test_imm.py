@@ -10,10 +10,9 @@ from smooth import SHAPE, TEXT, smooth_network, smooth_params
 
 from jax_distill import flow
 from jax_distill.data import loader
-from jax_distill.flow import GaussianOracle
+from jax_distill.flow import Batch, GaussianOracle
 from jax_distill.objectives import teacher
 from jax_distill.objectives.imm import IMM, laplace_kernel, moment_weight
-from jax_distill.objectives.objective import Batch
 
 FROZEN = {"teacher": smooth_params(5), "average": {"network": smooth_params(6)}}
 

@@ -29,9 +29,8 @@ from jax_distill.assembly import adapters, build
 from jax_distill.data import records
 from jax_distill.devices import sharding
 from jax_distill.evaluation.metrics import read_metrics
-from jax_distill.flow import Text
+from jax_distill.flow import Batch, Text
 from jax_distill.models import lora
-from jax_distill.objectives.objective import Batch
 from jax_distill.planning.flops import count_flops
 from jax_distill.runs import commands
 from jax_distill.runs.exporting import export

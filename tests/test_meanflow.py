@@ -7,10 +7,9 @@ import pytest
 from smooth import NULL, SHAPE, TEXT, smooth_network, smooth_params
 
 from jax_distill import flow
-from jax_distill.flow import GaussianOracle, Network
+from jax_distill.flow import Batch, GaussianOracle, Network
 from jax_distill.objectives import teacher
 from jax_distill.objectives.meanflow import MeanFlow, MeanFlowDraws
-from jax_distill.objectives.objective import Batch
 from jax_distill.objectives.scm import SCM, SCMDraws
 
 COUNT = SHAPE[:1]

@@ -31,7 +31,8 @@ from jax_distill.devices.sharding import (
 from jax_distill.models import lora
 from jax_distill.ops.placement import constrain
 from jax_distill.runs import checks
-from jax_distill.training import checkpoint, train
+from jax_distill.training import checkpoint, loop
+from jax_distill.training.step import init_state
 
 MESH = AbstractMesh((2, 4, 2), AXES)
 
@@ -81,10 +82,10 @@ def test_the_state_of_adapters_is_divided_among_devices():
     config.lora.rank, config.optimizer.frozen = 4, "embedder|logvar"
     teacher = settings({"name": "time_rescale"}, **STUDENT)
     objective = build.objective(config, teacher)
-    optimizer = train.make_optimizer(config.optimizer, 10)
+    optimizer = make_optimizer(config.optimizer, 10)
 
     def create():
-        return train.init_state(objective, optimizer, build.initial_parameters(config), 0)
+        return init_state(objective, optimizer, build.initial_parameters(config), 0)
 
     state = jax.eval_shape(create)
     for sizes, parts in (((1, 8, 1), 8), ((2, 4, 1), 4), ((2, 2, 2), 2)):
@@ -108,8 +109,8 @@ def test_an_adapter_in_the_place_of_a_kernel_lies_as_it_does_in_the_state():
 
 def test_the_state_is_sharded_by_the_paths_of_its_leaves():
     config = small_config()
-    optimizer = train.make_optimizer(config.optimizer, config.total_steps)
-    state = train.init_state(Regression(), optimizer, parameters(), 0)
+    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    state = init_state(Regression(), optimizer, parameters(), 0)
     places = shard_state(state, make_mesh({"data": 1, "fsdp": -1, "tensor": 1}))
     assert jax.tree.structure(places) == jax.tree.structure(state)
     assert places.params["network"]["kernel"].spec == PartitionSpec("fsdp", "tensor")
@@ -239,7 +240,7 @@ SHARDED = """
         mesh = dict(mesh__data=sizes[0], mesh__fsdp=sizes[1], batch_size=8)
         parallel.make_mesh = lambda sizes: every(sizes, jax.devices()[:devices])
         config = small_config(total_steps=steps, optimizer__schedule="constant", **mesh)
-        average = train.fit(
+        average = loop.fit(
             config, Path({workdir!r}), Regression(), parameters(), frozen(), Source()
         )
         place = average["network"]["kernel"].sharding
@@ -261,8 +262,8 @@ def test_a_run_goes_from_eight_devices_to_four_to_one(tmp_path):
         assert devices == expected and "fsdp" in spec
     config = small_config(optimizer__schedule="constant", batch_size=8)
     start = Regression(), parameters(), frozen(), Source()
-    found = train.fit(config, sharded, *start)
-    expected = train.fit(config, single, *start)
+    found = loop.fit(config, sharded, *start)
+    expected = loop.fit(config, single, *start)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
         assert len(a.sharding.device_set) == 1

@@ -17,12 +17,12 @@ from jax_distill import worlds
 from jax_distill.assembly import build
 from jax_distill.config import ConfigError
 from jax_distill.devices import sharding
+from jax_distill.flow import Batch
 from jax_distill.models import mmdit
-from jax_distill.objectives.objective import Batch
 from jax_distill.planning import chips, planner, program, table
 from jax_distill.planning.collectives import collectives, totals
-from jax_distill.training import train
 from jax_distill.training.optimizer import make_optimizer
+from jax_distill.training.step import init_state, jit_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
@@ -50,14 +50,14 @@ def test_memory_is_that_of_the_real_program():
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     shapes = jax.eval_shape(lambda: build.initial_parameters(config))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    state = train.init_state(objective, optimizer, params, config.seed)
+    state = init_state(objective, optimizer, params, config.seed)
     places = sharding.shard_state(state, mesh)
     state = jax.device_put(state, places)
     null = worlds.of(config).null
     frozen = jax.device_put({"null": null}, sharding.shard_state({"null": null}, mesh))
     text = jax.tree.map(lambda leaf: jnp.repeat(leaf, 4, axis=0), null)
     batch = sharding.shard_batch(Batch(jnp.zeros((4, *build.token_shape(config))), text), mesh)
-    step = train.jit_step(objective, optimizer, config, places)
+    step = jit_step(objective, optimizer, config, places)
     memory = step.lower(state, frozen, batch).compile().memory_analysis()
 
     plan = planner.make_plan(config, chips.parse("cpu"))

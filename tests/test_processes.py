@@ -21,9 +21,10 @@ from regression import Regression, Source, frozen, parameters, small_config
 
 from jax_distill.devices import clusters, lost_report, processes
 from jax_distill.runs import peers
-from jax_distill.training import train
+from jax_distill.training import loop
 from jax_distill.training.checkpoint import Checkpoints
 from jax_distill.training.optimizer import make_optimizer
+from jax_distill.training.step import init_state
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -248,7 +249,7 @@ DRIVER = """
                 time.sleep(0.2)  # as long as a step is; the signal is noticed within a second
 
         start = small_config(total_steps=last), workdir, Regression(), parameters(), frozen()
-        train.fit(*start, Source(), hooks=[(1, hook)])
+        loop.fit(*start, Source(), hooks=[(1, hook)])
 
     preflight.check = lambda config, workdir: None
     experiment.run = run
@@ -287,7 +288,7 @@ def run_processes(workdir, count, *, step=0, number=signal.SIGTERM):
 
 def final_state(workdir, config):
     optimizer = make_optimizer(config.optimizer, config.total_steps)
-    like = train.init_state(Regression(), optimizer, parameters(), config.seed)
+    like = init_state(Regression(), optimizer, parameters(), config.seed)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         assert checkpoints.latest == config.total_steps
         return checkpoints.restore(config.total_steps, like)
@@ -304,7 +305,7 @@ def test_processes_are_killed_stopped_and_go_on_as_one(tmp_path, count):
     """And at the end all is as if it had been one process from the beginning."""
     config = small_config(total_steps=TOTAL)
     start = Regression(), parameters(), frozen(), Source()
-    train.fit(config, tmp_path / "single", *start)
+    loop.fit(config, tmp_path / "single", *start)
     workdir = tmp_path / "several"
 
     codes, _, errors = run_processes(workdir, count, step=9, number=signal.SIGKILL)
@@ -324,7 +325,7 @@ def test_processes_are_killed_stopped_and_go_on_as_one(tmp_path, count):
     written = [path.name for path in workdir.glob("events.out.tfevents.*")]
     assert len(written) == 2  # one for each start
 
-    train.fit(config, workdir, *start)
+    loop.fit(config, workdir, *start)
     expected, found = (final_state(tmp_path / name, config) for name in ("single", "several"))
     assert expected.position == found.position
     for a, b in zip(jax.tree.leaves(expected.state), jax.tree.leaves(found.state)):

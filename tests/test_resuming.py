@@ -21,8 +21,9 @@ from jax_distill.config.settings import flatten
 from jax_distill.data import identity, records
 from jax_distill.runs import checks, experiment, resuming
 from jax_distill.runs.resuming import FREE, REFUSED, SAID
-from jax_distill.training import acceptance, train
+from jax_distill.training import acceptance, loop
 from jax_distill.training.optimizer import learning_rate, make_optimizer
+from jax_distill.training.step import init_state
 
 ROOT = Path(__file__).parents[1]
 ANOTHER = {  # of settings that are one of a few words
@@ -149,7 +150,7 @@ def state_of(config):
     optimizer = make_optimizer(config.optimizer, config.total_steps)
 
     def create():
-        return train.init_state(Regression(), optimizer, parameters(), 0, config.ema_dtype)
+        return init_state(Regression(), optimizer, parameters(), 0, config.ema_dtype)
 
     state = jax.eval_shape(create)
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
@@ -317,7 +318,7 @@ def fit(workdir, config, source=None, stop=None):
 
     source = source or Source()
     try:
-        return train.fit(
+        return loop.fit(
             config, workdir, Regression(), parameters(), frozen(), source, hooks=[(1, hook)]
         )
     except Killed:
@@ -360,7 +361,7 @@ def test_a_configuration_is_replaced_once_the_run_is_accepted(half, tmp_path):
 def test_another_batch_size_takes_the_next_examples(half, tmp_path):
     """Of a new checkpoint, and of one of the first versions, which counted batches."""
     order = Watched()
-    stream = train.batches(order, 1, seed=0)
+    stream = batches(order, 1, seed=0)
     [next(stream) for _ in range(60)]
     run = shutil.copytree(half, tmp_path / "run")
     source = Watched()

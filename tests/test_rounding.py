@@ -7,9 +7,10 @@ import pytest
 from regression import Regression, Source, frozen, parameters, small_config
 
 from jax_distill import config as configuration
-from jax_distill.training import rounding, train
+from jax_distill.training import loop, rounding
 from jax_distill.training.checkpoint import Checkpoints
 from jax_distill.training.optimizer import make_optimizer
+from jax_distill.training.step import init_state
 
 KEYS = jax.random.split(jax.random.key(0), 4096)
 
@@ -99,9 +100,9 @@ NARROW = {"ema_dtype": "bfloat16", "optimizer__moments": "bfloat16"}
 
 def fit(workdir, **changes):
     config = small_config(**NARROW, **changes)
-    train.fit(config, workdir, Regression(), parameters(), frozen(), Source())
+    loop.fit(config, workdir, Regression(), parameters(), frozen(), Source())
     optimizer = make_optimizer(config.optimizer, config.total_steps)
-    like = train.init_state(Regression(), optimizer, parameters(), config.seed, config.ema_dtype)
+    like = init_state(Regression(), optimizer, parameters(), config.seed, config.ema_dtype)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         return checkpoints.restore_latest(like)[1].state
 

@@ -9,10 +9,9 @@ import pytest
 from flax import nnx
 
 from jax_distill import flow
-from jax_distill.flow import GaussianOracle, Network, Text
+from jax_distill.flow import Batch, GaussianOracle, Network, Text
 from jax_distill.models import mmdit
 from jax_distill.objectives import teacher
-from jax_distill.objectives.objective import Batch
 from jax_distill.objectives.scm import SCM, SCMDraws
 from jax_distill.planning.flops import count_flops
 

@@ -13,7 +13,7 @@ from test_pipeline import CAPTIONS, tiny_pipeline
 import jax_distill
 from jax_distill import pipeline, streams
 from jax_distill.data.loader import batches
-from jax_distill.training import train
+from jax_distill.training import loop
 from jax_distill.worlds.shapes import renderer
 
 EDGES = (0, 1, 2**16, 2**31 - 1, 2**31, 3_000_000_019, 2**32 - 1)
@@ -109,7 +109,7 @@ def test_the_largest_seed_trains(tmp_path):
     for seed in (2**31 - 1, 2**32 - 1):
         config = small_config(seed=seed, total_steps=2)
         start = config, tmp_path / str(seed), Regression(), parameters(), frozen()
-        trained[seed] = np.asarray(train.fit(*start, Source())["head"])
+        trained[seed] = np.asarray(loop.fit(*start, Source())["head"])
         assert np.isfinite(trained[seed]).all()
     assert len({value.tobytes() for value in trained.values()}) == len(trained)
 

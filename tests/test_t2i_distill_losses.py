@@ -20,12 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jax_distill import config
 from jax_distill.assembly import build
-from jax_distill.flow import Text
+from jax_distill.flow import Batch, Text
 from jax_distill.interop import ported_folder
 from jax_distill.models import mmdit
 from jax_distill.objectives import teacher
 from jax_distill.objectives.meanflow import MeanFlow, MeanFlowDraws
-from jax_distill.objectives.objective import Batch
 from jax_distill.objectives.scm import SCM, SCMDraws
 from jax_distill.runs.porting import port
 

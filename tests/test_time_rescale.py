@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_distill import flow
-from jax_distill.flow import GaussianOracle, Network, Text
+from jax_distill.flow import Batch, GaussianOracle, Network, Text
 from jax_distill.models import mmdit
 from jax_distill.objectives import teacher
-from jax_distill.objectives.objective import Batch
 from jax_distill.objectives.time_rescale import TimeRescale, compare, refit_time_embedder
 
 CONFIG = mmdit.MMDiTConfig(

@@ -17,11 +17,12 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from regression import SHAPE, Regression, Source, frozen, parameters, small_config
 
-from jax_distill.objectives.objective import Batch
+from jax_distill.flow import Batch
 from jax_distill.planning.flops import count_flops
-from jax_distill.training import train
+from jax_distill.training import loop
 from jax_distill.training.checkpoint import Checkpoints
 from jax_distill.training.optimizer import make_optimizer
+from jax_distill.training.step import init_state, make_step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,13 +58,13 @@ NOISY = Regression()
 
 @functools.cache
 def compiled(objective, **changes):
-    step = train.make_step(objective, SGD, small_config(**changes))
+    step = make_step(objective, SGD, small_config(**changes))
     return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
 
 
 def take(steps, *, objective=NOISY, batch=None, bad=(), **changes):
     """States and metrics of some steps of gradient descent, the initial state first."""
-    states = [train.init_state(objective, SGD, parameters(), seed=0)]
+    states = [init_state(objective, SGD, parameters(), seed=0)]
     metrics = []
     for _ in range(steps):
         step = compiled(objective, **changes)
@@ -147,8 +148,8 @@ def test_frozen_parameters_count_neither_in_the_norm_nor_in_the_finite_check(acc
     config = small_config(optimizer__frozen="kernel|bias", accumulate=accumulate)
     optimizer = make_optimizer(config.optimizer, config.total_steps)
     objective, batch = UnboundedInBias(), batch_of(0)
-    state = train.init_state(objective, optimizer, parameters(), seed=0)
-    step = jax.jit(train.make_step(objective, optimizer, config))
+    state = init_state(objective, optimizer, parameters(), seed=0)
+    step = jax.jit(make_step(objective, optimizer, config))
 
     @jax.jit
     def gradient(params, index):
@@ -181,8 +182,8 @@ def test_no_gradient_of_a_frozen_parameter_is_made():
     def flops(pattern):
         config = small_config(optimizer__frozen=pattern)
         optimizer = make_optimizer(config.optimizer, config.total_steps)
-        state = train.init_state(NOISY, optimizer, parameters(), seed=0)
-        return count_flops(train.make_step(NOISY, optimizer, config), state, frozen(), batch_of(0))
+        state = init_state(NOISY, optimizer, parameters(), seed=0)
+        return count_flops(make_step(NOISY, optimizer, config), state, frozen(), batch_of(0))
 
     product = 2 * 4 * SHAPE[0] * 8 * 8  # of the batch and the kernel's gradient
     assert flops("bias") - flops("kernel") >= product
@@ -205,7 +206,7 @@ def fit(workdir, *, bad=(), die=None, stop=None, **changes):
         if step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    return train.fit(
+    return loop.fit(
         small_config(**changes),
         workdir,
         Regression(),
@@ -219,7 +220,7 @@ def fit(workdir, *, bad=(), die=None, stop=None, **changes):
 def final_state(workdir, step=12, **changes):
     config = small_config(**changes)
     optimizer = make_optimizer(config.optimizer, config.total_steps)
-    like = train.init_state(Regression(), optimizer, parameters(), config.seed)
+    like = init_state(Regression(), optimizer, parameters(), config.seed)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         assert checkpoints.latest == step
         return checkpoints.restore(step, like)
@@ -253,7 +254,7 @@ class Pairs(Regression):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_rows_of_one_example_meet_in_a_micro_batch(tmp_path, accumulate):
     config = small_config(total_steps=6, accumulate=accumulate, batch_size=8)
-    train.fit(config, tmp_path, Pairs(), parameters(), frozen(), Source())
+    loop.fit(config, tmp_path, Pairs(), parameters(), frozen(), Source())
     assert all(line["apart"] == 0 < line["noise_apart"] for line in logged(tmp_path))
 
 
@@ -272,7 +273,7 @@ def test_a_restarted_run_is_bit_for_bit_the_uninterrupted_one(
     tmp_path, uninterrupted, interruptions
 ):
     for interruption in interruptions:
-        with pytest.raises(train.Interrupted if "stop" in interruption else Killed) as caught:
+        with pytest.raises(loop.Interrupted if "stop" in interruption else Killed) as caught:
             fit(tmp_path, **interruption)
         if "stop" in interruption:
             assert f"saved at step {interruption['stop']}" in str(caught.value)
@@ -287,7 +288,7 @@ def test_a_restarted_run_is_bit_for_bit_the_uninterrupted_one(
 def test_two_stages_share_parameters_and_a_step_takes_none_away(uninterrupted, tmp_path):
     params = parameters()
     constants = {**frozen(), "teacher": params}
-    train.fit(small_config(), tmp_path, Regression(), params, constants, Source())
+    loop.fit(small_config(), tmp_path, Regression(), params, constants, Source())
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
     assert same(params, parameters())
     assert same(final_state(tmp_path).state, final_state(uninterrupted).state)
@@ -296,9 +297,9 @@ def test_two_stages_share_parameters_and_a_step_takes_none_away(uninterrupted, t
 def test_the_state_is_donated():
     config = small_config()
     optimizer = make_optimizer(config.optimizer, config.total_steps)
-    state = train.init_state(Regression(), optimizer, parameters(), 0)
+    state = init_state(Regression(), optimizer, parameters(), 0)
     state = jax.tree.map(jnp.copy, state)
-    step = train.make_step(Regression(), optimizer, config)
+    step = make_step(Regression(), optimizer, config)
     lowered = jax.jit(step, donate_argnums=0).lower(state, frozen(), batch_of(0)).as_text()
     assert lowered.count("tf.aliasing_output") == len(jax.tree.leaves(state))
 
@@ -346,7 +347,7 @@ def test_the_latest_checkpoints_are_kept(tmp_path):
 
 @pytest.mark.parametrize("bad", [3, 7, 12])
 def test_a_loss_that_is_not_finite_stops_with_all_that_one_needs(tmp_path, bad):
-    with pytest.raises(train.NonFiniteLoss) as caught:
+    with pytest.raises(loop.NonFiniteLoss) as caught:
         fit(tmp_path, bad=[bad])
     message = str(caught.value)
     assert f"step {bad}:" in message and "loss inf" in message and "noise_mean" in message
@@ -356,7 +357,7 @@ def test_a_loss_that_is_not_finite_stops_with_all_that_one_needs(tmp_path, bad):
         assert (tmp_path / "checkpoints" / str(good)).is_dir()
     else:
         assert "none yet" in message
-    with pytest.raises(train.NonFiniteLoss, match=f"step {bad}:"):  # and again
+    with pytest.raises(loop.NonFiniteLoss, match=f"step {bad}:"):  # and again
         fit(tmp_path, bad=[bad])
 
 
@@ -371,7 +372,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
 
 
 def test_a_damaged_checkpoint_does_not_stop_a_restart(tmp_path, uninterrupted):
-    with pytest.raises(train.Interrupted):
+    with pytest.raises(loop.Interrupted):
         fit(tmp_path, stop=10)
     directory = tmp_path / "checkpoints"
     largest = max((directory / "10" / "state").rglob("*"), key=lambda path: path.stat().st_size)
@@ -397,7 +398,7 @@ DRIVER = """
             print("step", step, flush=True)
         config = small_config(total_steps=10**6)
         start = config, workdir, Regression(), parameters(), frozen(), Source()
-        train.fit(*start, hooks=[(1, hook)])
+        loop.fit(*start, hooks=[(1, hook)])
 
     preflight.check = lambda config, workdir: None
     experiment.run = run

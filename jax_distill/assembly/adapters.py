@@ -1,4 +1,4 @@
-"""LoRA students: an objective that trains adapters beside one frozen copy of its teacher.
+"""LoRA: an objective whose players train adapters beside one frozen copy of their teacher.
 
 What is trained, averaged, optimised and saved is what `models.lora.LoRA.split` makes of the
 student (adapters, and the embedders of time, guidance and interval, which a student has of its own)
@@ -7,6 +7,7 @@ and what the objective trains besides, such as sCM's logvar. All else is the tea
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from ml_collections import ConfigDict
 
 from jax_distill.config import ConfigError
 from jax_distill.devices import processes
+from jax_distill.flow import Batch
 from jax_distill.models import lora
-from jax_distill.objectives.objective import Batch, Objective
+from jax_distill.objectives.objective import Loss, Objective, Player, View
+from jax_distill.sampling import Sampler
 from jax_distill.storage.files import read_json, write_json
 from jax_distill.training.checkpoint import bit_sums
 
@@ -44,7 +47,10 @@ def settings(config: ConfigDict) -> lora.LoRA | None:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterObjective:
-    """Any objective with a teacher, of whose network adapters are trained; see `Objective`.
+    """An objective with a teacher, of whose networks adapters are trained; see `Objective`.
+
+    Every player that has a network has adapters of its own beside the one frozen copy of the
+    teacher's; players without one, such as heads, are as they were.
 
     Attributes:
       objective: the method, of whole networks.
@@ -58,24 +64,41 @@ class AdapterObjective:
     def rows_per_example(self) -> int:
         return self.objective.rows_per_example
 
-    def init(self, key: jax.Array, params: dict) -> dict:
+    @property
+    def sampled_by(self) -> Sampler:
+        return self.objective.sampled_by
+
+    @property
+    def players(self) -> Mapping[str, Player]:
+        return {
+            name: player._replace(loss=functools.partial(self._loss, player.loss))
+            for name, player in self.objective.players.items()
+        }
+
+    def init(self, key: jax.Array, params: dict) -> dict[str, Any]:
         key_adapters, key_objective = jax.random.split(key)
-        whole = self.objective.init(key_objective, params)
-        return {**whole, "network": self.lora.split(key_adapters, whole["network"])}
+        made = self.objective.init(key_objective, params)
+        for index, (name, own) in enumerate(made.items()):
+            if "network" in own:
+                key = jax.random.fold_in(key_adapters, index) if index else key_adapters
+                made[name] = {**own, "network": self.lora.split(key, own["network"])}
+        return made
 
     def draw(self, key: jax.Array, batch: Batch) -> Any:
         return self.objective.draw(key, batch)
 
-    def loss(
-        self, params: dict, frozen: dict, batch: Batch, draws: Any, step: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        def whole(params):
-            return attached(self.lora, frozen["teacher"], params)
+    def turn(self, step: int) -> tuple[str, ...]:
+        return self.objective.turn(step)
 
-        average = whole(frozen["average"])
-        return self.objective.loss(
-            whole(params), {**frozen, "average": average}, batch, draws, step
+    def _loss(
+        self, loss: Loss, own: dict, view: View, batch: Batch, draws: Any, moves: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        whole = functools.partial(attached, self.lora, view.frozen["teacher"])
+        nets, averages = (
+            {name: whole(tree) for name, tree in trees.items()}
+            for trees in (view.nets, view.averages)
         )
+        return loss(whole(own), View(view.frozen, nets, averages), batch, draws, moves)
 
     def sample(self, params, noise, text, null, guidance, key, steps):
         """As the method's own: `params` are whole, see `attached`."""
@@ -83,7 +106,9 @@ class AdapterObjective:
 
 
 def attached(adapters: lora.LoRA, teacher: Mapping[str, Any], params: dict) -> dict:
-    """What an objective trains, whole: its "network" with the teacher's frozen parameters."""
+    """A player's tree, whole: its "network", if it has one, with the teacher's parameters."""
+    if "network" not in params:
+        return params
     return {**params, "network": adapters.attach(teacher, params["network"])}
 
 
@@ -118,7 +143,7 @@ def check_teacher(
     path = workdir / TEACHER
     if not path.exists() and not note:
         return
-    found = {"checksum": int(bit_sums({"teacher": teacher})["teacher"])}
+    found = {"checksum": bit_sums({"teacher": teacher})["teacher"]}
     fix = "restore it, or train anew in another --workdir"
     if path.exists() and read_json(path, dict[str, int], fix=fix) != found:
         raise ValueError(

@@ -1,6 +1,6 @@
 """From a configuration to its parts: networks and objective."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,10 +13,11 @@ from jax_distill import streams, worlds
 from jax_distill.assembly import adapters
 from jax_distill.config import ConfigError
 from jax_distill.config.rules import MOST_PIXELS, PATCH
-from jax_distill.flow import Network, Text
+from jax_distill.flow import Batch, Network, Text
 from jax_distill.models import lora, mmdit
-from jax_distill.objectives.methods import OBJECTIVES, settings_of
-from jax_distill.objectives.objective import Batch, Objective
+from jax_distill.objectives.methods import OBJECTIVES
+from jax_distill.objectives.objective import Objective, View
+from jax_distill.objectives.settings import settings_of
 from jax_distill.objectives.teacher import (
     TeacherVelocity,
     classifier_free,
@@ -83,15 +84,13 @@ def objective(
     name = settings.pop("name")
     if name not in OBJECTIVES:
         raise ConfigError(f"objective.name: {name!r} is not one of {', '.join(OBJECTIVES)}")
-    world = worlds.of(config)
+    world, kind = worlds.of(config), OBJECTIVES[name]
     resolution = resolution or world.resolution
-    if name == "flow_matching":
-        settings["guided"] = guided(config)
-    else:
-        settings["teacher"] = teacher_velocity(teacher, resolution) if teacher is not None else None
-    if {**settings_of(OBJECTIVES[name]), **settings}.get("time_shift", 0.0) is None:
+    followed = config if kind.from_scratch else teacher
+    velocity = None if followed is None else teacher_velocity(followed, resolution)
+    if {**settings_of(kind), **settings}.get("time_shift", 0.0) is None:
         settings["time_shift"] = world.time_shift(token_shape(config, resolution)[0])
-    method = OBJECTIVES[name](network(config, resolution), **settings)
+    method = kind(network(config, resolution), velocity, **settings)
     beside = adapters.settings(config)
     if teacher is None or beside is None:
         return method
@@ -164,35 +163,42 @@ def teacher_velocity(
     return guided(teacher)(network(teacher, resolution))
 
 
-def abstract_loss(config: ConfigDict, teacher: ConfigDict | None = None) -> tuple[Callable, tuple]:
-    """The loss of one micro-batch, and the shapes of its arguments: to trace, not to run.
+def abstract_losses(
+    config: ConfigDict, teacher: ConfigDict | None = None
+) -> Iterator[tuple[str, Callable, tuple]]:
+    """The loss of each player for one micro-batch, and the shapes of its arguments, to be traced.
 
     Args:
       config: of the run.
       teacher: configuration of the network whose velocity is learned, if there is one.
 
-    Returns:
-      (function, arguments); the function takes (params, frozen, batch, key) and returns a scalar.
+    Yields:
+      (player, function, arguments); the function takes (own, view, batch, key) and returns a
+      scalar.
     """
     method = objective(config, teacher)
     size = config.batch_size // config.accumulate
 
     def arguments():
         key = streams.key(config.seed)
-        params = method.init(key, initial_parameters(config))
+        trees = method.init(key, initial_parameters(config))
         null, text = (text_like(config, count) for count in (1, size))
-        frozen = {"null": null, "average": params}
+        frozen = {"null": null}
         if teacher is not None:
             frozen["teacher"] = initial_parameters(teacher)
             if adapters.settings(config) and config.lora.base == "int8":
                 frozen["teacher"] = lora.quantized(frozen["teacher"])
-        return params, frozen, Batch(jnp.zeros((size, *token_shape(config))), text), key
+        batch = Batch(jnp.zeros((size, *token_shape(config))), text)
+        return trees, View(frozen, trees, trees), batch, key
 
-    def loss(params, frozen, batch, key):
-        draws = method.draw(key, batch)
-        return method.loss(params, frozen, batch, draws, jnp.zeros((), jnp.int32))[0]
+    trees, *others = jax.eval_shape(arguments)
+    for name, player in method.players.items():
 
-    return loss, jax.eval_shape(arguments)
+        def loss(own, view, batch, key, player=player):
+            draws = method.draw(key, batch)
+            return player.loss(own, view, batch, draws, jnp.zeros((), jnp.int32))[0]
+
+        yield name, loss, (trees[name], *others)
 
 
 def text_like(config: ConfigDict, count: int) -> Text:

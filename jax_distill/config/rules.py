@@ -16,6 +16,8 @@ from jax_distill.storage.quoting import shown
 Rule = tuple[Sequence[str], Callable[[Any], bool], str]
 """Keys, what must hold of their values, and how that is said."""
 
+_PLAYER = re.compile(r"^optimizers\.\w+\.")  # such keys have the rules of `optimizer`
+
 
 def check(values: Mapping[str, Any], rules: Iterable[Rule]) -> None:
     """Checks the values that there are.
@@ -27,10 +29,11 @@ def check(values: Mapping[str, Any], rules: Iterable[Rule]) -> None:
     Raises:
       ConfigError: naming the key, its value, and what it must be.
     """
+    ruled = {key: _PLAYER.sub("optimizer.", key) for key in values}
     for keys, holds, words in rules:
-        for key in keys:
-            if values.get(key) is not None and not holds(values[key]):
-                raise ConfigError(f"{key}: {shown(values[key])} is not {words}")
+        for key, value in values.items():
+            if ruled[key] in keys and value is not None and not holds(value):
+                raise ConfigError(f"{key}: {shown(value)} is not {words}")
     for key, value in values.items():
         if not _is_moderate(value):
             raise ConfigError(f"{key}: {shown(value)} is not {_MODERATE}")
@@ -90,9 +93,8 @@ _AT_MOST = {
     2**31 - 1: (
         *("total_steps", "rescale.total_steps", "log_every", "checkpoint.every", "samples.every"),
         *("evaluation.every", "data.examples", "optimizer.warmup_steps"),
-        *("objective.tangent_warmup", "objective.discrete_warmup"),
     ),
-    2**20: ("batch_size", "rescale.batch_size", "accumulate", "objective.particles"),
+    2**20: ("batch_size", "rescale.batch_size", "accumulate"),
     2**17: (
         *("model.in_channels", "model.joint_attention_dim", "model.pooled_projection_dim"),
         *("lora.rank", "autoencoder.latent_channels", "autoencoder.norm_num_groups"),
@@ -127,28 +129,6 @@ def of_runs() -> Iterable[Rule]:
         yield keys, lambda value, most=most: value <= most, f"{most} or less"
     for key, known in CHOICES.items():
         yield (key,), known.__contains__, f"one of {', '.join(filter(None, known))}"
-
-
-def of_objectives() -> Iterable[Rule]:
-    """The same for what objectives have, by the settings' names."""
-
-    def keys(names):
-        return [f"objective.{name}" for name in names.split()]
-
-    positive = "time_std angle_std data_scale data_std tangent_constant loss_constant particles"
-    yield keys(positive), lambda value: 0 < value < math.inf, "positive"
-    at_least = "tangent_warmup discrete_warmup loss_power weight_power kl_weight l1_weight"
-    yield keys(at_least), lambda value: 0 <= value < math.inf, "zero or more"
-    shares = "equal_share drop_rate mix_from mix_to"
-    yield keys(shares), lambda value: 0 <= value <= 1, "from 0 to 1"
-    numbers = "time_mean angle_mean weight_offset omega kappa time_shift"
-    yield keys(numbers), math.isfinite, "a finite number"
-    yield keys("gap"), lambda value: 1 <= value <= 20, "from 1 to 20; float32 tells no closer times"
-    yield keys("middle_angle"), lambda value: 0 < value < math.pi / 2, "between 0 and pi / 2"
-    scales = "a list of finite numbers"
-    yield keys("guidance_scales"), lambda value: all(map(math.isfinite, value)) and value, scales
-    for most, names in _AT_MOST.items():
-        yield names, lambda value, most=most: value <= most, f"{most} or less"
 
 
 PATTERN = (

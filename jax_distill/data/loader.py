@@ -8,8 +8,7 @@ import jax
 import numpy as np
 
 from jax_distill.data.records import LatentRecords
-from jax_distill.flow import Text
-from jax_distill.objectives.objective import Batch
+from jax_distill.flow import Batch, Text
 from jax_distill.worlds.shapes import renderer
 from jax_distill.worlds.shapes.captions import CaptionEncoder
 
@@ -71,7 +70,7 @@ class EmbeddedLatents:
 def example_of_row(batch_size: int, accumulate: int, rows_per_example: int) -> np.ndarray:
     """Which example of a batch each of its rows holds, (batch_size,) from 0 on.
 
-    Of a micro-batch, every `accumulate`-th row as `train.make_step` takes them, `rows_per_example`
+    Of a micro-batch, every `accumulate`-th row as `step.make_step` takes them, `rows_per_example`
     rows in turn hold the same one; micro-batches hold different ones.
     """
     rows = np.arange(batch_size)

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_distill.objectives.objective import Batch
+from jax_distill.flow import Batch
+from jax_distill.objectives.objective import Method, View
+from jax_distill.objectives.settings import NOT_NEGATIVE, setting
 
 
 class AutoencoderDraws(NamedTuple):
@@ -18,7 +20,7 @@ class AutoencoderDraws(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderObjective:
+class AutoencoderObjective(Method):
     """Negative evidence bound of a Gaussian autoencoder, per pixel.
 
     `mean (x - decode(z))^2 + l1_weight mean |x - decode(z)| + kl_weight mean KL(q(z|x) | N(0, 1))`,
@@ -35,15 +37,16 @@ class AutoencoderObjective:
       l1_weight: weight of the mean absolute error.
     """
 
-    rows_per_example = 1
+    name = "autoencoder"
+    from_scratch = True
 
     encode: Callable
     decode: Callable
     latent_shape: tuple[int, int, int]
-    kl_weight: float = 1e-3
-    l1_weight: float = 0.1
+    kl_weight: float = setting(1e-3, NOT_NEGATIVE)
+    l1_weight: float = setting(0.1, NOT_NEGATIVE)
 
-    def init(self, key: jax.Array, params: dict) -> dict:
+    def init_student(self, key: jax.Array, params: dict) -> dict:
         del key
         return params
 
@@ -52,9 +55,9 @@ class AutoencoderObjective:
         return AutoencoderDraws(jax.random.normal(key, shape))
 
     def loss(
-        self, params: dict, frozen: dict, batch: Batch, draws: AutoencoderDraws, step: jax.Array
+        self, params: dict, view: View, batch: Batch, draws: AutoencoderDraws, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        del frozen, step
+        del view, step
         mean, logvar = self.encode(params, batch.x)
         latents = mean + jnp.exp(0.5 * logvar) * draws.noise
         error = self.decode(params, latents) - batch.x

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_distill import sampling
-from jax_distill.flow import Network, interpolate, logit_normal, path_velocity, shift_time
-from jax_distill.objectives.objective import Batch, drop_text
+from jax_distill.flow import Batch, Network, Text, interpolate, logit_normal, path_velocity
+from jax_distill.objectives.objective import Method, View, drop_text
+from jax_distill.objectives.settings import FINITE, POSITIVE, SHARE, one_of, setting
 from jax_distill.objectives.teacher import TeacherVelocity
+from jax_distill.sampling import SOLVERS, Shifted, Solve
 
 
 class FlowMatchingDraws(NamedTuple):
@@ -21,14 +22,14 @@ class FlowMatchingDraws(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowMatching:
+class FlowMatching(Method):
     """Conditional flow matching, `mean |net(x_t, t, c) - (e - x)|^2`, with caption dropout.
 
     Source: Lipman et al., arXiv:2210.02747; logit-normal times: Esser et al., arXiv:2403.03206.
 
     Attributes:
       network: the velocity network.
-      guided: how the sampler follows it under guidance, such as `teacher.classifier_free`.
+      teacher: its velocity as the sampler follows it, under guidance.
       time_mean: of the logit-normal times.
       time_std: of the logit-normal times.
       drop_rate: share of captions replaced by the null caption, for classifier-free guidance.
@@ -36,23 +37,21 @@ class FlowMatching:
       time_shift: mu of the sampling schedule (`flow.shift_time`); None: the world's, or uniform.
     """
 
-    rows_per_example = 1
+    name = "flow_matching"
+    summary = "A teacher, made by flow matching"
+    from_scratch = True
 
     network: Network
-    guided: Callable[[Network], TeacherVelocity]
-    time_mean: float = 0.0
-    time_std: float = 1.0
-    drop_rate: float = 0.1
-    solver: str = "euler"
-    time_shift: float | None = None
+    teacher: TeacherVelocity
+    time_mean: float = setting(0.0, FINITE)
+    time_std: float = setting(1.0, POSITIVE)
+    drop_rate: float = setting(0.1, SHARE)
+    solver: str = setting("euler", one_of(*SOLVERS))
+    time_shift: float | None = setting(None, FINITE)
 
-    def __post_init__(self):
-        if self.time_shift is None:
-            object.__setattr__(self, "time_shift", 0.0)
-
-    def init(self, key: jax.Array, params: dict) -> dict:
-        del key
-        return {"network": params}
+    @property
+    def sampled_by(self) -> Solve:
+        return Solve(Shifted(self.time_shift or 0.0), self.solver)
 
     def draw(self, key: jax.Array, batch: Batch) -> FlowMatchingDraws:
         key_t, key_noise, key_drop = jax.random.split(key, 3)
@@ -64,21 +63,15 @@ class FlowMatching:
         )
 
     def loss(
-        self, params: dict, frozen: dict, batch: Batch, draws: FlowMatchingDraws, step: jax.Array
+        self, params: dict, view: View, batch: Batch, draws: FlowMatchingDraws, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del step
-        text = drop_text(batch.text, frozen["null"], draws.dropped)
+        text = drop_text(batch.text, view.frozen["null"], draws.dropped)
         x_t = interpolate(batch.x, draws.noise, draws.t)
         velocity = self.network.velocity(params["network"], x_t, draws.t, text)
         error = velocity - path_velocity(batch.x, draws.noise)
         return jnp.mean(jnp.square(error)), {}
 
-    def sample(self, params, noise, text, null, guidance, key, steps):
-        """Integrates the guided velocity."""
-        del key
-        frozen = {"teacher": params["network"], "null": null}
-        velocity = functools.partial(self.guided(self.network), frozen)
-        times = shift_time(sampling.uniform_times(steps), self.time_shift)
-        return sampling.solve(
-            velocity, noise, times, text, guidance, solver=sampling.SOLVERS[self.solver]
-        )
+    def motion(self, params: dict, null: Text | None = None) -> Callable[..., jax.Array]:
+        """The guided velocity."""
+        return functools.partial(self.teacher, {"teacher": params["network"], "null": null})

@@ -4,29 +4,37 @@ Source: Zhou, Ermon & Song, arXiv:2503.07565, in its Euler parameterisation on t
 """
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jax_distill import sampling
 from jax_distill.flow import (
+    Batch,
     Network,
+    Text,
     average_velocity_map,
     interpolate,
     path_velocity,
-    shift_time,
     straight_step,
     uniform,
 )
-from jax_distill.objectives.objective import Batch, check_choices
+from jax_distill.objectives.objective import STUDENT, Method, View
+from jax_distill.objectives.settings import (
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SCALES,
+    Rule,
+    at_most,
+    one_of,
+    setting,
+)
 from jax_distill.objectives.teacher import TeacherVelocity
+from jax_distill.sampling import PushForward, Restart, Shifted
 
-CHOICES = {
-    "ddim_velocity": ("teacher", "sample"),
-    "target_weights": ("current", "average"),
-    "sampler": ("push_forward", "restart"),
-}
+GAP = Rule(lambda gap: 1 <= gap <= 20, "from 1 to 20; float32 tells no closer times")
 TINY = 1e-8  # smallest distance in the kernel
 BFLOAT16_GAP = 10
 """The largest gap for networks that compute in bfloat16, see `IMM`."""
@@ -72,7 +80,7 @@ def moment_weight(t: jax.Array, power: float, offset: float) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class IMM:
+class IMM(Method):
     """Matches, in moments of all orders, what the student makes of x_t and of x_r, r < t, at s.
 
     f(x, t -> s) = x - (t - s) net(x, t, t - s). M particles, noises of one picture, share
@@ -107,23 +115,27 @@ class IMM:
       time_shift: mu of the sampling schedule; 0 is uniform.
     """
 
+    name = "imm"
+    summary = "A student by IMM (inductive moment matching, arXiv:2503.07565)"
+    card_steps = 4
+
     network: Network
     teacher: TeacherVelocity
-    particles: int = 4
-    guidance_scales: tuple[float, ...] = (4.0, 4.5, 5.0)
-    gap: int = 12
+    particles: int = setting(4, POSITIVE, at_most(2**20))
+    guidance_scales: tuple[float, ...] = setting((4.0, 4.5, 5.0), SCALES)
+    gap: int = setting(12, GAP)
     time_min: float = 0.0
     time_max: float = 0.994
-    data_std: float = 1.0
-    weight_power: float = 1.0
-    weight_offset: float = 4.0
-    ddim_velocity: str = "teacher"
-    target_weights: str = "current"
-    sampler: str = "push_forward"
-    time_shift: float = 0.0
+    data_std: float = setting(1.0, POSITIVE)
+    weight_power: float = setting(1.0, NOT_NEGATIVE)
+    weight_offset: float = setting(4.0, FINITE)
+    ddim_velocity: str = setting("teacher", one_of("teacher", "sample"))
+    target_weights: str = setting("current", one_of("current", "average"))
+    sampler: str = setting("push_forward", one_of("push_forward", "restart"))
+    time_shift: float = setting(0.0, FINITE)
 
     def __post_init__(self):
-        check_choices(self, CHOICES)
+        super().__post_init__()
         if not 0 <= self.time_min < self.time_max < 1:
             raise ValueError(
                 f"objective.time_max: {self.time_max} must be above time_min {self.time_min} and"
@@ -134,9 +146,17 @@ class IMM:
     def rows_per_example(self) -> int:
         return self.particles
 
-    def init(self, key: jax.Array, params: dict) -> dict:
-        del key
-        return {"network": params}
+    def check_run(self, dtype: str) -> Iterable[str]:
+        if dtype == "bfloat16" and self.gap > BFLOAT16_GAP:
+            yield (
+                f"gap: {self.gap} sets the two groups so near each other that bfloat16 hides much"
+                f" of their difference; set objective.gap={BFLOAT16_GAP} or less, or dtype=float32"
+            )
+
+    @property
+    def sampled_by(self) -> PushForward | Restart:
+        kind = Restart if self.sampler == "restart" else PushForward
+        return kind(Shifted(self.time_shift, self.time_max))
 
     def draw(self, key: jax.Array, batch: Batch) -> IMMDraws:
         key_t, key_s, key_noise, key_guidance = jax.random.split(key, 4)
@@ -165,7 +185,7 @@ class IMM:
         return jnp.clip(r / (1 + r), s, t)
 
     def groups(
-        self, params: dict, frozen: dict, batch: Batch, draws: IMMDraws
+        self, params: dict, view: View, batch: Batch, draws: IMMDraws
     ) -> tuple[jax.Array, jax.Array]:
         """The two groups a and b at time s, (G, M, D) each; b without gradient."""
 
@@ -175,11 +195,11 @@ class IMM:
         x, text = first(batch.x), jax.tree.map(first, batch.text)
         x_t = interpolate(x, draws.noise, draws.t)
         if self.ddim_velocity == "teacher":
-            velocity = self.teacher(frozen, x_t, draws.t, text, draws.guidance)
+            velocity = self.teacher(view.frozen, x_t, draws.t, text, draws.guidance)
         else:
             velocity = path_velocity(x, draws.noise)
         x_r = straight_step(x_t, draws.t, draws.r, velocity)
-        target = frozen["average"] if self.target_weights == "average" else params
+        target = view.averages[STUDENT] if self.target_weights == "average" else params
 
         def jump(params, x, t):
             flow_map = average_velocity_map(self.network, params["network"])
@@ -189,10 +209,10 @@ class IMM:
         return tuple(particles.reshape(-1, self.particles, x[0].size) for particles in made)
 
     def loss(
-        self, params: dict, frozen: dict, batch: Batch, draws: IMMDraws, step: jax.Array
+        self, params: dict, view: View, batch: Batch, draws: IMMDraws, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del step
-        a, b = self.groups(params, frozen, batch, draws)
+        a, b = self.groups(params, view, batch, draws)
         t, s = draws.t[:: self.particles], draws.s[:: self.particles]
         scale = jnp.maximum((t - s) * self.data_std, TINY)
 
@@ -204,10 +224,7 @@ class IMM:
         loss = jnp.mean(weight * discrepancy)
         return loss, {"discrepancy": jnp.mean(discrepancy)}
 
-    def sample(self, params, noise, text, null, guidance, key, steps):
-        """Pushes noise forward, or restarts, from `time_max` on; one evaluation a step."""
+    def motion(self, params: dict, null: Text | None = None) -> Callable[..., jax.Array]:
+        """The flow map x - (t - s) net(x, t, t - s)."""
         del null
-        times = self.time_max * shift_time(sampling.uniform_times(steps), self.time_shift)
-        key = key if self.sampler == "restart" else None
-        flow_map = average_velocity_map(self.network, params["network"])
-        return sampling.sample(flow_map, noise, times, text, guidance, renoise_key=key)
+        return average_velocity_map(self.network, params["network"])

@@ -5,31 +5,37 @@ finite-interval warm-up is the target of AlphaFlow, arXiv:2510.20771.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jax_distill import sampling
 from jax_distill.flow import (
+    Batch,
     Network,
+    Text,
     average_velocity_map,
-    flux_shift,
     interpolate,
     path_velocity,
     per_sample,
-    shift_time,
     sorted_logit_normal,
     straight_step,
 )
-from jax_distill.objectives.objective import Batch, check_choices, drop_text
+from jax_distill.objectives.objective import Method, View, drop_text
+from jax_distill.objectives.settings import (
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SCALES,
+    SHARE,
+    STEPS,
+    one_of,
+    setting,
+)
 from jax_distill.objectives.teacher import TeacherVelocity
+from jax_distill.sampling import PushForward, Shifted
 
-CHOICES = {
-    "interval_start": ("zeros", "copy"),
-    "target_velocity": ("teacher", "sample"),
-    "jvp_velocity": ("teacher", "sample"),
-}
 SHORTEST = 0.005  # of the finite intervals, as a share of t - r, where the warm-up ends
 
 
@@ -42,7 +48,7 @@ class MeanFlowDraws(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class MeanFlow:
+class MeanFlow(Method):
     """Distils the average velocity u(x_t, t, r) = (x_t - X(x_t, t -> r)) / (t - r).
 
     The network takes h = t - r through a second time embedder. With u and du = du/dt along the flow
@@ -87,32 +93,51 @@ class MeanFlow:
       time_shift: mu of the sampling schedule; None: the world's, or FLUX's for so many tokens.
     """
 
-    rows_per_example = 1
+    name = "meanflow"
+    summary = "A student by MeanFlow (arXiv:2505.13447)"
+    card_steps = 4
 
     network: Network
     teacher: TeacherVelocity
-    time_mean: float = -0.4
-    time_std: float = 1.0
-    equal_share: float = 0.25
-    guidance_scales: tuple[float, ...] = (4.0, 4.5, 5.0)
-    drop_rate: float = 0.1
-    interval_start: str = "zeros"
-    target_velocity: str = "teacher"
-    jvp_velocity: str = "teacher"
-    omega: float = 1.0
-    kappa: float = 0.0
-    mix_from: float = 0.0
-    mix_to: float = 1.0
+    time_mean: float = setting(-0.4, FINITE)
+    time_std: float = setting(1.0, POSITIVE)
+    equal_share: float = setting(0.25, SHARE)
+    guidance_scales: tuple[float, ...] = setting((4.0, 4.5, 5.0), SCALES)
+    drop_rate: float = setting(0.1, SHARE)
+    interval_start: str = setting("zeros", one_of("zeros", "copy"))
+    target_velocity: str = setting("teacher", one_of("teacher", "sample"))
+    jvp_velocity: str = setting("teacher", one_of("teacher", "sample"))
+    omega: float = setting(1.0, FINITE)
+    kappa: float = setting(0.0, FINITE)
+    mix_from: float = setting(0.0, SHARE)
+    mix_to: float = setting(1.0, SHARE)
     mix_interval: bool = False
-    loss_power: float = 1.0
-    loss_constant: float = 1e-3
-    discrete_warmup: int = 0
-    time_shift: float | None = None
+    loss_power: float = setting(1.0, NOT_NEGATIVE)
+    loss_constant: float = setting(1e-3, POSITIVE)
+    discrete_warmup: int = setting(0, NOT_NEGATIVE, STEPS)
+    time_shift: float | None = setting(None, FINITE)
 
-    def __post_init__(self):
-        check_choices(self, CHOICES)
+    def check_run(self, dtype: str) -> Iterable[str]:
+        if self.mix_from > self.mix_to:
+            raise ValueError(f"objective.mix_from: {self.mix_from} is after mix_to, {self.mix_to}")
+        if self.discrete_warmup and dtype == "bfloat16":
+            raise ValueError(
+                "objective.discrete_warmup: finite intervals compare velocities that bfloat16"
+                " rounds to the same; set dtype=float32, or discrete_warmup=0 for the derivative"
+            )
+        untrained = 1 - self.omega - self.kappa
+        if abs(untrained) > 1e-6 and self.drop_rate == 0:
+            raise ValueError(
+                "objective.drop_rate: 0 trains no null caption, of which omega and kappa mix in"
+                f" {untrained:g}; set 0.1, or omega and kappa that add to 1"
+            )
+        return ()
 
-    def init(self, key: jax.Array, params: dict) -> dict:
+    @property
+    def sampled_by(self) -> PushForward:
+        return PushForward(Shifted(self.time_shift))
+
+    def init_student(self, key: jax.Array, params: dict) -> dict:
         del key
         if self.interval_start == "copy":
             copied = jax.tree.map(jnp.array, params["time_embedder"])
@@ -133,14 +158,15 @@ class MeanFlow:
         )
 
     def velocities(
-        self, params: dict, frozen: dict, batch: Batch, draws: MeanFlowDraws
+        self, params: dict, view: View, batch: Batch, draws: MeanFlowDraws
     ) -> tuple[jax.Array, jax.Array]:
         """The target velocity v~ and the jvp's direction, (B, N, C) each, no gradient."""
         x_t = interpolate(batch.x, draws.noise, draws.t)
-        null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), frozen["null"], batch.text)
+        null = view.frozen["null"]
+        null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), null, batch.text)
         text = drop_text(batch.text, null, draws.dropped)
         choices = {"sample": lambda: path_velocity(batch.x, draws.noise)}
-        choices["teacher"] = lambda: self.teacher(frozen, x_t, draws.t, text, draws.guidance)
+        choices["teacher"] = lambda: self.teacher(view.frozen, x_t, draws.t, text, draws.guidance)
         wanted = {self.target_velocity, self.jvp_velocity}
         made = {name: make() for name, make in choices.items() if name in wanted}
         target, direction = made[self.target_velocity], made[self.jvp_velocity]
@@ -162,11 +188,11 @@ class MeanFlow:
         return jax.lax.stop_gradient((target, direction))
 
     def target(
-        self, params: dict, frozen: dict, batch: Batch, draws: MeanFlowDraws, step: jax.Array
+        self, params: dict, view: View, batch: Batch, draws: MeanFlowDraws, step: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """The student's u, (B, N, C), and what it should be, no gradient."""
-        velocity, direction = self.velocities(params, frozen, batch, draws)
-        text = drop_text(batch.text, frozen["null"], draws.dropped)
+        velocity, direction = self.velocities(params, view, batch, draws)
+        text = drop_text(batch.text, view.frozen["null"], draws.dropped)
         x_t = interpolate(batch.x, draws.noise, draws.t)
 
         def student(x, r, t):
@@ -191,17 +217,14 @@ class MeanFlow:
         return jax.lax.cond(step < self.discrete_warmup, finite, differential)
 
     def loss(
-        self, params: dict, frozen: dict, batch: Batch, draws: MeanFlowDraws, step: jax.Array
+        self, params: dict, view: View, batch: Batch, draws: MeanFlowDraws, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        u, target = self.target(params, frozen, batch, draws, step)
+        u, target = self.target(params, view, batch, draws, step)
         square = jnp.sum(jnp.square(u - target), axis=tuple(range(1, u.ndim)))
         weight = jax.lax.stop_gradient(square + self.loss_constant) ** -self.loss_power
         return jnp.mean(weight * square), {"error": jnp.mean(square) / u[0].size}
 
-    def sample(self, params, noise, text, null, guidance, key, steps):
-        """Pushes noise forward along FLUX's shifted schedule, one evaluation a step."""
-        del null, key
-        shift = flux_shift(noise.shape[1]) if self.time_shift is None else self.time_shift
-        times = shift_time(sampling.uniform_times(steps), shift)
-        flow_map = average_velocity_map(self.network, params["network"])
-        return sampling.sample(flow_map, noise, times, text, guidance)
+    def motion(self, params: dict, null: Text | None = None) -> Callable[..., jax.Array]:
+        """The flow map x - (t - s) u(x, t, t - s)."""
+        del null
+        return average_velocity_map(self.network, params["network"])

@@ -1,30 +1,30 @@
-"""All objectives by their names, and their settings."""
+"""All objectives by their names: whatever stands in a file of this folder."""
 
 import dataclasses
-from typing import Any
+import importlib
+import pkgutil
+from collections.abc import Iterator
 
-from jax_distill.objectives.autoencoder import AutoencoderObjective
-from jax_distill.objectives.flow_matching import FlowMatching
-from jax_distill.objectives.imm import IMM
-from jax_distill.objectives.meanflow import MeanFlow
-from jax_distill.objectives.objective import Objective
-from jax_distill.objectives.scm import SCM
-from jax_distill.objectives.time_rescale import TimeRescale
+from jax_distill import objectives
+from jax_distill.objectives.objective import Method
+
+
+def _found() -> Iterator[type[Method]]:
+    for info in pkgutil.iter_modules(objectives.__path__, f"{objectives.__name__}."):
+        for value in vars(importlib.import_module(info.name)).values():
+            if isinstance(value, type) and issubclass(value, Method) and "name" in vars(value):
+                yield value
+
+
+KINDS = {kind.name: kind for kind in _found()}
+"""What `objective.name` may be."""
 
 OBJECTIVES = {
-    "flow_matching": FlowMatching,
-    "time_rescale": TimeRescale,
-    "scm": SCM,
-    "meanflow": MeanFlow,
-    "imm": IMM,
+    name: kind
+    for name, kind in KINDS.items()
+    if "network" in {field.name for field in dataclasses.fields(kind)}
 }
 """Those that train velocity networks."""
 
-KINDS = {"autoencoder": AutoencoderObjective, **OBJECTIVES}
-"""What `objective.name` may be."""
-
-
-def settings_of(kind: type[Objective]) -> dict[str, Any]:
-    """The settings of an objective and their defaults; networks and encoders are not settings."""
-    fields = dataclasses.fields(kind)
-    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+FROM_SCRATCH = tuple(name for name, kind in KINDS.items() if kind.from_scratch)
+"""Objectives without a teacher."""

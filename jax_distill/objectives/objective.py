@@ -1,24 +1,63 @@
-"""What an objective is: the interface between a method, the training loop and the samplers.
+"""The interface between a method, the training loop and the samplers.
 
-An objective owns what it trains and knows how it is sampled. The loop knows only that `init` makes
-a tree of trainable parameters, that `draw` makes every random number of a step, and that `loss` is
-a deterministic function of (parameters, frozen parameters, batch, draws, step). Samplers know only
-`sample`. Adding a method is adding one file beside this one.
+A method has players: named trees of parameters, each with a loss, an optimizer and perhaps a
+running average of its own. `turn` says who moves at a step, and every number that is drawn for the
+step comes from `draw`, so that a loss is a deterministic function of (its player's parameters, the
+other players, batch, draws, moves). How a student is sampled is data, `sampled_by`, and a
+function, `motion`. Adding a method is adding one file beside this one, and a config.
 """
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from jax_distill.flow import Text
+from jax_distill.flow import Batch, Text
+from jax_distill.objectives import settings
+from jax_distill.sampling import Sampler, draw
+
+STUDENT = "student"
+"""The player that is sampled, evaluated and exported; a lone network goes by this name, too."""
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-class Batch(NamedTuple):
-    """One batch of training data."""
+class View(NamedTuple):
+    """What a loss may read beside its own player's parameters; no gradient reaches it.
 
-    x: jax.Array  # (B, N, C) packed latents; (B, H, W, 3) pictures for the autoencoder
-    text: Text | None = None
+    Attributes:
+      frozen: "teacher", a network's parameters, and "null", the `Text` of the empty caption with a
+        leading axis of length one.
+      nets: every player's parameters.
+      averages: the running averages of the players that keep one.
+    """
+
+    frozen: Mapping[str, Any]
+    nets: Mapping[str, Any] = _NOTHING
+    averages: Mapping[str, Any] = _NOTHING
+
+
+Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+"""(own, view, batch, draws, moves) -> (scalar, what else is worth logging).
+
+`own` is a player's tree, differentiated; `moves`, a scalar, the moves that it has made before.
+"""
+
+
+class Player(NamedTuple):
+    """One that learns.
+
+    Attributes:
+      loss: see `Loss`.
+      averaged: whether a running average is kept.
+      optimizer: a name under `optimizers` in the configuration; "" for `optimizer` itself.
+    """
+
+    loss: Loss
+    averaged: bool = False
+    optimizer: str = ""
 
 
 class Objective(Protocol):
@@ -27,30 +66,30 @@ class Objective(Protocol):
     Attributes:
       rows_per_example: how many rows of a (micro-)batch in turn are one example, each with draws of
         its own; the loader reads it once.
+      players: by name, `STUDENT` among them.
+      sampled_by: how the student is drawn from.
     """
 
     rows_per_example: int
 
-    def init(self, key: jax.Array, params: dict) -> dict:
-        """The tree that is trained, {"network": params} and what else the method trains."""
+    @property
+    def players(self) -> Mapping[str, Player]: ...
+
+    @property
+    def sampled_by(self) -> Sampler: ...
+
+    def init(self, key: jax.Array, params: dict) -> dict[str, Any]:
+        """A tree for each player, made from a network's parameters.
+
+        Those of networks have them as "network".
+        """
 
     def draw(self, key: jax.Array, batch: Batch) -> Any:
         """All randomness of one step, as a NamedTuple of arrays with leading axis B."""
 
-    def loss(
-        self, params: dict, frozen: dict, batch: Batch, draws: Any, step: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The scalar loss and what else is worth logging.
-
-        Args:
-          params: what `init` made, or its later value; differentiated.
-          frozen: what no gradient reaches: "teacher", a network's parameters, "null", the `Text`
-            of the empty caption with a leading axis of length one, and "average", the running
-            average of `params`.
-          batch: the data.
-          draws: what `draw` made.
-          step: steps taken so far, a scalar.
-        """
+    def turn(self, step: int) -> tuple[str, ...]:
+        """The players that move at a step, counted from 0, in their order; the later ones of a turn
+        see what the earlier ones have become. Every distinct turn is a program of its own."""
 
     def sample(
         self,
@@ -62,14 +101,73 @@ class Objective(Protocol):
         key: jax.Array,
         steps: int,
     ) -> jax.Array:
-        """Data from noise (B, N, C) in `steps` steps; guidance and key (B,), null as in `loss`."""
+        """Data from noise (B, N, C) in `steps` steps.
+
+        Args:
+          params: the student's tree.
+          noise: (B, N, C).
+          text: (B, ..).
+          null: with a leading axis of length one, as in `View.frozen`.
+          guidance: (B,).
+          key: of noise that is drawn on the way, one or (B,).
+          steps: of the schedule.
+        """
 
 
-def check_choices(objective: Objective, choices: dict[str, tuple[str, ...]]) -> None:
-    """Raises ValueError if a setting, by its name, is none of the words it may be."""
-    for name, known in choices.items():
-        if (value := getattr(objective, name)) not in known:
-            raise ValueError(f"objective.{name}: {value!r} is not one of {', '.join(known)}")
+class Method:
+    """The base of objectives: settings that are checked, and a student that learns alone.
+
+    Attributes:
+      name: that `objective.name` has in a configuration.
+      summary: the words of a model card.
+      from_scratch: whether it learns from data alone, without a teacher.
+      card_steps: sampling steps in a model card's program; 0 for those of a teacher.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    from_scratch: ClassVar[bool] = False
+    card_steps: ClassVar[int] = 0
+    rows_per_example = 1
+
+    def __post_init__(self):
+        settings.check(self)
+
+    @property
+    def players(self) -> Mapping[str, Player]:
+        return {STUDENT: Player(self.loss, averaged=True)}
+
+    def init(self, key: jax.Array, params: dict) -> dict[str, Any]:
+        return {STUDENT: self.init_student(key, params)}
+
+    def init_student(self, key: jax.Array, params: dict) -> dict[str, Any]:
+        """The student's tree."""
+        del key
+        return {"network": params}
+
+    def turn(self, step: int) -> tuple[str, ...]:
+        del step
+        return (STUDENT,)
+
+    def check_run(self, dtype: str) -> Iterable[str]:
+        """Checks the settings with each other, and with the type that networks compute in.
+
+        Returns:
+          Warnings, each beginning with a setting's name.
+
+        Raises:
+          ValueError: they cannot be together.
+        """
+        del dtype
+        return ()
+
+    def motion(self, params: dict, null: Text | None) -> Callable[..., jax.Array]:
+        """The flow map, or for `Solve` the velocity, of the student's tree, see `sampling.draw`."""
+        raise NotImplementedError
+
+    def sample(self, params, noise, text, null, guidance, key, steps):
+        """As `Objective.sample`."""
+        return draw(self.sampled_by, self.motion(params, null), noise, text, guidance, key, steps)
 
 
 def drop_text(text: Text, null: Text, dropped: jax.Array) -> Text:

@@ -6,15 +6,17 @@ arXiv:2512.13006, whose loss this is; the options marked rCM are those of arXiv:
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jax_distill import sampling
 from jax_distill.flow import (
+    Batch,
     Network,
+    Text,
     log_normal_angle,
     per_sample,
     straight_step,
@@ -22,8 +24,21 @@ from jax_distill.flow import (
     trig_to_linear_time,
     trig_velocity,
 )
-from jax_distill.objectives.objective import Batch, check_choices
+from jax_distill.objectives.objective import Method, View
+from jax_distill.objectives.settings import (
+    FINITE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SCALES,
+    STEPS,
+    Rule,
+    one_of,
+    setting,
+)
 from jax_distill.objectives.teacher import TeacherVelocity
+from jax_distill.sampling import Angles, Restart
+
+BETWEEN = Rule(lambda angle: 0 < angle < math.pi / 2, "between 0 and pi / 2")
 
 
 class SCMDraws(NamedTuple):
@@ -65,7 +80,7 @@ def first_kept_for_dropped(tree: Any, kept: jax.Array) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class SCM:
+class SCM(Method):
     """Continuous-time consistency distillation.
 
     With y = s_d (cos(a) x + sin(a) e) and dy/da = s_d F_teacher(y/s_d, a), the student's sample
@@ -93,31 +108,34 @@ class SCM:
       tangent_constant: c.
       weighting: "learned", as above, or "sum" (rCM): 100 times the sum of squares over a sample.
       drop_nonfinite: samples whose output or tangent is not finite are left out of the loss, of its
-        gradient too, and counted; where none is left, the loss is not a number. It costs one more
+        gradient too, and counted; the loss is NaN if every sample was dropped. It costs one more
         forward of the student: the output is made again without them, to be differentiated.
       middle_angle: of the sampler's two-step schedule.
     """
 
-    rows_per_example = 1
+    name = "scm"
+    summary = "A student by sCM (continuous-time consistency distillation, arXiv:2410.11081)"
+    card_steps = 2
 
     network: Network
     teacher: TeacherVelocity
-    data_scale: float = 0.5
-    angle_mean: float = 0.2
-    angle_std: float = 1.6
-    guidance_scales: tuple[float, ...] = (4.0, 4.5, 5.0)
-    tangent_warmup: int = 4000
-    warmup: str = "scm"
+    data_scale: float = setting(0.5, POSITIVE)
+    angle_mean: float = setting(0.2, FINITE)
+    angle_std: float = setting(1.6, POSITIVE)
+    guidance_scales: tuple[float, ...] = setting((4.0, 4.5, 5.0), SCALES)
+    tangent_warmup: int = setting(4000, NOT_NEGATIVE, STEPS)
+    warmup: str = setting("scm", one_of("scm", "rcm"))
     normalize_tangent: bool = True
-    tangent_constant: float = 0.1
-    weighting: str = "learned"
+    tangent_constant: float = setting(0.1, POSITIVE)
+    weighting: str = setting("learned", one_of("learned", "sum"))
     drop_nonfinite: bool = False
-    middle_angle: float = 1.3
+    middle_angle: float = setting(1.3, BETWEEN)
 
-    def __post_init__(self):
-        check_choices(self, {"warmup": ("scm", "rcm"), "weighting": ("learned", "sum")})
+    @property
+    def sampled_by(self) -> Restart:
+        return Restart(Angles(self.middle_angle))
 
-    def init(self, key: jax.Array, params: dict) -> dict:
+    def init_student(self, key: jax.Array, params: dict) -> dict:
         if self.weighting == "sum":
             return {"network": params}
         width = params["pooled_embedder"]["linear_2"]["bias"].shape[0]
@@ -150,7 +168,7 @@ class SCM:
         return functools.partial(trig_output, velocity)
 
     def tangent(
-        self, params: dict, frozen: dict, batch: Batch, draws: SCMDraws, step: jax.Array
+        self, params: dict, view: View, batch: Batch, draws: SCMDraws, step: jax.Array
     ) -> Tangent:
         """The student's output and its un-normalised tangent, from one jvp."""
         sigma = self.data_scale
@@ -159,7 +177,7 @@ class SCM:
         y = self.point(batch, draws)
 
         def teacher(x, t):
-            return self.teacher(frozen, x, t, batch.text, draws.guidance)
+            return self.teacher(view.frozen, x, t, batch.text, draws.guidance)
 
         dy = sigma * jax.lax.stop_gradient(trig_output(teacher, y / sigma, draws.angle))
         speed = jnp.cos(draws.angle) * jnp.sin(draws.angle)
@@ -178,11 +196,11 @@ class SCM:
         return Tangent(output, tangent)
 
     def loss(
-        self, params: dict, frozen: dict, batch: Batch, draws: SCMDraws, step: jax.Array
+        self, params: dict, view: View, batch: Batch, draws: SCMDraws, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         # What is dropped has no part in the backward pass: there 0 times infinity is not a number.
         differentiated = jax.lax.stop_gradient(params) if self.drop_nonfinite else params
-        output, tangent = self.tangent(differentiated, frozen, batch, draws, step)
+        output, tangent = self.tangent(differentiated, view, batch, draws, step)
         axes = tuple(range(1, tangent.ndim))
         norm = jnp.sqrt(jnp.sum(jnp.square(tangent), axes))  # not finite where the output is not
         kept = jnp.isfinite(norm) if self.drop_nonfinite else jnp.ones_like(norm, bool)
@@ -212,17 +230,12 @@ class SCM:
         head = params["logvar"]
         return (jnp.dot(embedding, head["kernel"], precision="highest") + head["bias"])[:, 0]
 
-    def flow_map(self, params: dict):
+    def motion(self, params: dict, null: Text | None = None) -> Callable[..., jax.Array]:
         """The map to s = 0, `x - t net(x, t)`: TrigFlow's cos(a) y - sin(a) s_d F."""
+        del null
 
         def jump(x, t, s, text, guidance):
             velocity = self.network.velocity(params["network"], x, t, text, guidance)
             return straight_step(x, t, s, velocity)
 
         return jump
-
-    def sample(self, params, noise, text, null, guidance, key, steps):
-        """Jumps to data and restarts from there at the next angle, one evaluation a step."""
-        del null
-        times = sampling.consistency_times(steps, self.middle_angle)
-        return sampling.sample(self.flow_map(params), noise, times, text, guidance, renoise_key=key)

@@ -9,6 +9,7 @@ Source: T2I-Distill, arXiv:2512.13006, which trains from rescaled teachers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,10 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_distill import sampling
-from jax_distill.flow import Network, interpolate, shift_time
-from jax_distill.objectives.objective import Batch
+from jax_distill.flow import Batch, Network, Text, interpolate
+from jax_distill.objectives.objective import Method, View
+from jax_distill.objectives.settings import FINITE, SCALES, one_of, setting
 from jax_distill.objectives.teacher import TeacherVelocity
+from jax_distill.sampling import SOLVERS, Shifted, Solve
 
 # The sinusoids that embedders see, cosines and then sines, see `models/mmdit.py`.
 FEATURES = 256
@@ -159,7 +161,7 @@ class TimeRescaleDraws(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class TimeRescale:
+class TimeRescale(Method):
     """Velocity matching, `mean |v_new(x_t, t, c, w) - sg(v_old(x_t, t, c, w))|^2`.
 
     Attributes:
@@ -169,21 +171,18 @@ class TimeRescale:
       solver, time_shift: of the sampler, as in `FlowMatching`.
     """
 
-    rows_per_example = 1
+    name = "time_rescale"
+    summary = "A teacher whose network takes the time in another scale"
 
     network: Network
     teacher: TeacherVelocity
-    guidance_scales: tuple[float, ...] = (4.0, 4.5, 5.0)
-    solver: str = "euler"
-    time_shift: float | None = None
+    guidance_scales: tuple[float, ...] = setting((4.0, 4.5, 5.0), SCALES)
+    solver: str = setting("euler", one_of(*SOLVERS))
+    time_shift: float | None = setting(None, FINITE)
 
-    def __post_init__(self):
-        if self.time_shift is None:
-            object.__setattr__(self, "time_shift", 0.0)
-
-    def init(self, key: jax.Array, params: dict) -> dict:
-        del key
-        return {"network": params}
+    @property
+    def sampled_by(self) -> Solve:
+        return Solve(Shifted(self.time_shift or 0.0), self.solver)
 
     def draw(self, key: jax.Array, batch: Batch) -> TimeRescaleDraws:
         key_t, key_noise, key_guidance = jax.random.split(key, 3)
@@ -196,28 +195,21 @@ class TimeRescale:
         )
 
     def loss(
-        self, params: dict, frozen: dict, batch: Batch, draws: TimeRescaleDraws, step: jax.Array
+        self, params: dict, view: View, batch: Batch, draws: TimeRescaleDraws, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del step
         x_t = interpolate(batch.x, draws.noise, draws.t)
-        old = self.teacher(frozen, x_t, draws.t, batch.text, draws.guidance)
+        old = self.teacher(view.frozen, x_t, draws.t, batch.text, draws.guidance)
         old = jax.lax.stop_gradient(old)
         new = self.network.velocity(params["network"], x_t, draws.t, batch.text, draws.guidance)
         loss = jnp.mean(jnp.square(new - old))
         relative = jnp.sqrt(loss / jnp.mean(jnp.square(old)))
         return loss, {"relative_velocity_error": relative}
 
-    def sample(self, params, noise, text, null, guidance, key, steps):
-        """Integrates the network's velocity, whose input the guidance scale is."""
-        del null, key
-
-        def velocity(x, t, text, guidance):
-            return self.network.velocity(params["network"], x, t, text, guidance)
-
-        times = shift_time(sampling.uniform_times(steps), self.time_shift)
-        return sampling.solve(
-            velocity, noise, times, text, guidance, solver=sampling.SOLVERS[self.solver]
-        )
+    def motion(self, params: dict, null: Text | None = None) -> Callable[..., jax.Array]:
+        """The network's velocity, which takes the guidance scale as an input."""
+        del null
+        return functools.partial(self.network.velocity, params["network"])
 
 
 class Comparison(NamedTuple):

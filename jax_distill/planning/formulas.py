@@ -30,24 +30,23 @@ def temporaries(program: Program) -> int:
     model = build.network_config(config)
     depth = model.num_layers + model.num_single_layers
     widths = WORKING_WIDTHS
-    if program.gradients:
+    if program.moving:
         widths += SAVED_WIDTHS[model.remat] * depth
     activations = _tokens(program) * model.hidden_size * widths * COMPUTE_BYTES
     gathered = 2 * _block_bytes(program)  # one in use, one on its way
-    gradients = bytes_on_a_chip(program.kinds["parameters"]) if program.gradients else 0
+    gradients = max((bytes_on_a_chip(player.params) for player in program.moving), default=0)
     return gradients + activations // mesh.shape["tensor"] + gathered
 
 
 def hbm_bytes(program: Program) -> int:
     """Bytes that a chip moves to and from its memory in a step."""
-    held = program.bytes_by_kind()
     weights = _weight_bytes(program) // program.mesh.shape["tensor"]
     passes = _passes(program)
-    updated = 2 * (held["parameters"] + held.get("optimizer", 0) + held.get("EMA", 0))
+    updated = 2 * sum(bytes_on_a_chip(player[:3]) for player in program.moving)
     activations = 2 * passes * _tokens(program) * build.network_config(program.config).hidden_size
     depth = sum(_blocks(program))
     moved = activations * WORKING_WIDTHS * depth * COMPUTE_BYTES // program.mesh.shape["tensor"]
-    return updated * program.gradients + 2 * passes * weights + moved
+    return updated + 2 * passes * weights + moved
 
 
 def exchanges(program: Program) -> list[Collective]:
@@ -58,25 +57,26 @@ def exchanges(program: Program) -> list[Collective]:
     sizes, config = program.mesh.shape, program.config
     double, single = _blocks(program)
     depth = double + single
-    micro = config.accumulate if program.gradients else 1
+    micro = config.accumulate if program.moving else 1
     found = []
     weights = _weight_bytes(program) // sizes["tensor"]
-    gradients = 2 * COMPUTE_BYTES * build.count(program.kinds["parameters"]) // sizes["tensor"]
+    learned = sum(build.count(player.params) for player in program.moving)
+    gradients = 2 * COMPUTE_BYTES * learned // sizes["tensor"]
     if sizes["fsdp"] > 1:
         count = _passes(program) * depth * micro
         gathered = Collective("all-gather", weights // depth, sizes["fsdp"], count, 1, "weights")
         found.append(gathered)
-        if program.gradients:
+        if program.moving:
             count = depth * micro
             size = gradients // depth
             scattered = Collective("reduce-scatter", size, sizes["fsdp"], count, 1, "gradients")
             found.append(scattered)
-    if sizes["data"] > 1 and program.gradients:
+    if sizes["data"] > 1 and program.moving:
         whole = gradients // sizes["fsdp"]
         found.append(Collective("all-reduce", whole, sizes["data"], 1, 0, "gradients"))
     if sizes["tensor"] > 1:
         width = build.network_config(config).hidden_size
-        passes = 6 if program.gradients else sampling_steps(config)
+        passes = 6 * len(program.moving) or sampling_steps(config)
         count = (2 * double + single) * passes * micro
         moved = _tokens(program) * width * COMPUTE_BYTES
         found.append(Collective("all-reduce", moved, sizes["tensor"], count, 1, "activations"))
@@ -85,13 +85,13 @@ def exchanges(program: Program) -> list[Collective]:
 
 def _passes(program: Program) -> int:
     """How often a step reads all weights: the teacher's, forward, and back again."""
-    return 3 if program.gradients else sampling_steps(program.config)
+    return 3 * len(program.moving) or sampling_steps(program.config)
 
 
 def _tokens(program: Program) -> int:
     """Tokens of text and picture on a chip at a time."""
     config, sizes = program.config, program.mesh.shape
-    accumulate = config.accumulate if program.gradients else 1
+    accumulate = config.accumulate if program.moving else 1
     samples = math.ceil(config.batch_size / (accumulate * sizes["data"] * sizes["fsdp"]))
     return samples * (build.token_shape(config)[0] + config.data.text_length)
 

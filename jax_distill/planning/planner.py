@@ -51,7 +51,7 @@ class Plan:
     """What a program needs on a topology.
 
     Attributes:
-      stage: of the run, or "sampling".
+      stage: of the run, with the players of a turn where there are several; or "sampling".
       topology: the chips.
       compiled: whether a compiler said so; otherwise by formula.
       changes: of the configuration, as flags, without which it would not run there.
@@ -93,8 +93,21 @@ class Plan:
         return self.peak <= self.hbm
 
     @property
+    def name(self) -> str:
+        """Of the stage, without the players whose turn it is."""
+        return self.stage.partition(",")[0]
+
+    @property
     def step_seconds(self) -> float:
         return self.roofline.seconds
+
+    @property
+    def mean_step_seconds(self) -> float:
+        """Over all turns of the stage, as often as each comes."""
+        turns = [plan for plan in (self, *self.others) if plan.name == self.name]
+        weights = [plan.total_steps or 1 for plan in turns]
+        seconds = sum(weight * plan.step_seconds for weight, plan in zip(weights, turns))
+        return seconds / sum(weights)
 
     @property
     def mfu(self) -> float:
@@ -132,6 +145,7 @@ class Plan:
             "collectives": {kind: dict(entry) for kind, entry in self.exchanges.items()},
             "roofline_seconds": dataclasses.asdict(self.roofline),
             "step_seconds": self.step_seconds,
+            "mean_step_seconds": self.mean_step_seconds,
             "bound": self.roofline.bound,
             "mfu": self.mfu,
             "hfu": utilisation(self.topology, self.arithmetic.flops, self.step_seconds),
@@ -192,7 +206,7 @@ def make_plan(
                 roofline=roofline(
                     topology, arithmetic.flops, measured.hbm_bytes, measured.exchanges
                 ),
-                total_steps=None if sample else planned.config.total_steps,
+                total_steps=planned.steps or None,
                 compile_seconds=seconds if compiled else 0.0,
             )
         )
@@ -217,12 +231,18 @@ def _programs(
         else:
             mesh = formulas.abstract_mesh(sharding.mesh_shape(config.mesh, topology.chips))
             program.check_batch(stage.config, mesh)
-        make_program = program.sampling if sample else program.training
-        plain = None
-        if stage.config.model.remat != "none" and not sample:
-            unsaved = stage._replace(config=_changed(stage.config, {"model.remat": "none"}))
-            plain = functools.partial(make_program, unsaved, mesh)
-        yield make_program(stage, mesh), plain, changes
+        if sample:
+            yield program.sampling(stage, mesh), None, changes
+            continue
+        unsaved = stage._replace(config=_changed(stage.config, {"model.remat": "none"}))
+        for planned in program.training(stage, mesh):
+            plain = functools.partial(_of_turn, unsaved, mesh, planned.name)
+            yield planned, None if stage.config.model.remat == "none" else plain, changes
+
+
+def _of_turn(stage: stages.Stage, mesh: Any, name: str) -> Program:
+    """The program of a stage's turn, by its name."""
+    return next(found for found in program.training(stage, mesh) if found.name == name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,7 +420,8 @@ def sweep(config: ConfigDict, topology: Topology, *, sample: bool = False) -> li
         except ConfigError:
             continue  # it does not divide
         names = (config.objective.name, "sampling")
-        plans.append(next(found for found in (plan, *plan.others) if found.stage in names))
+        of_stage = (found for found in (plan, *plan.others) if found.name in names)
+        plans.append(max(of_stage, key=lambda found: found.peak))
     if not plans:
         raise ConfigError(
             f"--sweep: no mesh of {topology.name} divides what was tried; ask for one plan without"

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,12 +16,22 @@ from jax_distill import streams
 from jax_distill.assembly import adapters, build, frozen, stages
 from jax_distill.config import ConfigError
 from jax_distill.devices import sharding
-from jax_distill.flow import Text
-from jax_distill.objectives.objective import Batch
+from jax_distill.flow import Batch, Text
+from jax_distill.objectives.methods import OBJECTIVES
+from jax_distill.objectives.objective import STUDENT
+from jax_distill.objectives.settings import settings_of
 from jax_distill.planning.flops import count_flops
 from jax_distill.runs import checks
-from jax_distill.training import rounding, train
-from jax_distill.training.optimizer import make_optimizer
+from jax_distill.training import rounding
+from jax_distill.training.step import (
+    PlayerState,
+    init_state,
+    jit_step,
+    make_optimizers,
+    make_step,
+    turns,
+    with_shardings,
+)
 
 FLUX_LITE = {
     "num_layers": 8,
@@ -48,8 +58,9 @@ class Program:
       arguments: shapes with shardings.
       kinds: the same, by what they are, such as "parameters".
       weights: shapes of all that one evaluation of the trained network reads, frozen or not.
-      gradients: whether it holds a gradient of every parameter.
-      name: of the stage, or "sampling".
+      moving: shapes of the states of the players that move; none in a sampler.
+      name: of the stage, with the players of its turn where there are several, or "sampling".
+      steps: of the run that are this program; 0 for a sampler.
     """
 
     config: ConfigDict
@@ -59,8 +70,9 @@ class Program:
     arguments: tuple
     kinds: dict[str, Any]
     weights: Any
-    gradients: bool
+    moving: list[PlayerState]
     name: str
+    steps: int = 0
 
     def flops(self) -> int:
         """Exact operations of the matrix products of one call, on all chips together."""
@@ -71,41 +83,47 @@ class Program:
         return {kind: bytes_on_a_chip(tree) for kind, tree in self.kinds.items()}
 
 
-def training(stage: stages.Stage, mesh: Any) -> Program:
-    """The step of `train.fit` on a mesh, given what the run gives it."""
+def training(stage: stages.Stage, mesh: Any) -> Iterator[Program]:
+    """The steps of `loop.fit` on a mesh, given what the run gives them: a program for each turn."""
     config = stage.config
     objective = build.objective(config, stage.teacher)
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    optimizers = make_optimizers(objective, config)
 
     def create():
         params = build.initial_parameters(config)
-        return train.init_state(objective, optimizer, params, config.seed, config.ema_dtype)
+        return init_state(objective, optimizers, params, config.seed, config.ema_dtype)
 
     abstract = jax.eval_shape(create)
     shardings = sharding.shard_state(abstract, mesh)
-    state = train.with_shardings(abstract, shardings)
+    state = with_shardings(abstract, shardings)
     held = {"null": text_like(config, 1)}
     if stage.teacher is not None:
         held["teacher"] = jax.eval_shape(functools.partial(_held, stage))
-    held = train.with_shardings(held, sharding.shard_state(held, mesh))
+    held = with_shardings(held, sharding.shard_state(held, mesh))
     batch = Batch(
         jax.ShapeDtypeStruct((config.batch_size, *build.token_shape(config)), jnp.float32),
         text_like(config, config.batch_size),
     )
     batch = _split(batch, mesh)
-    kinds = {
-        "parameters": state.params,
-        "optimizer": state.opt_state,
-        "EMA": state.ema,
-        "teacher": held.get("teacher", {}),
-        "batch": (batch, held["null"]),
-    }
+    kinds = {}
+    for name, player in state.players.items():
+        whose = f"{name}'s " if len(state.players) > 1 else ""
+        kinds |= {f"{whose}parameters": player.params, f"{whose}optimizer": player.opt_state}
+        kinds |= {f"{whose}EMA": player.ema} if player.ema else {}
+    kinds |= {"teacher": held.get("teacher", {}), "batch": (batch, held["null"])}
     whole = functools.partial(adapters.whole, config)
-    weights = jax.eval_shape(whole, held.get("teacher"), state.params)["network"]
-    function = train.make_step(objective, optimizer, config)
-    jitted = train.jit_step(objective, optimizer, config, shardings)
+    student = state.players[STUDENT].params
+    weights = jax.eval_shape(whole, held.get("teacher"), student)["network"]
     arguments = (state, held, batch)
-    return Program(config, mesh, function, jitted, arguments, kinds, weights, True, name=stage.name)
+    counts = turns(objective, config.total_steps)
+    for turn, steps in counts.items():
+        name = f"{stage.name}, {' and '.join(turn)}" if len(counts) > 1 else stage.name
+        function = make_step(objective, optimizers, config, turn)
+        jitted = jit_step(objective, optimizers, config, shardings, turn)
+        moving = [state.players[player] for player in turn]
+        yield Program(
+            config, mesh, function, jitted, arguments, kinds, weights, moving, name, steps
+        )
 
 
 def sampling(stage: stages.Stage, mesh: Any) -> Program:
@@ -122,14 +140,14 @@ def sampling(stage: stages.Stage, mesh: Any) -> Program:
         return {"network": beside.attach(_held(stage), state)}
 
     params = jax.eval_shape(create)
-    params = train.with_shardings(params, sharding.shard_state(params, mesh))
+    params = with_shardings(params, sharding.shard_state(params, mesh))
     count, steps = config.batch_size, sampling_steps(config)
     noise = jax.ShapeDtypeStruct((count, *build.token_shape(config)), jnp.float32)
     guidance = jax.ShapeDtypeStruct((count,), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(streams.key(0), count))
     inputs = _split((noise, text_like(config, count), guidance, keys), mesh)
     null = text_like(config, 1)
-    null = train.with_shardings(null, sharding.shard_state(null, mesh))
+    null = with_shardings(null, sharding.shard_state(null, mesh))
 
     def function(params, null, inputs):
         noise, text, guidance, keys = inputs
@@ -138,9 +156,7 @@ def sampling(stage: stages.Stage, mesh: Any) -> Program:
     kinds = {"parameters": params, "batch": (inputs, null)}
     arguments = (params, null, inputs)
     jitted, weights = jax.jit(function), params["network"]
-    return Program(
-        config, mesh, function, jitted, arguments, kinds, weights, False, name="sampling"
-    )
+    return Program(config, mesh, function, jitted, arguments, kinds, weights, [], "sampling")
 
 
 def run_stages(config: ConfigDict) -> list[stages.Stage]:
@@ -167,7 +183,7 @@ def run_stages(config: ConfigDict) -> list[stages.Stage]:
 
 def _shifted(config: ConfigDict) -> ConfigDict:
     """The configuration with a time shift, which only a ported folder knows: it costs nothing."""
-    settings = build.settings_of(build.OBJECTIVES[config.objective.name])
+    settings = settings_of(OBJECTIVES[config.objective.name])
     if {**settings, **config.objective}.get("time_shift", 0.0) is None:
         with config.unlocked():
             config.objective.time_shift = 1.0

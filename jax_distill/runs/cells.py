@@ -16,19 +16,19 @@ from absl import logging
 from ml_collections import ConfigDict
 from msgspec import Meta
 
-from jax_distill.assembly import build
-from jax_distill import (pipeline, streams)
-from jax_distill.runs import checks
-from jax_distill.evaluation import scoring
 from jax_distill import config as configuration
+from jax_distill import pipeline, streams
+from jax_distill.assembly import build
 from jax_distill.config import ConfigError
 from jax_distill.data import records
-from jax_distill.evaluation import (comparison, grids)
+from jax_distill.evaluation import comparison, grids, scoring
 from jax_distill.evaluation.metrics import read_metrics
-from jax_distill.evaluation.results import (parse_results, read_results)
-from jax_distill.storage.files import (read_json, write_json)
+from jax_distill.evaluation.results import parse_results, read_results
 from jax_distill.planning.flops import count_flops
+from jax_distill.runs import checks
+from jax_distill.storage.files import read_json, write_json
 from jax_distill.storage.quoting import shown
+from jax_distill.training.step import moves_of
 from jax_distill.worlds.shapes.world import preview_captions
 
 RESULTS = "study.json"
@@ -215,9 +215,14 @@ def _cost(workdir: Path) -> _Cost:
 
 
 def step_flops(config: ConfigDict, teacher: ConfigDict) -> int:
-    """Arithmetic of the loss's gradient for one batch, see `flops.count_flops`."""
-    loss, arguments = build.abstract_loss(config, teacher)
-    return config.accumulate * count_flops(jax.grad(loss), *arguments)
+    """Arithmetic of the losses' gradients for one batch, a mean over turns, see `count_flops`."""
+    objective = build.objective(config, teacher)
+    moves = moves_of(objective, config.total_steps)
+    flops = sum(
+        moves[name] * config.accumulate * count_flops(jax.grad(loss), *arguments)
+        for name, loss, arguments in build.abstract_losses(config, teacher)
+    )
+    return flops // config.total_steps
 
 
 def _teacher(workdir: Path) -> dict:

@@ -8,24 +8,30 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from jax_distill.assembly import (adapters, build, stages)
-from jax_distill.training import checkpoint
-from jax_distill.worlds.shapes import bundled
-from jax_distill.devices import sharding
-from jax_distill import (pipeline, worlds)
-from jax_distill.interop import ported_folder
-from jax_distill.runs import resuming
-from jax_distill.evaluation import scoring
 from jax_distill import config as configuration
-from jax_distill.config import (ConfigError, base, load)
+from jax_distill import pipeline, worlds
+from jax_distill.assembly import adapters, build, stages
+from jax_distill.assembly.stages import FROM_SCRATCH
+from jax_distill.config import ConfigError, base, load
+from jax_distill.config.settings import flatten
 from jax_distill.data.loader import check_batch_size
 from jax_distill.data.records import LatentRecords
-from jax_distill.storage.files import check_no_partial
+from jax_distill.devices import sharding
+from jax_distill.evaluation import scoring
+from jax_distill.interop import ported_folder
 from jax_distill.models.autoencoder import AutoencoderConfig
-from jax_distill.objectives import imm
+from jax_distill.objectives.methods import OBJECTIVES
+from jax_distill.runs import resuming
+from jax_distill.storage.files import check_no_partial
+from jax_distill.training import checkpoint
 from jax_distill.training.optimizer import make_optimizer
-from jax_distill.config.settings import flatten
-from jax_distill.assembly.stages import FROM_SCRATCH
+from jax_distill.worlds.shapes import bundled
+
+_TEACHERS = (
+    *("in_channels", "num_layers", "num_single_layers", "attention_head_dim", "axes_dims_rope"),
+    *("num_attention_heads", "joint_attention_dim", "pooled_projection_dim"),
+)
+"""Settings of a network that a student shares with its teacher."""
 
 
 def check(config: ConfigDict, workdir: Path) -> None:
@@ -79,28 +85,13 @@ def check_objective(config: ConfigDict) -> None:
     """Checks an objective's settings, and what they ask of others."""
     given = dict(config.objective)
     configuration.check_objective(given)
-    if given.get("mix_from", 0) > given.get("mix_to", 1):
-        raise ConfigError(
-            f"objective.mix_from: {given['mix_from']} is after mix_to, {given['mix_to']}"
-        )
-    if given.get("discrete_warmup") and config.dtype == "bfloat16":
-        raise ConfigError(
-            "objective.discrete_warmup: finite intervals compare velocities that bfloat16 rounds to"
-            " the same; set dtype=float32, or discrete_warmup=0 for the derivative"
-        )
-    if config.dtype == "bfloat16" and given.get("gap", 0) > imm.BFLOAT16_GAP:
-        logging.warning(
-            "objective.gap: %d sets the two groups so near each other that bfloat16 hides much of"
-            " their difference; set objective.gap=%d or less, or dtype=float32",
-            given["gap"],
-            imm.BFLOAT16_GAP,
-        )
-    untrained = 1 - given.get("omega", 1) - given.get("kappa", 0)
-    if abs(untrained) > 1e-6 and given.get("drop_rate") == 0:
-        raise ConfigError(
-            f"objective.drop_rate: 0 trains no null caption, of which omega and kappa mix in"
-            f" {untrained:g}; set 0.1, or omega and kappa that add to 1"
-        )
+    name = given.pop("name")
+    if name in OBJECTIVES:
+        try:
+            for words in OBJECTIVES[name](None, None, **given).check_run(config.dtype):
+                logging.warning("objective.%s", words)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def check_batches(
@@ -166,7 +157,15 @@ def student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
             f"data.text_length: {length} differs from the teacher's {teacher.data.text_length},"
             " which a student takes over; leave it out"
         )
-    return stages.student_config(config, teacher)
+    whole = stages.student_config(config, teacher)
+    own, source = build.network_config(whole), build.network_config(teacher)
+    for key in _TEACHERS:
+        if getattr(own, key) != getattr(source, key):
+            raise ConfigError(
+                f"model.{key}: {getattr(own, key)} differs from the teacher's"
+                f" {getattr(source, key)}, whose parameters the student starts from; leave it out"
+            )
+    return whole
 
 
 def check_lora(config: ConfigDict) -> None:
@@ -237,9 +236,9 @@ def check_loss(config: ConfigDict, teacher: ConfigDict | None) -> None:
     """Traces each stage's loss, which finds what does not fit together in networks and batch."""
     build.objective(config)
     for stage in stages.of(config, teacher):
-        loss, arguments = build.abstract_loss(stage.config, stage.teacher)
         try:
-            jax.eval_shape(loss, *arguments)
+            for _, loss, arguments in build.abstract_losses(stage.config, stage.teacher):
+                jax.eval_shape(loss, *arguments)
         except ValueError as error:
             raise ConfigError(f"{stage.name}: {error}") from None
 

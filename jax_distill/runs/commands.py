@@ -17,10 +17,10 @@ import jax
 from absl import app, flags, logging
 from ml_collections.config_flags import config_flags
 
-from jax_distill.storage import disks
-from jax_distill.runs import peers
 from jax_distill import streams
 from jax_distill.config import ConfigError
+from jax_distill.runs import peers
+from jax_distill.storage import disks
 
 PACKAGE = str(Path(__file__).parents[1])
 

@@ -13,25 +13,24 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from jax_distill.training import (acceptance, checkpoint, train)
-from jax_distill.assembly import (adapters, build, frozen, stages)
-from jax_distill import (flow, pipeline, streams, worlds)
-from jax_distill.storage import lease
-from jax_distill.devices import (processes, sharding)
-from jax_distill.evaluation import scoring
 from jax_distill import config as configuration
-from jax_distill.worlds.shapes import renderer
+from jax_distill import flow, pipeline, streams, worlds
+from jax_distill.assembly import adapters, build, frozen, stages
 from jax_distill.data.loader import Pictures
-from jax_distill.evaluation import (grids, report)
-from jax_distill.storage.files import write_json
+from jax_distill.devices import processes, sharding
+from jax_distill.devices.signals import Interrupted
+from jax_distill.evaluation import grids, report, scoring
+from jax_distill.models import autoencoder, lora
+from jax_distill.models.binding import binder, parameters
 from jax_distill.models.finite import NotFinite
-from jax_distill.models import (autoencoder, lora)
-from jax_distill.models.binding import (binder, parameters)
 from jax_distill.models.latents import LatentCodec
 from jax_distill.objectives import time_rescale
 from jax_distill.objectives.autoencoder import AutoencoderObjective
-from jax_distill.training.train import Interrupted
-from jax_distill.worlds import (Source, World)
+from jax_distill.storage import lease
+from jax_distill.storage.files import write_json
+from jax_distill.training import acceptance, checkpoint, loop
+from jax_distill.worlds import Source, World
+from jax_distill.worlds.shapes import renderer
 
 __all__ = ["Interrupted", "run"]
 
@@ -49,7 +48,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def begin(config: ConfigDict, workdir: Path) -> None:
-    """Writes the configuration of a new run; `train.fit` accepts that of one that goes on.
+    """Writes the configuration of a new run; `loop.fit` accepts that of one that goes on.
 
     Raises:
       ValueError: not all processes of the run see it there.
@@ -86,7 +85,7 @@ def train_autoencoder(config: ConfigDict, workdir: Path) -> None:
     )
     params = parameters(autoencoder.Autoencoder(settings, rngs=nnx.Rngs(streams.key(config.seed))))
     source = Pictures(config.data.examples, config.data.seed)
-    params = sharding.gather(train.fit(config, workdir, objective, params, {}, source))
+    params = sharding.gather(loop.fit(config, workdir, objective, params, {}, source))
     if not processes.is_leader():
         return
     raw = dataclasses.replace(settings, scaling_factor=1.0, shift_factor=0.0)
@@ -112,8 +111,8 @@ def train_teacher(config: ConfigDict, workdir: Path) -> None:
     preview = previewer(workdir, trained, source, {"teacher": config.evaluation.teacher_steps})
     hooks = [(config.samples.every, under_way(preview))]
     fresh = functools.partial(build.initial_parameters, config)
-    initial = train.Initial(jax.eval_shape(fresh), fresh)
-    trained.params = train.fit(config, workdir, objective, initial, held, source, hooks=hooks)
+    initial = loop.Initial(jax.eval_shape(fresh), fresh)
+    trained.params = loop.fit(config, workdir, objective, initial, held, source, hooks=hooks)
     preview(config.total_steps, trained.params)
     conclude(workdir, teacher=trained)
 
@@ -165,7 +164,7 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     hooks = [(every, under_way(of_whole(hook, whole))) for every, hook in hooks]
     objective = build.objective(config, stage.teacher)
     held = {"teacher": network, "null": source.null}
-    trained = train.fit(
+    trained = loop.fit(
         config, workdir, objective, initial_of(stage, read), held, source, hooks=hooks
     )
     student.params = whole(trained)
@@ -198,10 +197,10 @@ def mesh_of(config: ConfigDict) -> Mesh:
     return sharding.make_mesh(config.mesh)
 
 
-def initial_of(stage: stages.Stage, read: Callable[[], dict]) -> train.Initial:
+def initial_of(stage: stages.Stage, read: Callable[[], dict]) -> loop.Initial:
     """What a stage starts from: the network that `read` gives, which is called where it begins."""
     fresh = functools.partial(build.initial_parameters, stage.config)
-    return train.Initial(jax.eval_shape(fresh), lambda: stages.initial_network(stage, read()))
+    return loop.Initial(jax.eval_shape(fresh), lambda: stages.initial_network(stage, read()))
 
 
 def stored_network(config: ConfigDict, teacher: pipeline.Pipeline) -> Callable[[], dict]:
@@ -241,7 +240,7 @@ def rescale(
     initial = initial_of(stage, stored_network(config, teacher))
     objective = build.objective(config, stage.teacher)
     held = {"teacher": teacher.params["network"], "null": source.null}
-    train.fit(config, workdir, objective, initial, held, source)
+    loop.fit(config, workdir, objective, initial, held, source)
 
     def read() -> dict:
         average = checkpoint.load_averaged(workdir, mesh_of(config))

@@ -13,26 +13,40 @@ import safetensors.numpy
 from absl import logging
 from ml_collections import ConfigDict
 
-from jax_distill.assembly import (adapters, build)
-from jax_distill.training import checkpoint
-from jax_distill.worlds.shapes import bundled
-from jax_distill import (flow, pipeline, worlds)
-from jax_distill.interop import ported_folder
 from jax_distill import config as configuration
+from jax_distill import flow, pipeline, worlds
+from jax_distill.assembly import adapters, build
 from jax_distill.evaluation.results import read_results
-from jax_distill.storage.files import (check_no_partial, read_json, write_atomically)
-from jax_distill.interop import (diffusers_folder, flux_config, layouts, lora_weights, time_scale)
+from jax_distill.interop import (
+    diffusers_folder,
+    flux_config,
+    layouts,
+    lora_weights,
+    ported_folder,
+    time_scale,
+)
 from jax_distill.interop.cards import model_card
-from jax_distill.interop.orbax_tree import (StoredLeaf, check_shapes, open_tree)
+from jax_distill.interop.keys.transformer import TRANSFORMER_KEYS
+from jax_distill.interop.orbax_tree import StoredLeaf, check_shapes, open_tree
 from jax_distill.interop.parts import tensors_of
 from jax_distill.interop.readers.safetensors_files import SHARD_BYTES
-from jax_distill.interop.keys.transformer import TRANSFORMER_KEYS
 from jax_distill.models.autoencoder import AutoencoderConfig
-from jax_distill.models.inputs import (GUIDANCE, INPUTS)
+from jax_distill.models.inputs import GUIDANCE, INPUTS
 from jax_distill.models.mmdit import MMDiTConfig
+from jax_distill.objectives.objective import STUDENT
+from jax_distill.objectives.settings import settings_of
+from jax_distill.storage.files import check_no_partial, read_json, write_atomically
 from jax_distill.storage.outputs import made_whole
-from jax_distill.storage.quoting import (code, prose, shown, word)
-from jax_distill.worlds.flux.world import (parts_folder, ported_config, ported_folders, schedule_shift, scheduler_of)
+from jax_distill.storage.quoting import code, prose, shown, word
+from jax_distill.training import checkpoint
+from jax_distill.worlds.flux.world import (
+    parts_folder,
+    ported_config,
+    ported_folders,
+    schedule_shift,
+    scheduler_of,
+)
+from jax_distill.worlds.shapes import bundled
 from jax_distill.worlds.shapes.world import preview_captions
 
 EXAMPLES = 8  # captions whose embeddings stand beside the weights
@@ -142,7 +156,9 @@ def _open(source: str) -> Weights:
         return Weights(config, jax.tree.map(StoredLeaf, params), lambda: None, None)
     check_no_partial(source, "--checkpoint")
     folder = Path(source)
-    config = ported_config(folder) if ported_folder.is_ported(folder) else configuration.load(folder)
+    config = (
+        ported_config(folder) if ported_folder.is_ported(folder) else configuration.load(folder)
+    )
     if (name := config.objective.name) == "autoencoder":
         raise ValueError(f"--checkpoint: '{folder}' is the run of an autoencoder, not of a network")
     if name not in tuple(build.OBJECTIVES):
@@ -154,14 +170,14 @@ def _open(source: str) -> Weights:
         return Weights(config, tree, lambda: None, folder)
     configuration.check_teachers(folder)
     step = folder / "checkpoints" / str(checkpoint.complete_steps(folder)[0])
-    averaged = open_tree(step / "state", ("ema",), checked=True)
+    averaged = open_tree(step / "state", ("players", STUDENT, "ema"), checked=True)
 
     def check() -> None:
         """Compares with the checksum that was saved; the first versions saved none."""
         path = step / "progress" / "metadata"
         saved = read_json(path, _Progress)["checksums"] if path.exists() else {}
         found = sum(leaf.checksum() for leaf in jax.tree.leaves(averaged)) % 2**32
-        if saved.get("ema", found) != found:
+        if saved.get(f"{STUDENT}.ema", found) != found:
             raise ValueError(f"'{step}' is damaged: its checksums do not fit; move it elsewhere")
 
     beside = adapters.settings(config)
@@ -254,7 +270,7 @@ def _card(weights: Weights, layout: str, config: MMDiTConfig, **more: Any) -> mo
 
 def _follows_world(config: ConfigDict) -> bool:
     """Whether the sampler's schedule is shifted as its world says."""
-    settings = build.settings_of(build.OBJECTIVES[config.objective.name]) | dict(config.objective)
+    settings = settings_of(build.OBJECTIVES[config.objective.name]) | dict(config.objective)
     return settings.get("time_shift", 0.0) is None
 
 

@@ -5,8 +5,8 @@ import re
 
 import jax
 
-from jax_distill.storage import disks
 from jax_distill.devices import lost_report
+from jax_distill.storage import disks
 
 _SIGNS = re.compile(
     r"CoordinationService|heartbeat|Gloo|Barrier failed|UNAVAILABLE|DEADLINE_EXCEEDED"

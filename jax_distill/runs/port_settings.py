@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jax_distill.assembly import build
-from jax_distill.interop import (flux_config, scheduler_config)
+from jax_distill.interop import flux_config, scheduler_config
 from jax_distill.interop.readers.sources import Source
 from jax_distill.models.sizes import LONGEST
 from jax_distill.storage.quoting import shown

@@ -10,12 +10,11 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from jax_distill import config as configuration
-from jax_distill.runs import port_settings
-from jax_distill.interop import ported_folder
-from jax_distill.storage.files import (check_no_partial, write_json)
-from jax_distill.interop import (diffusers_folder, flux_config)
+from jax_distill.interop import diffusers_folder, flux_config, ported_folder
+from jax_distill.interop.parts import Part, write_part
 from jax_distill.interop.readers import sources
-from jax_distill.interop.parts import (Part, write_part)
+from jax_distill.runs import port_settings
+from jax_distill.storage.files import check_no_partial, write_json
 from jax_distill.storage.outputs import made_whole
 
 DTYPES = {"keep": None, "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}

@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 from absl import logging
 from ml_collections import ConfigDict
 
-from jax_distill.training import (acceptance, checkpoint)
 from jax_distill import pipeline
-from jax_distill.config import (ConfigError, base, load)
-from jax_distill.data.identity import (Identity, identity)
-from jax_distill.data.records import DESCRIPTION
-from jax_distill.objectives.methods import (KINDS, settings_of)
-from jax_distill.training.optimizer import learning_rate
-from jax_distill.storage.quoting import shown
-from jax_distill.config.settings import flatten
 from jax_distill.assembly.stages import FROM_SCRATCH
+from jax_distill.config import ConfigError, base, load
+from jax_distill.config.settings import flatten
+from jax_distill.data.identity import Identity, identity
+from jax_distill.data.records import DESCRIPTION
+from jax_distill.objectives.methods import KINDS
+from jax_distill.objectives.settings import settings_of
+from jax_distill.storage.quoting import shown
+from jax_distill.training import acceptance, checkpoint
+from jax_distill.training.optimizer import learning_rate
 
 FREE = "may change"
 SAID = "a line says so"
@@ -214,6 +215,8 @@ def steps_taken(workdir: Path) -> int:
     """The step of a run's latest complete checkpoint; 0 where there is none."""
     try:
         return checkpoint.complete_steps(workdir)[0]
+    except checkpoint.OldLayout:
+        raise
     except ValueError:
         return 0
 

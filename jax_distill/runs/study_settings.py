@@ -5,8 +5,8 @@ from typing import Any, TypedDict
 
 from ml_collections import ConfigDict
 
-from jax_distill.config import rules
 from jax_distill import streams
+from jax_distill.config import rules
 from jax_distill.storage.files import check_kind
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from jax_distill.devices import processes
 from jax_distill.devices.sharding import shard_state
+from jax_distill.objectives.objective import STUDENT
 from jax_distill.storage.files import read_json
 from jax_distill.training import damage
 
@@ -142,7 +143,7 @@ class Checkpoints:
         folder = self.directory / str(step)
         fields = _restore(folder, _described(folder))
         position = ocp.JsonCheckpointHandler().restore(folder / "data")
-        if not _saved_sums(folder).items() <= _sums(fields, position).items():
+        if not _saved_sums(folder).items() <= _sums(parts(fields), position).items():
             raise damage.Changed("its checksums do not fit what it holds")
 
     def wait(self) -> None:
@@ -176,11 +177,29 @@ def complete_steps(workdir: Path) -> list[int]:
     steps = sorted(ocp.utils.checkpoint_steps(directory), reverse=True)
     if not steps:
         raise ValueError(f"'{directory}' has no complete checkpoint yet; train on and try again")
+    _check_layout(directory / str(steps[0]))
     return steps
 
 
+class OldLayout(ValueError):
+    """A checkpoint was saved by a version whose states had no players."""
+
+
+def _check_layout(folder: Path) -> None:
+    """Raises OldLayout for a checkpoint whose state has no players; not for a damaged one."""
+    try:
+        arrays = read_json(folder / "state" / "_METADATA")["tree_metadata"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if arrays and not any("players" in name for name in arrays):
+        raise OldLayout(
+            f"'{folder}' was saved by an earlier version of jax_distill, in another layout; go on"
+            " with that version, or train anew in another --workdir"
+        )
+
+
 def load_averaged(workdir: Path, mesh: Mesh | None = None, *, from_step: int = 0) -> dict:
-    """The averaged parameters of a run's latest whole checkpoint.
+    """The student's averaged parameters in a run's latest whole checkpoint.
 
     The run may be under way: nothing is written, and no more than the average is read.
 
@@ -200,12 +219,13 @@ def load_averaged(workdir: Path, mesh: Mesh | None = None, *, from_step: int = 0
 
     def restore(step: int) -> dict:
         folder = directory / str(step)
-        found = {"ema": _described(folder)["ema"]}
+        average = _described(folder)["players"][STUDENT]["ema"]
+        found = {"players": {STUDENT: {"ema": average}}}
         restored = _restore(folder, found, None if mesh is None else shard_state(found, mesh))
         expected = _saved_sums(folder)
-        if expected and int(bit_sums(restored)["ema"]) != expected["ema"]:
+        if expected and not bit_sums(parts(restored)).items() <= expected.items():
             raise damage.Changed("its checksums do not fit what it holds")
-        return restored["ema"]
+        return restored["players"][STUDENT]["ema"]
 
     return damage.first_whole(directory, steps, restore)[1]
 
@@ -271,29 +291,44 @@ def is_finished(workdir: Path, total_steps: int) -> bool:
     """Whether a run has a complete checkpoint of its last step."""
     try:
         return complete_steps(workdir)[0] >= total_steps
+    except OldLayout:
+        raise
     except ValueError:
         return False
 
 
+def parts(state: Any) -> dict[str, Any]:
+    """The parts of a state that have a checksum of their own: "step", "student.params", ...
+
+    Args:
+      state: a NamedTuple, or a dict of its fields; so are those of each of its "players".
+    """
+    fields = dict(state) if isinstance(state, dict) else state._asdict()
+    for player, own in fields.pop("players", {}).items():
+        fields |= {f"{player}.{name}": tree for name, tree in parts(own).items()}
+    return fields
+
+
 def checksums(state: Any, position: dict[str, Any]) -> dict[str, int]:
-    """A number for each field of the state (a NamedTuple) and one for the input's position.
+    """A number for each part of the state and one for the input's position.
 
     Orbax notices missing and cut files, but takes a flipped bit for data.
     """
-    return _sums(state._asdict(), position)
+    return _sums(parts(state), position)
 
 
 def _sums(fields: dict[str, Any], position: dict[str, Any]) -> dict[str, int]:
-    numbers = jax.device_get(bit_sums(fields))
     text = json.dumps(position, sort_keys=True)
-    return {name: int(value) for name, value in numbers.items()} | {
-        "data": zlib.crc32(text.encode())
-    }
+    return bit_sums(fields) | {"data": zlib.crc32(text.encode())}
+
+
+def bit_sums(fields: dict[str, Any]) -> dict[str, int]:
+    """The sum modulo 2^32 of all bits as whole numbers, whatever the sharding."""
+    return {name: int(value) for name, value in jax.device_get(_bit_sums(fields)).items()}
 
 
 @jax.jit
-def bit_sums(fields: dict[str, Any]) -> dict[str, jax.Array]:
-    """The sum modulo 2^32 of all bits as whole numbers, whatever the sharding."""
+def _bit_sums(fields: dict[str, Any]) -> dict[str, jax.Array]:
 
     def add(leaf: jax.Array) -> jax.Array:
         kind = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)

@@ -61,12 +61,18 @@ class Report:
             if math.isfinite(value):
                 total, count = total + value, count + 1
             self.window[name] = [total, count]
-        self.window["skipped"] = [metrics["skipped"], 1]  # a count already
+        for name in filter(_is_count, metrics):
+            self.window[name] = [metrics[name], 1]
 
-    def write(self, step: int, learning_rate: float) -> None:
-        """Writes a line and begins the next."""
+    def write(self, step: int, rates: dict[str, float]) -> None:
+        """Writes a line and begins the next.
+
+        Args:
+          step: steps taken.
+          rates: learning rates, by their names in the line.
+        """
         mean = {name: sum_ / n if n else None for name, (sum_, n) in self.window.items()}
-        mean["skipped"] = int(mean["skipped"])
+        mean |= {name: int(mean[name]) for name in filter(_is_count, mean)}
         self.window = {}
         now = time.monotonic()
         rate = (step - self._last_step) / max(now - self._last, 1e-9)
@@ -74,10 +80,11 @@ class Report:
         self._last, self._last_step = now, step
         if self._writer is None:
             return
+        losses = {name: value for name, value in mean.items() if _kind(name) == "loss"}
         line = {
-            "loss": mean.pop("loss"),
+            **losses,
             **mean,
-            "learning_rate": learning_rate,
+            **rates,
             "steps_per_sec": rate,
             "examples_per_sec": rate * self._batch_size,
             "time": now - self._begun,
@@ -85,11 +92,14 @@ class Report:
         with (self._workdir / METRICS).open("a") as file:
             file.write(json.dumps({"step": step, **line}) + "\n")
         self._writer.write_scalars(step, {k: v for k, v in line.items() if v is not None})
-        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
+        shown = "  ".join(
+            f"{name} not finite" if value is None else f"{name} {value:.4f}"
+            for name, value in losses.items()
+        )
         examples = line["examples_per_sec"]
         logging.info(
-            "step %d/%d  loss %s  %s examples/s  %s left",
-            *(step, self._total, loss),
+            "step %d/%d  %s  %s examples/s  %s left",
+            *(step, self._total, shown),
             f"{examples:.0f}" if examples >= 10 else f"{examples:.1f}",
             clock(left),
         )
@@ -104,6 +114,16 @@ class Report:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+def _kind(name: str) -> str:
+    """A metric's name without the player's."""
+    return name.rpartition("/")[2]
+
+
+def _is_count(name: str) -> bool:
+    """Whether a metric is a count already, of which no mean is taken."""
+    return _kind(name) == "skipped"
 
 
 class _Line(TypedDict):

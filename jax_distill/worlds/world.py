@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Protocol
 
 from jax_distill.data.records import LatentRecords
-from jax_distill.flow import Text
+from jax_distill.flow import Batch, Text
 from jax_distill.models.latents import LatentCodec
-from jax_distill.objectives.objective import Batch
 
 
 class Source(Protocol):
