@@ -22,10 +22,10 @@ for argument in "$@"; do
     --dry_run) dry_run=yes ;;
     --venv=* | --venv) venv=$(value_of "$argument") ;;
     --extra=* | --extra) extra=$(value_of "$argument") ;;
-    *) die "$argument is no option of tpu_setup.sh; see its --help" ;;
+    *) die "unknown option $argument; see tpu_setup.sh --help" ;;
   esac
 done
-[[ $extra =~ ^(tpu|cuda|cuda12|none)$ ]] || die "--extra=$extra is none of tpu, cuda, cuda12, none"
+[[ $extra =~ ^(tpu|cuda|cuda12|none)$ ]] || die "unknown --extra=$extra; use tpu, cuda, cuda12, none"
 
 fits() { # PYTHON: new enough, and able to make virtual environments
   "$1" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
@@ -42,7 +42,7 @@ if ! [[ -x $venv/bin/python ]]; then
   if [[ -n $python ]]; then
     run "$python" -m venv "$venv"
   else
-    command -v python3 >/dev/null || die "there is no python3 at all; install Python 3.11 or newer"
+    command -v python3 >/dev/null || die "python3 is missing; install Python 3.11 or newer"
     run python3 -m pip install --quiet --upgrade --target "$venv.uv" uv
     run "$venv.uv/bin/uv" venv --quiet --seed --python 3.12 "$venv"
   fi

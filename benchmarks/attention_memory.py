@@ -4,7 +4,7 @@
     python benchmarks/attention_memory.py --step --topology=v5e:8x8 [--tokens=4096] [--effort=-1]
     python benchmarks/attention_memory.py --step --topology=here --layers=1,2 --heads=2
 
-TPUs by name need libtpu (`pip install jax[tpu]`) and no TPU; "here" is what devices this machine
+TPUs by name need libtpu (`pip install -e '.[tpu]'`) and no TPU; "here" is what devices this machine
 has, where steps are timed as well, implementations in turn. Without --step it compiles one
 attention of 24 heads of 128 channels over 4352 tokens, jax.jvp of it and the gradient beside the
 stopped tangent; with it, the training step of FLUX.1-lite-8B, one sample a chip, full

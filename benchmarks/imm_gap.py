@@ -5,7 +5,7 @@
 IMM compares what the student makes of x_t and of x_r. The larger the gap k, the nearer the two are,
 and the less of their difference is left when the network computes in bfloat16. Here its gradient is
 computed in both types, by the trained parameters, at the same parameters, batches and draws, with
-the embedded teacher; the student has been trained in float32 for some steps of configs/imm.py.
+the bundled teacher; the student has been trained in float32 for some steps of configs/imm.py.
 `cosine` is that of the two gradients, `norm` the ratio of their lengths, means over the batches.
 `ratio` is the cosine at the gap of configs/imm.py:flux_lite, 1 that of float32 with itself.
 """

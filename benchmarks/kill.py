@@ -2,7 +2,7 @@
 
     python benchmarks/kill.py [--kills=10] [--seed=0] [--config=configs/scm.py] [--set=key=value]
 
-The run is small: the embedded teacher, a handful of examples and steps, both stages. It dies by
+The run is small: the bundled teacher, a handful of examples and steps, both stages. It dies by
 SIGKILL while it starts, between steps, and while a checkpoint is being written; every time it is
 started again with the same command. One JSON line tells whether parameters, averages, optimizer,
 input position, metrics and scores came out the same, bit for bit; `ratio` is the share of numbers

@@ -2,7 +2,7 @@
 
 python benchmarks/live_arrays.py [--devices=8] [--kinds=full,lora,int8,rescaled]
 
-Runs both stages of a small sCM student of the embedded teacher in bfloat16, on CPU devices, and
+Runs both stages of a small sCM student of the bundled teacher in bfloat16, on CPU devices, and
 counts the bytes of all live arrays on the first of them: at most within each stage, and while its
 steps run, which is what `plan` says of parameters, optimizer, average, teacher and batch. The last
 line is JSON; `ratio` is the largest of live over planned bytes.

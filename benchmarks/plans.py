@@ -4,7 +4,7 @@ python benchmarks/plans.py [--cache=DIR] [--only=scm:flux_lite@512] [--write]
 
 Each plan is kept in the cache as the JSON that the command prints with --json, and is not made
 again. `--write` puts the tables into docs/plans.md. All of it takes an hour of a core, and the TPU
-compiler: pip install jax[tpu].
+compiler: pip install -e '.[tpu]'.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python benchmarks/step.py [--batch_size=64] [--repeats=7]
 
-Both networks have the embedded teacher's shape. `ratio` is the median time of the step over that of
+Both networks have the bundled teacher's shape. `ratio` is the median time of the step over that of
 the reference it names, taken in turn in the same run: flow matching is measured against three
 forward passes (its arithmetic), sCM against flow matching (whose arithmetic is 3 to sCM's 5).
 """

@@ -1,4 +1,4 @@
-"""IMM: a student that draws in a few evaluations, by matching moments, from the embedded teacher.
+"""IMM: a student that draws in a few evaluations, by matching moments, from the bundled teacher.
 
 python -m jax_distill.main --config=configs/imm.py
 
@@ -11,7 +11,7 @@ FLUX.1-lite-8B at 512 px on a pod; not run at that size yet. The presets `:lora`
 `:flux_lite_lora` train adapters, as those of configs/scm.py do.
 
 FLUX's presets compute in bfloat16, which does not tell groups as near as those of the paper's gap
-of 12: with the embedded teacher, after 60 steps, the gradient's cosine with that in float32 was
+of 12: with the bundled teacher, after 60 steps, the gradient's cosine with that in float32 was
 0.88 there, 0.96 at the gap of 10 that they have, and at most 0.98 (`benchmarks/imm_gap.py`).
 """
 

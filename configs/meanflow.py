@@ -1,4 +1,4 @@
-"""MeanFlow: a student that draws in 4 evaluations, or any other number, from the embedded teacher.
+"""MeanFlow: a student that draws in 4 evaluations, or any other number, from the bundled teacher.
 
 python -m jax_distill.main --config=configs/meanflow.py
 

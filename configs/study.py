@@ -21,7 +21,7 @@ METHODS = (
 
 SCM, MEANFLOW = "configs/scm.py", "configs/meanflow.py"
 SHRINKING = "objective.discrete_warmup=285"  # 95 % of the run
-# Of the embedded teacher, to which the rescale then adds the guidance alone.
+# From the bundled teacher, to which the rescale then adds the guidance alone.
 THOUSAND = ("model.time_scale=1000.0", "teacher.checkpoint=embedded", "rescale.total_steps=150")
 # As much guidance as without: omega / (1 - kappa) is one.
 KAPPA = ("objective.kappa=0.5", "objective.omega=0.5")

@@ -2,8 +2,8 @@
 
 python -m jax_distill.main --config=configs/teacher.py
 
-Two hours on two CPU cores; expect 0.71 at 50 steps. The one that ships went on from there, its rate
-raised once more, for 70 minutes; expect 0.75:
+Two hours on two CPU cores; expect 0.71 at 50 steps. The bundled teacher continued from
+there for 70 minutes, its rate raised once more; expect 0.75:
 
 python -m jax_distill.main --config=configs/teacher.py --config.total_steps=12500
 --config.optimizer.decay_share=0.9

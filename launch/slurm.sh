@@ -47,7 +47,7 @@ while [[ $# -gt 0 ]]; do
       training=("$@")
       break
       ;;
-    *) die "$1 is no option of launch/slurm.sh; arguments of jax_distill.main come after --" ;;
+    *) die "unknown option $1; arguments of jax_distill.main come after --" ;;
   esac
   shift
 done
@@ -89,5 +89,5 @@ case $command in
   run) submit ;;
   logs) follow ;;
   stop) run scancel --name="$name" --user="$(id -un)" --signal=TERM ;;
-  *) die "$command is no command of launch/slurm.sh; see its --help" ;;
+  *) die "unknown command '$command'; see launch/slurm.sh --help" ;;
 esac

@@ -10,7 +10,7 @@ if [[ ${1-} == --help ]]; then
   exit
 fi
 [[ -n ${SLURM_JOB_ID-} ]] || {
-  echo "error: this is no job of Slurm; submit it with launch/slurm.sh run" >&2
+  echo "error: this is not a Slurm job; submit it with launch/slurm.sh run" >&2
   exit 1
 }
 

@@ -12,16 +12,16 @@
 # mount    Mounts, as /mnt/jax_distill on all hosts, what they share; one of
 #            --bucket=BUCKET     of Cloud Storage; made with --enable-hierarchical-namespace
 #            --nfs=HOST:/SHARE   such as Filestore's
-# run      Starts training on all hosts; they go on when the connection ends. The workdir is a folder
-#          under /mnt/jax_distill.
+# run      Starts training on all hosts, which outlives the connection. The workdir is a folder under
+#          /mnt/jax_distill.
 # logs     Follows the log of a host, --worker=N, the first by default.
 # status   Says whether the slice is there and how the run stands.
 # stop     Tells the run to save and end; end a watch first, or it starts the run again.
 # delete   Deletes the slice; with --queued, its queued resource too. gcloud asks first.
 # up       All that is needed of create, and then copy, mount and run.
 # watch    up; looks every --every=SECONDS (60), and does it again when the slice was taken away: the
-#          run goes on from its last checkpoint. Ends with the run, or after three failures in a row.
-#          With --queued it waits for its turn; without, it fails where there is no room.
+#          run continues from its last checkpoint. Ends with the run, or after three failures in a
+#          row. With --queued it waits for its turn; without, it fails where there is no room.
 #
 # All take --project=PROJECT, and --dry_run, which prints the commands and runs none.
 #
@@ -58,7 +58,7 @@ runtime_of() { # TYPE: https://cloud.google.com/tpu/docs/runtimes
     v5p-*) echo v2-alpha-tpuv5 ;;
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v[234]-*) echo tpu-ubuntu2204-base ;;
-    *) die "--type=$1: which software it needs is not known here; give --runtime=VERSION" ;;
+    *) die "--type=$1: unknown type, so its software is unknown too; give --runtime=VERSION" ;;
   esac
 }
 
@@ -231,7 +231,7 @@ while [[ $# -gt 0 ]]; do
       training=("$@")
       break
       ;;
-    *) die "$1 is no option of launch/tpu_vm.sh; arguments of jax_distill.main come after --" ;;
+    *) die "unknown option $1; arguments of jax_distill.main come after --" ;;
   esac
   shift
 done
@@ -268,5 +268,5 @@ case $command in
   delete) remove ;;
   up) up ;;
   watch) watch ;;
-  *) die "$command is no command of launch/tpu_vm.sh; see its --help" ;;
+  *) die "unknown command '$command'; see launch/tpu_vm.sh --help" ;;
 esac

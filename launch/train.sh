@@ -5,7 +5,7 @@
 #
 # Takes the Python of .venv beside setup.py, or python3. Exits with 0 when the run has taken all its
 # steps, with 143 when it was told to stop (SIGTERM) and has saved, so that no scheduler takes it for
-# finished: the same command goes on. Other codes are those of the run.
+# finished: the same command continues it. Other codes are those of the run.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source-path=SCRIPTDIR source=common.sh

@@ -56,7 +56,7 @@ while [[ $# -gt 0 ]]; do
       training=("$@")
       break
       ;;
-    *) die "$1 is no option of launch/xpk.sh; arguments of jax_distill.main come after --" ;;
+    *) die "unknown option $1; arguments of jax_distill.main come after --" ;;
   esac
   shift
 done
@@ -87,5 +87,5 @@ case $command in
     ;;
   list) run xpk workload list "${place[@]}" ;;
   delete) run xpk workload delete --workload="$name" "${place[@]}" ;;
-  *) die "$command is no command of launch/xpk.sh; see its --help" ;;
+  *) die "unknown command '$command'; see launch/xpk.sh --help" ;;
 esac
