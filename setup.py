@@ -13,7 +13,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["jax_distill", "jax_distill.*"]),
-    package_data={"jax_distill": ["worlds/shapes/weights/*", "interop/flow_map/*.py"]},
+    package_data={
+        "jax_distill": [
+            "worlds/shapes/weights/*",
+            "interop/flow_map/*.py",
+            "evaluation/templates/*.html",
+        ]
+    },
     install_requires=[
         "jax>=0.10,<0.11",  # devices/clusters.py reads private parts of it
         "flax>=0.12",  # models: Flax NNX
@@ -26,14 +32,15 @@ setup(
         "tensorflow-cpu; platform_machine == 'x86_64' and sys_platform == 'linux'",
         "tensorflow; platform_machine != 'x86_64' or sys_platform != 'linux'",
         "tensorboard",
-        "ml-collections>=1.0",  # config.py
+        "ml-collections>=1.0",  # config/
         "msgpack",  # data/records.py
         "msgspec>=0.19",  # storage/files.py: the types of what JSON holds
         "absl-py",
         "numpy>=2.0",
         "scipy",  # worlds/shapes/judge.py: connected components
         "pillow>=10.1",  # evaluation/grids.py, data/pictures.py
-        "matplotlib",  # evaluation/report.py
+        "matplotlib",  # evaluation/plots.py
+        "jinja2>=3.1",  # evaluation/page.py: templates
         "safetensors>=0.8",  # worlds/shapes/bundled.py, interop
         "tensorstore",  # interop/orbax_tree.py
         "ml-dtypes",  # interop/tensors.py
@@ -42,7 +49,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.11"],
         "cuda": ["jax[cuda13]>=0.10,<0.11"],
         "cuda12": ["jax[cuda12]>=0.10,<0.11"],  # for drivers older than CUDA 13's
-        # FLUX's tokenizers, and public data sets; what ships with the package needs neither.
+        # FLUX's tokenizers, and public data sets; what is bundled needs neither.
         "flux": ["transformers>=4.56"],
         "data": ["tensorflow-datasets>=4.9"],
         "test": [

@@ -36,8 +36,7 @@ from jax_distill.objectives.scm import SCM
 from jax_distill.objectives.teacher import embedded_guidance
 from jax_distill.ops.attention.attention import attention
 from jax_distill.planning.flops import count_flops
-from jax_distill.training.optimizer import make_optimizer
-from jax_distill.training.step import init_state, jit_step
+from jax_distill.training.step import init_state, jit_step, make_optimizers
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:1x1", 'TPU to compile for, or "here".')
 _IMPLEMENTATIONS = flags.DEFINE_list("implementations", ["auto", "xla"], "Of attention.")
@@ -96,9 +95,9 @@ def step_case(implementation: str, devices):
     network = mmdit.as_network(model, dtype=jnp.bfloat16, grid=(side, side))
     objective = SCM(network, embedded_guidance(network))
     config = configuration.base()
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    optimizers = make_optimizers(objective, config)
     params = jax.eval_shape(lambda: mmdit.initial_parameters(model, mmdit.nnx.Rngs(0)))
-    state = jax.eval_shape(lambda p: init_state(objective, optimizer, p, 0), params)
+    state = jax.eval_shape(lambda p: init_state(objective, optimizers, p, 0), params)
 
     def placed(tree):
         return jax.tree.map(
@@ -115,7 +114,7 @@ def step_case(implementation: str, devices):
     batch = Batch(split(_TOKENS.value, model.in_channels), text)
     state, frozen = placed(state), placed({"teacher": params})
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    return jit_step(objective, optimizer, config, shardings), (state, frozen, batch)
+    return jit_step(objective, optimizers, config, shardings), (state, frozen, batch)
 
 
 def timed(compiled: dict, arguments) -> dict[str, float]:

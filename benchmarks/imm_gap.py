@@ -25,9 +25,10 @@ from absl import app, flags
 from jax_distill.assembly import build, stages
 from jax_distill.assembly.frozen import narrowed
 from jax_distill.data.loader import batches, example_of_row
+from jax_distill.objectives.objective import STUDENT, View
 from jax_distill.runs import experiment
-from jax_distill.training.optimizer import make_optimizer, trained
-from jax_distill.training.step import combine, init_state, make_step, partition
+from jax_distill.training.optimizer import trained
+from jax_distill.training.step import combine, init_state, make_optimizers, make_step, partition
 
 _STEPS = flags.DEFINE_integer("steps", 60, "Steps of training before.", 0)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Rows of a batch.", 4)
@@ -59,7 +60,7 @@ def gradient(method, config):
         chosen, others = partition(params, trained(config.optimizer, params))
 
         def loss(chosen):
-            return method.loss(combine(chosen, others), frozen, batch, draws, 0)[0]
+            return method.loss(combine(chosen, others), View(frozen), batch, draws, 0)[0]
 
         leaves = jax.tree.leaves(jax.grad(loss)(chosen))
         return jnp.concatenate([leaf.ravel() for leaf in leaves])
@@ -78,8 +79,7 @@ def main(argv):
     config = configuration().copy_and_resolve_references().unlock()
     config.batch_size = _BATCH_SIZE.value
     config.data.examples = max(2048, _BATCH_SIZE.value)
-    config, teacher = experiment.with_teacher(config)
-    stage = stages.of(config, teacher.config)[0]
+    (config, _, (stage, *_)), teacher = experiment.with_teacher(config)
     initial = stages.initial_network(stage, teacher.params["network"])
     # The values that a run in bfloat16 has of its teacher, in both types.
     frozen = {
@@ -91,9 +91,9 @@ def main(argv):
         gradient(objective(config, teacher.config, dtype), config)
         for dtype in ("float32", "bfloat16")
     ]
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
-    state = jax.tree.map(jnp.array, init_state(method, optimizer, initial, config.seed))
-    step = jax.jit(make_step(method, optimizer, config), donate_argnums=0)
+    optimizers = make_optimizers(method, config)
+    state = jax.tree.map(jnp.array, init_state(method, optimizers, initial, config.seed))
+    step = jax.jit(make_step(method, optimizers, config), donate_argnums=0)
     with tempfile.TemporaryDirectory() as folder:
         source = teacher.world.source(Path(folder))
         layout = example_of_row(config.batch_size, 1, method.rows_per_example)
@@ -107,7 +107,11 @@ def main(argv):
         found = []
         for number, batch in enumerate(data):
             draws = drawn(jax.random.key(number), batch)
-            found.append(compare(*(g(state.params, frozen, batch, draws) for g in gradients)))
+            found.append(
+                compare(
+                    *(g(state.players[STUDENT].params, frozen, batch, draws) for g in gradients)
+                )
+            )
         table[gap] = {key: round(float(np.mean([f[key] for f in found])), 3) for key in found[0]}
         print(f"gap {gap:2}: {table[gap]}", file=sys.stderr, flush=True)
     chosen = configuration("flux_lite").objective.gap

@@ -30,7 +30,6 @@ import scm  # noqa: E402
 
 from jax_distill.runs import experiment  # noqa: E402
 from jax_distill.training import loop  # noqa: E402
-from jax_distill.training.step import jit_step  # noqa: E402
 
 KINDS = {
     "full": ("", {}),
@@ -108,7 +107,7 @@ class Watch:
 def measure(kind: str, workdir: Path) -> dict[str, dict[str, int]]:
     """Live bytes by stage: "steps", while steps run, and "most"."""
     measured: dict[str, dict[str, int]] = {}
-    jit_step, fit = jit_step, loop.fit
+    jit_step, fit = loop.jit_step, loop.fit
 
     def watched_fit(config, *args, **kwargs):
         name = "time_rescale" if config.objective.name == "time_rescale" else "student"
@@ -123,22 +122,21 @@ def measure(kind: str, workdir: Path) -> dict[str, dict[str, int]]:
 
             return step
 
-        jit_step = watched_step
+        loop.jit_step = watched_step
         with Watch() as watch:
             result = fit(config, *args, **kwargs)
         stage["most"] = watch.most
         return result
 
-    loop.fit = experiment.loop.fit = watched_fit
-    experiment.previewer = lambda *args: lambda *args: None
+    loop.fit = watched_fit
+    experiment.previews.previewer = lambda *args: lambda *args: None
     experiment.conclude = lambda *args, **kwargs: None
-    experiment.compare_stages = lambda *args: {"refitted": {}}
-    if hasattr(experiment, "reference_row"):
-        experiment.reference_row = lambda *args: lambda: None
+    experiment.rescaled_networks.compare = lambda *args: {"refitted": {}}
+    experiment.previews.reference_row = lambda *args: lambda: None
     try:
         experiment.run(configuration(kind), workdir)
     finally:
-        jit_step, loop.fit, experiment.loop.fit = jit_step, fit, fit
+        loop.jit_step, loop.fit = jit_step, fit
     return measured
 
 
@@ -149,7 +147,7 @@ def planned(kind: str) -> dict[str, int]:
     mesh = formulas.abstract_mesh((1, FLAGS.devices, 1))
     sizes = {}
     for stage in program.run_stages(configuration(kind)):
-        held = program.training(stage, mesh).bytes_by_kind()
+        held = next(program.training(stage, mesh)).bytes_by_kind()
         sizes["time_rescale" if stage.name == "time_rescale" else "student"] = sum(held.values())
     return sizes
 

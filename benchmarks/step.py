@@ -19,9 +19,9 @@ from jax_distill import config as configuration
 from jax_distill import worlds
 from jax_distill.assembly import build
 from jax_distill.flow import Batch
+from jax_distill.objectives.objective import STUDENT, View
 from jax_distill.planning.flops import count_flops
-from jax_distill.training.optimizer import make_optimizer
-from jax_distill.training.step import init_state, make_step
+from jax_distill.training.step import init_state, make_optimizers, make_step
 
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Samples a step.", 1)
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Timed steps of each.", 1)
@@ -39,17 +39,18 @@ def prepared(objective: str, batch: Batch):
     """A jitted step with its arguments, and the FLOPs of its gradient and of one forward."""
     config = setting(objective)
     method = build.objective(config, teacher=config)
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    optimizers = make_optimizers(method, config)
     params = build.initial_parameters(config)
-    state = jax.tree.map(jnp.array, init_state(method, optimizer, params, seed=0))
+    state = jax.tree.map(jnp.array, init_state(method, optimizers, params, seed=0))
     frozen = {"null": worlds.of(config).null, "teacher": params}
-    step = jax.jit(make_step(method, optimizer, config))
+    step = jax.jit(make_step(method, optimizers, config))
+    params = state.players[STUDENT].params
     draws = method.draw(jax.random.key(0), batch)
 
     def loss(params, frozen):
-        return method.loss(params, frozen, batch, draws, state.step)[0]
+        return method.loss(params, View(frozen), batch, draws, state.step)[0]
 
-    return lambda: step(state, frozen, batch), count_flops(jax.grad(loss), state.params, frozen)
+    return lambda: step(state, frozen, batch), count_flops(jax.grad(loss), params, frozen)
 
 
 def main(argv):

@@ -8,7 +8,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 
 def load(source="embedded"):
-    """The pipeline of a run's workdir, of a ported folder, or of the teacher that ships.
+    """The pipeline of a run's workdir, of a ported folder, or of the bundled teacher.
 
     See `jax_distill.pipeline.load`, which this calls (and imports only then).
     """

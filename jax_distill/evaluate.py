@@ -6,13 +6,14 @@ from absl import flags
 
 from jax_distill import pipeline, streams
 from jax_distill.assembly import build, draw_settings
+from jax_distill.assembly.resolution import EMBEDDED
 from jax_distill.devices import processes
 from jax_distill.evaluation import scoring
 from jax_distill.runs import commands
 from jax_distill.storage.files import check_output, write_json
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", pipeline.EMBEDDED, "Workdir of a run, or 'embedded' for the shipped teacher."
+    "checkpoint", EMBEDDED, "Workdir of a run, or 'embedded' for the bundled teacher."
 )
 _STEPS = flags.DEFINE_list("steps", ["1", "2", "4"], "Numbers of sampling steps to score.")
 _OUTPUT = flags.DEFINE_string("output", None, "File to write; default: print only.")

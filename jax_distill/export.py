@@ -5,18 +5,19 @@ from pathlib import Path
 from absl import flags
 
 from jax_distill.interop.layouts import LAYOUTS
+from jax_distill.interop.tensors import CHOICES
 from jax_distill.runs import commands
-from jax_distill.runs.exporting import DTYPES, export
+from jax_distill.runs.exporting import export
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
     None,
-    "Workdir of a run, a folder of jax_distill.port, or 'embedded' for the shipped teacher.",
+    "Workdir of a run, a folder of jax_distill.port, or 'embedded' for the bundled teacher.",
 )
 _FORMAT = flags.DEFINE_enum(
     "format",
     "diffusers",
-    LAYOUTS,
+    list(LAYOUTS),
     "A diffusers folder; T2I-Distill's .pt file; one safetensors file; or the adapters of a LoRA"
     " student in diffusers' layout.",
 )
@@ -31,7 +32,7 @@ _TIME_SCALE = flags.DEFINE_float(
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     "keep",
-    list(DTYPES),
+    list(CHOICES),
     "Type of the network's tensors; embedders of time, guidance and interval are not narrowed.",
 )
 

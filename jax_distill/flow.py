@@ -7,7 +7,7 @@ Nothing casts: functions compute in the precision of their arguments.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,21 +37,28 @@ class Network(NamedTuple):
         learn an average velocity.
       embedding: ``(params, t, text, guidance=None) -> (B, hidden)``, the summed time, guidance and
         pooled-text embedding that modulates the blocks.
+      features: ``(params, x, t, text, guidance=None, interval=None, *, blocks,
+        with_velocity=False)`` -> a tuple of hidden image tokens (B, N, hidden), one for each of
+        ``blocks``, in their order and in the type of the computation. Number i is block i's output;
+        double-stream blocks are numbered first, from 0, then single-stream blocks. Only the blocks
+        up to the last chosen one are computed. With ``with_velocity``, ``(velocity, features)``
+        from one pass. None for a network without blocks.
     """
 
     velocity: Callable[..., jax.Array]
     embedding: Callable[..., jax.Array]
+    features: Callable[..., Any] | None = None
 
 
 def per_sample(value: ArrayLike, x: jax.Array) -> jax.Array:
-    """Reshapes one value a sample so that it broadcasts against the samples.
+    """Reshapes one value per sample so that it broadcasts against the samples.
 
     Args:
       value: (B,) or scalar; in general, leading axes of x.
       x: (B, ...).
 
     Returns:
-      value with trailing axes of length one, x.ndim in all (a scalar stays a scalar).
+      value with trailing axes of length one, x.ndim axes in all (a scalar stays a scalar).
 
     Raises:
       ValueError: value's shape is not the beginning of x's.
@@ -138,7 +145,7 @@ def linear_to_trig_time(t: ArrayLike) -> jax.Array:
 def trig_to_linear(y: jax.Array, angle: ArrayLike, data_scale: float) -> jax.Array:
     """The point ``x_t = (y / s_d) rho`` of the linear path that y (B, ...) is at angle (B,).
 
-    With data_scale=1, y is taken as already divided by the data scale, as networks see it.
+    With data_scale=1, y is taken to be divided by the data scale already, as networks see it.
     """
     return y / data_scale * per_sample(_radius(trig_to_linear_time(angle)), y)
 
@@ -229,7 +236,7 @@ def log_normal_angle(
     return jnp.arctan(jnp.exp(mean + std * jax.random.normal(key, shape)) / data_scale)
 
 
-# FLUX's schedule: the more tokens, the more of the steps are spent near noise.
+# FLUX's schedule: with more tokens, more of the steps are near noise.
 
 
 def flux_shift(
@@ -275,8 +282,8 @@ def shift_time(t: ArrayLike, mu: float) -> jax.Array:
 class GaussianOracle:
     """Data ~ N(mean, std^2), independent in each coordinate: all of its flow in closed form.
 
-    It is a pytree, and the parameter tree of its own networks, so that losses can be differentiated
-    by its mean and its std: ``oracle.network().velocity(oracle, x, t, text)``.
+    A pytree, and the parameter tree of its own networks, so that losses can be differentiated with
+    respect to its mean and std: ``oracle.network().velocity(oracle, x, t, text)``.
 
     Attributes:
       mean: scalar, or anything that broadcasts against one sample, such as (C,).
@@ -312,7 +319,10 @@ class GaussianOracle:
         return slope * (x - mean_t) - self.mean
 
     def flow_map(self, x: jax.Array, t: ArrayLike, s: ArrayLike) -> jax.Array:
-        """Where x (B, ...) at time t (B,) lies at time s (B,): ``m_s + (S_s / S_t) (x - m_t)``."""
+        """The point at time s (B,) on the flow through x (B, ...) at time t (B,).
+
+        ``m_s + (S_s / S_t) (x - m_t)``, in the notation of `average_velocity`.
+        """
         mean_t, std_t = self.marginal(per_sample(t, x))
         mean_s, std_s = self.marginal(per_sample(s, x))
         return mean_s + std_s / std_t * (x - mean_t)

@@ -3,16 +3,17 @@
 from pathlib import Path
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from jax_distill.assembly.resolution import validate
 from jax_distill.devices import processes
 from jax_distill.devices.signals import Interrupted, Signals
-from jax_distill.runs import checks, commands, experiment
+from jax_distill.runs import checks, commands, config_flag, experiment
 from jax_distill.storage import lease
 from jax_distill.training import saving
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "File of the configuration; --config.key=value changes one of its values."
+_CONFIG = config_flag.define(
+    "File of the configuration; --config.key=value changes one of its values."
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; a run that is there goes on. Default: runs/<name>."
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
         )
     config.unlock()
     config.lock()  # all of it: sections that were set as a whole are still open
-    checks.validate(config)
+    validate(config)
     workdir = Path(_WORKDIR.value or Path("runs") / config.name)
     processes.join()
     try:

@@ -11,21 +11,20 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jax_distill import config as configuration
 from jax_distill import streams, worlds
-from jax_distill.assembly import adapters, build, draw_settings, frozen
+from jax_distill.assembly import adapters, build, draw_settings
+from jax_distill.assembly.frozen import frozen_network
+from jax_distill.assembly.resolution import EMBEDDED, trained_config
 from jax_distill.devices import processes, sharding
 from jax_distill.flow import Text
 from jax_distill.interop import ported_folder
-from jax_distill.models import finite, lora
+from jax_distill.models import finite
 from jax_distill.objectives.objective import Objective
 from jax_distill.storage.files import check_no_partial
 from jax_distill.training import checkpoint
 from jax_distill.worlds import World
-from jax_distill.worlds.flux.world import load_stored, ported_config
+from jax_distill.worlds.flux.world import load_stored
 from jax_distill.worlds.shapes import bundled
-
-EMBEDDED = "embedded"  # in the place of a workdir: the teacher that ships with the package
 
 
 class Pipeline:
@@ -260,13 +259,8 @@ def _everywhere(params: dict) -> NamedSharding | None:
     return NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else None
 
 
-def absolute(source: str) -> str:
-    """What `load` takes, from whatever folder it is called."""
-    return source if source in ("", EMBEDDED) else str(Path(source).resolve())
-
-
 def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None) -> Pipeline:
-    """The pipeline of a training run, of a ported folder, or of the teacher that ships.
+    """The pipeline of a training run, of a ported folder, or of the bundled teacher.
 
     Args:
       source: a workdir of `jax_distill.main`, a folder of `jax_distill.port`, or "embedded".
@@ -282,33 +276,25 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
 
 def _load(source: str | Path, mesh: jax.sharding.Mesh | None) -> Pipeline:
     if str(source) == EMBEDDED:
-        config = ConfigDict(bundled.load("teacher")[1]["config"]).lock()
+        config = trained_config(EMBEDDED).lock()
         return Pipeline(config, lambda: {"network": bundled.load("teacher")[0]})
     check_no_partial(source, "checkpoint")
-    workdir = Path(source)
-    if ported_folder.is_ported(workdir):
-        config = ported_config(workdir)
-
-        def read() -> dict:
-            like = jax.eval_shape(lambda: build.initial_parameters(config))
-            place = mesh or sharding.make_mesh(sharding.ALL_FSDP)
-            return {"network": load_stored(workdir, "network", like, place)}
-
-        return Pipeline(config, read)
-    config = configuration.load(workdir)
-    configuration.check_teachers(workdir)
-    checkpoint.complete_steps(workdir)
-    if config.get("world", "shapes") == "flux" or processes.joined():
+    workdir, config = Path(source), trained_config(source)
+    world = worlds.of(config)
+    if world.distributed or processes.joined():
         mesh = mesh or sharding.make_mesh(sharding.ALL_FSDP)
 
     def read() -> dict:
+        if ported_folder.is_ported(workdir):
+            like = jax.eval_shape(lambda: build.initial_parameters(config))
+            return {"network": load_stored(workdir, "network", like, mesh)}
         params = checkpoint.load_averaged(workdir, mesh)
         if adapters.settings(config) is None:
             return params
         beside = load(config.teacher.checkpoint or EMBEDDED, mesh=mesh)
         place = mesh or sharding.make_mesh(config.mesh)
-        teacher = frozen.place(frozen.hold(config, lora.merged(beside.taken())), place)
+        teacher = frozen_network(config, beside.taken(), place)
         adapters.check_teacher(config, workdir, teacher)
         return adapters.whole(config, teacher, params)
 
-    return Pipeline(config, read)
+    return Pipeline(config, read, world)

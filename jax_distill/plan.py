@@ -7,13 +7,13 @@ python -m jax_distill.plan --config=configs/scm.py:flux_lite --topology=v5p:4x4x
 import json
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from jax_distill.planning import chips, planner, table
-from jax_distill.runs import commands
+from jax_distill.runs import commands, config_flag
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "File of the configuration; --config.key=value changes one of its values."
+_CONFIG = config_flag.define(
+    "File of the configuration; --config.key=value changes one of its values."
 )
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "The chips, such as v5e:8x8, v5p:4x4x4, v6e:8x8, gpu:h200x8 or cpu."

@@ -5,9 +5,11 @@ from pathlib import Path
 from absl import flags
 
 from jax_distill.assembly import build
+from jax_distill.interop.tensors import CHOICES
 from jax_distill.models.sizes import LONGEST
 from jax_distill.runs import commands
-from jax_distill.runs.porting import DTYPES, port
+from jax_distill.runs.port_settings import Flags
+from jax_distill.runs.porting import port
 
 _SOURCE = flags.DEFINE_string(
     "source",
@@ -16,7 +18,7 @@ _SOURCE = flags.DEFINE_string(
     " student of T2I-Distill (.pt), or a safetensors file with BFL's or diffusers' names.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to make.")
-_DTYPE = flags.DEFINE_enum("dtype", "keep", list(DTYPES), "Of the parameters on disk.")
+_DTYPE = flags.DEFINE_enum("dtype", "keep", list(CHOICES), "Of the parameters on disk.")
 _BASE = flags.DEFINE_string(
     "base",
     "",
@@ -25,37 +27,40 @@ _BASE = flags.DEFINE_string(
 _VARIANT = flags.DEFINE_string(
     "variant", "", "Of the weights in a folder, such as fp16; default: the plain or the only ones."
 )
-_TEXT_LENGTH = flags.DEFINE_integer(
+flags.DEFINE_integer(
     "text_length",
     None,
     "Tokens of T5's sequences: 256 (default) for FLUX.1-lite and schnell, 512 for dev.",
     lower_bound=2,
     upper_bound=LONGEST,
 )
-_OBJECTIVE = flags.DEFINE_enum(
-    "objective", "", ["", *build.OBJECTIVES], "What the network was trained for; default: told."
+flags.DEFINE_enum(
+    "objective",
+    "",
+    ["", *build.OBJECTIVES],
+    "Method that the network was trained by; default: what its files say.",
 )
-_TIME_SCALE = flags.DEFINE_float(
+flags.DEFINE_float(
     "time_scale",
     None,
-    "What the network multiplies t with before it embeds it, where its files do not say: 1000 for"
+    "Factor of t before the network embeds it, where its files do not say: 1000 for"
     " FLUX, 1 for T2I-Distill.",
 )
-_GUIDANCE_FACTOR = flags.DEFINE_float(
+flags.DEFINE_float(
     "guidance_factor", None, "Likewise the guidance scale: 1000 for FLUX, 1 for T2I-Distill."
 )
-_SHIFT = flags.DEFINE_string(
+flags.DEFINE_string(
     "shift",
     "",
     "Of the schedule of a transformer alone: base (that of --base), dynamic (FLUX.1-dev's) or a"
     " number (1: FLUX.1-schnell's).",
 )
-_GUIDANCE = flags.DEFINE_enum(
+flags.DEFINE_enum(
     "guidance",
     "auto",
     list(build.GUIDANCE),
-    "How a teacher is guided; cfg: by classifier-free guidance, where its network has no input for"
-    " the guidance scale and was not made to do without.",
+    "How a teacher is guided; cfg: by classifier-free guidance, for networks that have no input for"
+    " the guidance scale and were not distilled to do without it.",
 )
 
 
@@ -68,12 +73,7 @@ def main(argv: list[str]) -> None:
         dtype=_DTYPE.value,
         base=_BASE.value,
         variant=_VARIANT.value,
-        text_length=_TEXT_LENGTH.value,
-        objective=_OBJECTIVE.value,
-        time_scale=_TIME_SCALE.value,
-        guidance_factor=_GUIDANCE_FACTOR.value,
-        shift=_SHIFT.value,
-        guidance=_GUIDANCE.value,
+        **{name: flags.FLAGS[name].value for name in Flags._fields},
     )
     print(f"wrote {output}")
 

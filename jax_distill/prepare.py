@@ -1,12 +1,12 @@
-"""Encode pictures and captions into a folder of latents, for `data.path`: training never encodes,
-and several runs share one folder. Three ways:
+"""Encode pictures and captions into a folder of latents for `data.path`, so that training never
+encodes and several runs can share one folder. There are three ways:
 
 python -m jax_distill.prepare --output=DIR [--examples=N] [--seed=0]
     pictures of the shapes world
 python -m jax_distill.prepare --checkpoint=PORTED --source=PICTURES --output=DIR [--height=512]
     your pictures with captions (see `data/folder.py`), for FLUX; captions are embedded too
 python -m jax_distill.prepare --teacher=DIR [--captions=FILE] --output=DIR [--steps=20]
-    no pictures at all: latents that a teacher draws for captions, the shapes world's or your own
+    no pictures: latents that a teacher draws for captions, the shapes world's or your own
 """
 
 from pathlib import Path
@@ -14,29 +14,32 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from jax_distill import pipeline, streams
+from jax_distill import config as configuration
+from jax_distill import pipeline, streams, worlds
 from jax_distill.assembly import build, draw_settings
 from jax_distill.data import records
-from jax_distill.data.encoding import NULL_CAPTION, encode_drawn, encode_shapes
+from jax_distill.data.encoding import NULL_CAPTION, encode_drawn
 from jax_distill.data.folder import plain_caption
 from jax_distill.runs import commands
 from jax_distill.storage.files import read_lines
 from jax_distill.storage.outputs import made_whole
-from jax_distill.worlds.flux.world import Flux, ported_config
-from jax_distill.worlds.shapes import renderer
-from jax_distill.worlds.shapes.world import embedded_codec
+from jax_distill.worlds.flux.world import ported_config
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of the latents, not there yet.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder of the latents, which must not exist yet.")
 _EXAMPLES = flags.DEFINE_integer("examples", 12_800, "Examples of the shapes world.", 1)
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the shapes world's stream, and of what is drawn.", 0, streams.MOST_SEED
+    "seed", 0, "Seed of the shapes world's stream, and of drawings.", 0, streams.MOST_SEED
 )
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of jax_distill.port: FLUX's parts.")
 _SOURCE = flags.DEFINE_string("source", None, "Folder of pictures with captions, for FLUX.")
-_HEIGHT = flags.DEFINE_integer("height", 512, "Pixels of the pictures, for FLUX.", 1)
-_WIDTH = flags.DEFINE_integer("width", 512, "Pixels of the pictures, for FLUX.", 1)
+_HEIGHT = flags.DEFINE_integer(
+    "height", None, "Pixels of FLUX's pictures; default: the checkpoint's.", 1
+)
+_WIDTH = flags.DEFINE_integer(
+    "width", None, "Pixels of FLUX's pictures; default: the checkpoint's.", 1
+)
 _LATENTS = flags.DEFINE_enum(
-    "latents", "mean", ["mean", "sample"], "What is taken of the autoencoder's posterior."
+    "latents", "mean", ["mean", "sample"], "Part of the autoencoder's posterior to take."
 )
 _TEACHER = flags.DEFINE_string(
     "teacher", None, "Draws the latents: a run's workdir, a ported folder, or 'embedded'."
@@ -62,6 +65,11 @@ def main(argv: list[str]) -> None:
     for flag in ("captions", "steps", "guidance"):
         if flags.FLAGS[flag].present and not _TEACHER.value:
             raise ValueError(f"--{flag} needs --teacher, which draws")
+    if flags.FLAGS["latents"].present and not _SOURCE.value:
+        raise ValueError("--latents needs --source, whose pictures are encoded")
+    for flag in ("height", "width"):
+        if flags.FLAGS[flag].present and not (_TEACHER.value or _SOURCE.value):
+            raise ValueError(f"--{flag} needs --source or --teacher; rendered pictures have a size")
     if output.is_dir() and not any(output.iterdir()):
         output.rmdir()
     with made_whole(output) as partial:
@@ -70,54 +78,56 @@ def main(argv: list[str]) -> None:
 
 
 def prepare(output: Path) -> int:
-    """Writes what the flags ask for; returns how many examples there are."""
+    """Writes the records that the flags ask for; returns their number."""
     if _TEACHER.value:
         return draw(output)
     if _SOURCE.value:
         config = ported_config(Path(_CHECKPOINT.value))
         with config.unlocked():
-            config.data.resolution = (_HEIGHT.value, _WIDTH.value)
-        build.token_shape(config)  # raises where sizes are no multiples of 16
+            config.data.resolution = resolution(config.data.resolution)
         seed = _SEED.value if _LATENTS.value == "sample" else None
-        return Flux(config).prepare(Path(_SOURCE.value), output, seed=seed)
-    encode_shapes(output, _EXAMPLES.value, _SEED.value, embedded_codec().encode)
-    return _EXAMPLES.value
+        return worlds.of(config).prepare(output, Path(_SOURCE.value), seed=seed)
+    config = configuration.base()
+    with config.unlocked():
+        config.data.examples, config.data.seed = _EXAMPLES.value, _SEED.value
+    return worlds.of(config).prepare(output)
+
+
+def resolution(default: tuple[int, int]) -> tuple[int, int]:
+    """Height and width in pixels; raises ValueError if they are no multiples of 16."""
+    return draw_settings.resolution(_HEIGHT.value, _WIDTH.value, default)
 
 
 def draw(output: Path) -> int:
-    """Writes what the teacher draws; returns how many."""
+    """Writes the teacher's drawings; returns their number."""
     pipe = pipeline.load(_TEACHER.value)
     if (method := pipe.config.objective.name) not in build.TEACHERS:
         raise ValueError(f"--teacher: '{_TEACHER.value}' is a run of {method!r}, no teacher")
     draw_settings.steps(_STEPS.value)
     draw_settings.guidance(_GUIDANCE.value, pipe.config)
-    flux = isinstance(pipe.world, Flux)
-    resolution = (_HEIGHT.value, _WIDTH.value) if flux else pipe.world.resolution
-    shape, steps, seed = build.token_shape(pipe.config, resolution), _STEPS.value, _SEED.value
+    size, steps, seed = resolution(pipe.world.resolution), _STEPS.value, _SEED.value
+    shape = build.token_shape(pipe.config, size)
     if _CAPTIONS.value:
         captions = read_captions(Path(_CAPTIONS.value))
-    elif flux:
+    elif (captions := pipe.world.captions(_EXAMPLES.value, seed)) is None:
         raise ValueError("--captions is missing; give a file with a caption a line")
-    else:
-        captions = [renderer.sample(seed, index).caption for index in range(_EXAMPLES.value)]
 
     def drawn(text, start):
         rng = np.random.Generator(np.random.Philox(key=[seed, start]))
         noise = rng.standard_normal((len(text.pooled), *shape), np.float32)
         return pipe.latents(
-            text, steps=steps, guidance=_GUIDANCE.value, resolution=resolution, noise=noise
+            text, steps=steps, guidance=_GUIDANCE.value, resolution=size, noise=noise
         )
 
     description = {
-        "world": pipe.config.get("world", "shapes"),
+        "world": worlds.name(pipe.config),
         "teacher": _TEACHER.value,
         "steps": steps,
         "seed": seed,
-        "resolution": list(resolution),
+        "resolution": list(size),
     }
-    # FLUX's text encoders are read once, not for each batch.
-    embed = pipe.world.text_encoders().encode if flux else pipe.world.encode
-    null = embed([NULL_CAPTION]) if flux else None
+    embed = pipe.world.encoder()
+    null = embed([NULL_CAPTION]) if pipe.world.stores_text else None
     encode_drawn(output, captions, embed, drawn, description, null=null)
     return len(captions)
 
@@ -126,7 +136,7 @@ def read_captions(path: Path) -> list[str]:
     """The lines of a text file that are not empty.
 
     Raises:
-      ValueError: there is no such file, it is no text, or it has no caption.
+      ValueError: the file is missing, is not text, or has no caption.
     """
     captions = []
     try:
@@ -134,7 +144,7 @@ def read_captions(path: Path) -> list[str]:
             if line.strip():
                 captions.append(plain_caption(line, f"--captions: '{path}', line {number}"))
     except FileNotFoundError:
-        raise ValueError(f"--captions: there is no file '{path}'") from None
+        raise ValueError(f"--captions: '{path}' is missing") from None
     if not captions:
         raise ValueError(f"--captions: '{path}' has no caption")
     return captions

@@ -6,6 +6,7 @@ from absl import flags
 
 from jax_distill import pipeline, streams
 from jax_distill.assembly import draw_settings
+from jax_distill.assembly.resolution import EMBEDDED
 from jax_distill.devices import processes
 from jax_distill.evaluation import grids
 from jax_distill.runs import commands
@@ -13,8 +14,8 @@ from jax_distill.storage.files import check_output
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
-    pipeline.EMBEDDED,
-    "Workdir of a run, folder of jax_distill.port, or 'embedded' for the shipped teacher.",
+    EMBEDDED,
+    "Workdir of a run, folder of jax_distill.port, or 'embedded' for the bundled teacher.",
 )
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "Caption; give it again for more pictures.")
 _STEPS = flags.DEFINE_integer("steps", 2, "Sampling steps: 1, 2 or 4; 28 for FLUX itself.", 1)

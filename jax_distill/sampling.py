@@ -215,10 +215,9 @@ def rollout(
     noise: jax.Array,
     times: jax.Array,
     count: jax.Array,
+    noises: jax.Array,
     text: flow.Text | None = None,
     guidance: jax.Array | None = None,
-    *,
-    renoise_key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Walks the first steps of a restart sampler, a number of them that may be traced.
 
@@ -230,20 +229,26 @@ def rollout(
       noise: (B, ...).
       times: (steps + 1,), decreasing.
       count: (), integer, from 0 to steps - 1: the steps that are taken.
+      noises: (steps - 1, B, ...), the fresh noise of each.
       text: captions.
       guidance: (B,).
-      renoise_key: of the fresh noise.
 
     Returns:
       The input (B, ...) of the step that would follow, and its time (B,).
     """
 
-    def advance(index, x):
-        t, s = (jnp.full(noise.shape[:1], times[index + ahead]) for ahead in (0, 1))
+    def advance(x, t, s, fresh):
+        t, s = (jnp.full(noise.shape[:1], time) for time in (t, s))
         data = flow_map(x, t, jnp.zeros_like(s), text, guidance)
-        return flow.interpolate(data, _fresh_noise(renoise_key, index, x), s).astype(x.dtype)
+        return flow.interpolate(data, fresh, s).astype(x.dtype)
 
-    x = jax.lax.fori_loop(0, count, advance, jax.lax.stop_gradient(noise))
+    def step(x, inputs):
+        index, *rest = inputs
+        return jax.lax.cond(index < count, advance, lambda x, *_: x, x, *rest), None
+
+    # A scan of fixed length, not a while loop: its arithmetic can be counted, at its most.
+    steps = jnp.arange(len(noises)), times[:-2], times[1:-1], noises
+    x, _ = jax.lax.scan(step, jax.lax.stop_gradient(noise), steps)
     return jax.lax.stop_gradient((x, jnp.full(noise.shape[:1], times[count])))
 
 

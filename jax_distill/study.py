@@ -8,13 +8,13 @@ cell is kept, one that was stopped goes on: run the same command again.
 from pathlib import Path
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from jax_distill.devices.signals import Interrupted, Signals
-from jax_distill.runs import cells, commands, study_settings
+from jax_distill.runs import cells, commands, config_flag, study_settings
 from jax_distill.storage import lease
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File of the study's configuration.")
+_CONFIG = config_flag.define("File of the study's configuration.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where it lives. Default: runs/<name>.")
 
 

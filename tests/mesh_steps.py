@@ -13,7 +13,8 @@ import re
 import sys
 
 if __name__ == "__main__":
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8"
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
@@ -25,8 +26,7 @@ from jax_distill.assembly import build
 from jax_distill.devices import sharding
 from jax_distill.flow import Batch
 from jax_distill.models import lora
-from jax_distill.training.optimizer import make_optimizer
-from jax_distill.training.step import init_state, jit_step
+from jax_distill.training.step import init_state, jit_step, make_optimizers
 
 LAYERS = 3  # a size that nothing else has
 SIZES = {
@@ -47,12 +47,13 @@ GATHER = re.compile(r"= (\(?[^=]*?) all-gather(?:-start)?\(")
 
 
 def prepare(method: str, optimizer: str):
-    """(configuration, objective, optimizer, student's parameters, frozen, batch)."""
+    """(configuration, objective, optimizers, student's parameters, frozen, batch)."""
     objective, model = METHODS[method]
     config = settings(objective, **SIZES, **model)
     teacher = settings({"name": "time_rescale"}, **SIZES, **STUDENT)
     with config.unlocked():
         config.batch_size, config.optimizer.name = ROWS, optimizer
+        config.total_steps = 10
         # Adam's first step is the gradient's sign, where that is no more than rounding too.
         config.optimizer.epsilon = 1e-4
         config.lora.rank = RANK if method.endswith("_lora") else 0
@@ -63,10 +64,11 @@ def prepare(method: str, optimizer: str):
     )
     x = rng.standard_normal((ROWS, *build.token_shape(config))).astype(np.float32)
     frozen = {"teacher": random_parameters(teacher, 1), "null": jax.tree.map(lambda t: t[:1], text)}
+    objective = build.objective(config, teacher)
     return (
         config,
-        build.objective(config, teacher),
-        make_optimizer(config.optimizer, 10),
+        objective,
+        make_optimizers(objective, config),
         student(config),
         frozen,
         Batch(x, text),
@@ -96,23 +98,23 @@ def held_share(state) -> float:
     return held / max(whole, 1)
 
 
-def take(sizes, split_tokens, config, objective, optimizer, params, frozen, batch):
+def take(sizes, split_tokens, config, objective, optimizers, params, frozen, batch):
     """Parameters and metrics after a step on a mesh, the program, and `held_share` of the state."""
     devices = jax.devices()[: math.prod(sizes)]
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), devices)
-    state = init_state(objective, optimizer, params, 0)
+    state = init_state(objective, optimizers, params, 0)
     places = sharding.shard_state(state, mesh)
     state = jax.tree.map(jnp.copy, jax.device_put(state, places))  # the step takes it
     frozen = sharding.put(frozen, sharding.shard_state(frozen, mesh))
     batch = sharding.shard_batch(batch, mesh)
     with config.unlocked():
         config.mesh.split_tokens = split_tokens
-    step = jit_step(objective, optimizer, config, places)
+    step = jit_step(objective, optimizers, config, places)
     program = step.lower(state, frozen, batch).compile({"xla_backend_optimization_level": 0})
     state, metrics = program(state, frozen, batch)
     share = held_share(state)
     state, metrics = jax.device_get((state, metrics))
-    return state.params, metrics, program.as_text(), share
+    return state.players["student"].params, metrics, program.as_text(), share
 
 
 def gathered_stacks(program: str, params: dict) -> tuple[int, list[str]]:

@@ -1,15 +1,12 @@
 """Small random text encoders of transformers' classes and their weights as ours."""
 
-import contextlib
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tokenizers
 import torch
 from flax import nnx
@@ -20,20 +17,6 @@ from transformers import T5Config as TransformersT5Config
 from jax_distill.interop.keys.clip import clip_keys
 from jax_distill.interop.keys.t5 import T5_KEYS
 from jax_distill.models import clip, t5
-
-# Compiling is most of what these tests do: with these options it takes a fifth of the time.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
-)
-
-
-@contextlib.contextmanager
-def compiled_quickly() -> Iterator[None]:
-    """All that is jitted here is jitted so, our functions' own included."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", jit)
-        yield
 
 
 @functools.cache

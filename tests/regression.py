@@ -9,6 +9,7 @@ import numpy as np
 
 from jax_distill import config as configuration
 from jax_distill.flow import Batch
+from jax_distill.objectives.objective import STUDENT, Method
 
 SHAPE = (4, 8)  # of one example
 
@@ -18,23 +19,21 @@ class Draws(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Regression:
+class Regression(Method):
     """mean |x W + b - noise_scale noise|^2; infinite at the steps in frozen["bad"]."""
-
-    rows_per_example = 1
 
     noise_scale: float = 1.0
 
-    def init(self, key, params):
+    def init_student(self, key, params):
         return {"network": params, "head": 0.1 * jax.random.normal(key, (8,))}
 
     def draw(self, key, batch):
         return Draws(jax.random.normal(key, batch.x.shape))
 
-    def loss(self, params, frozen, batch, draws, step):
+    def loss(self, params, view, batch, draws, step):
         network = params["network"]
         out = batch.x @ network["kernel"] * params["head"] + network["bias"]
-        factor = jnp.where(jnp.any(frozen["bad"] == step + 1), jnp.inf, 1.0)
+        factor = jnp.where(jnp.any(view.frozen["bad"] == step + 1), jnp.inf, 1.0)
         loss = factor * jnp.mean(jnp.square(out - self.noise_scale * draws.noise))
         return loss, {"noise_mean": jnp.mean(draws.noise)}
 
@@ -54,6 +53,10 @@ def parameters():
     rng = np.random.default_rng(1)
     kernel = rng.standard_normal((8, 8)).astype(np.float32)
     return {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(8)}
+
+
+def student(state):
+    return state.players[STUDENT]
 
 
 def frozen(*bad):

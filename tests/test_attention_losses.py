@@ -10,6 +10,7 @@ from flax import nnx
 
 from jax_distill.flow import Batch, Text
 from jax_distill.models import mmdit
+from jax_distill.objectives.objective import View
 from jax_distill.objectives.scm import SCM
 from jax_distill.objectives.teacher import embedded_guidance
 
@@ -53,8 +54,8 @@ def gradients(attention, params):
     draws = objective.draw(jax.random.key(0), batch)
 
     def scm(params):
-        frozen = {"teacher": params}
-        return objective.loss({"network": params}, frozen, batch, draws, jnp.asarray(5))[0]
+        view = View({"teacher": params})
+        return objective.loss({"network": params}, view, batch, draws, jnp.asarray(5))[0]
 
     def mean_flow(params):
         t, s = jnp.asarray([0.9, 0.5]), jnp.asarray([0.2, 0.1])

@@ -46,8 +46,7 @@ def _ported(config, reference, dtype=jnp.float32):
 def _run(method, model, x):
     graph, state = nnx.split(model)
     # Compiling dominates these tests: spend no time on optimisation.
-    quick = {"xla_backend_optimization_level": 0}
-    run = jax.jit(lambda state, x: method(nnx.merge(graph, state), x), compiler_options=quick)
+    run = jax.jit(lambda state, x: method(nnx.merge(graph, state), x))
     return run(state, x)
 
 

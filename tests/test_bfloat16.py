@@ -236,7 +236,7 @@ def test_a_run_holds_embedders_as_they_are():
     with config.unlocked():
         config.dtype, config.lora.rank, config.lora.base = "bfloat16", 2, "int8"
     shapes = jax.eval_shape(
-        lambda: frozen.hold(config, mmdit.initial_parameters(SMALL, mmdit.nnx.Rngs(0)))
+        lambda: frozen.frozen_network(config, mmdit.initial_parameters(SMALL, mmdit.nnx.Rngs(0)))
     )
     for name, tree in shapes.items():
         kinds = {leaf.dtype.name for leaf in jax.tree.leaves(tree)}

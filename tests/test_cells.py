@@ -12,8 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jax_distill import config as configuration
-from jax_distill import pipeline
-from jax_distill.assembly.stages import student_config
+from jax_distill.assembly.resolution import resolve
 from jax_distill.config import ConfigError
 from jax_distill.config.settings import flatten
 from jax_distill.evaluation import comparison
@@ -213,7 +212,7 @@ def test_a_pictures_cost_stands_where_it_is_known():
 def test_a_picture_costs_an_evaluation_a_step(file):
     """A step of a student is one forward; the teacher's, its guidance being embedded, too."""
     config = load_config(file).get_config("")
-    config = student_config(config, pipeline.load("embedded").config)
+    config = resolve(config).config
     one, four = (cells.sampling_flops(config, steps) for steps in (1, 4))
     assert four == 4 * one == 4 * program.forward_flops(config) // config.batch_size
 
@@ -222,7 +221,7 @@ def test_a_cell_of_the_embedded_teacher_is_measured_as_any(tmp_path):
     config = load_config("scm").get_config("")
     with config.unlocked():
         config.teacher.checkpoint = "embedded"
-    config = student_config(config, pipeline.load("embedded").config)
+    config = resolve(config).config
     configuration.save(config, tmp_path)
     (tmp_path / "results.json").write_text(json.dumps({"student": {"2": entry(0.5)}}))
     (tmp_path / cells.COST).write_text(json.dumps({"peak_gib": 2.5}))

@@ -10,17 +10,28 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from jax_distill.training import checkpoint, damage
 from jax_distill.training.checkpoint import Checkpoints
 
 
-class State(NamedTuple):
-    step: Any
+class Player(NamedTuple):
     params: dict
     ema: dict
+
+
+class State(NamedTuple):
+    step: Any
+    players: dict
+
+
+def state_of(step: Any, params: dict, ema: dict) -> State:
+    return State(step, {"student": Player(params, ema)})
+
+
+def player(state: State) -> Player:
+    return state.players["student"]
 
 
 def state_at(step: int) -> State:
@@ -28,7 +39,7 @@ def state_at(step: int) -> State:
     kernel = jnp.asarray(rng.standard_normal((32, 16)).astype(np.float32))
     half = jnp.asarray(rng.standard_normal(7), jnp.bfloat16)
     params = {"network": {"kernel": kernel, "half": half}}
-    return State(jnp.int32(step), params, jax.tree.map(lambda x: x / 2, params))
+    return state_of(jnp.int32(step), params, jax.tree.map(lambda x: x / 2, params))
 
 
 def same(a, b) -> bool:
@@ -54,14 +65,14 @@ def test_round_trip(run):
     assert step == 3 and same(saved.state, state_at(3))
     assert jax.tree.structure(saved.state) == jax.tree.structure(state_at(3))
     assert saved.position == {"next_index": 3} and saved.metrics == {"loss": [1.0, 1]}
-    assert same(checkpoint.load_averaged(run), state_at(3).ema)
+    assert same(checkpoint.load_averaged(run), player(state_at(3)).ema)
 
 
 def test_the_copy_is_taken_at_once(tmp_path):
     """The arrays are given away, and the dicts changed, while the files are being written."""
     forget = jax.jit(lambda state: jax.tree.map(jnp.zeros_like, state), donate_argnums=0)
     position, metrics = {"next_index": 5}, {"loss": [1.0, 2]}
-    state = State(jnp.int32(5), {"a": jnp.ones((1024, 1024))}, {"a": jnp.ones(3)})
+    state = state_of(jnp.int32(5), {"a": jnp.ones((1024, 1024))}, {"a": jnp.ones(3)})
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(5, state, position, metrics)
         position["next_index"], metrics["loss"] = 6, None
@@ -69,7 +80,7 @@ def test_the_copy_is_taken_at_once(tmp_path):
         checkpoints.wait()
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         saved = checkpoints.restore(5, like)
-    assert np.all(saved.state.params["a"] == 1)
+    assert np.all(player(saved.state).params["a"] == 1)
     assert saved.position == {"next_index": 5} and saved.metrics == {"loss": [1.0, 2]}
 
 
@@ -125,7 +136,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(run, item, harm, capl
     harm(largest(path) if harm is not shutil.rmtree and path.is_dir() else path)
     # What is sampled from need not be what is damaged. A reader changes nothing.
     average = checkpoint.load_averaged(run)
-    assert same(average, state_at(2).ema) or same(average, state_at(3).ema)
+    assert same(average, player(state_at(2)).ema) or same(average, player(state_at(3)).ema)
     assert (run / "checkpoints" / "3").is_dir()
     caplog.clear()
     step, saved = latest(run)
@@ -146,24 +157,29 @@ def other_shapes(state):
 
 
 def another_ema_dtype(state):
-    return state._replace(ema=jax.tree.map(lambda x: x.astype(jnp.float16), state.ema))
+    ema = jax.tree.map(lambda x: x.astype(jnp.float16), player(state).ema)
+    return state_of(state.step, player(state).params, ema)
 
 
 def more_arrays(state):
-    return state._replace(params={**state.params, "adapters": jnp.zeros(3)})
+    params = {**player(state).params, "adapters": jnp.zeros(3)}
+    return state_of(state.step, params, player(state).ema)
 
 
 def fewer_arrays(state):
-    return state._replace(ema={})
+    return state_of(state.step, player(state).params, {})
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (other_shapes, r"ema.network.half has shape \(7,\) there and \(7, 2\) here"),
-        (another_ema_dtype, "ema.network.half is bfloat16 there and float16 here"),
-        (more_arrays, "it has no params.adapters"),
-        (fewer_arrays, "it has ema.network.half, which is not asked for"),
+        (
+            other_shapes,
+            r"student.ema.network.half has shape \(7,\) there and \(7, 2\) here",
+        ),
+        (another_ema_dtype, "players.student.ema.network.half is bfloat16 there and float16 here"),
+        (more_arrays, "it has no players.student.params.adapters"),
+        (fewer_arrays, "it has players.student.ema.network.half, which is not asked for"),
     ],
 )
 def test_another_state_is_refused_by_name_and_nothing_is_moved(run, change, named):
@@ -250,39 +266,48 @@ def test_what_a_killed_save_left_is_ignored_and_removed(run):
     (killed / "state").mkdir(parents=True)
     (killed / "state" / "_METADATA").write_text("{")
     assert checkpoint.complete_steps(run) == [3, 2, 1]
-    assert same(checkpoint.load_averaged(run), state_at(3).ema)
+    assert same(checkpoint.load_averaged(run), player(state_at(3)).ema)
     assert killed.exists()
     assert latest(run)[0] == 3
     assert not killed.exists()
 
 
-def test_checkpoints_without_progress_are_read(tmp_path):
-    """As the first version wrote them."""
-    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state_at(1)), data=ocp.args.JsonSave({"next_index": 1})
-        )
-        manager.save(1, args=items)
-    step, saved = latest(tmp_path)
-    assert (step, saved.position, saved.metrics) == (1, {"next_index": 1}, {})
-    assert same(saved.state, state_at(1))
-    assert same(checkpoint.load_averaged(tmp_path), state_at(1).ema)
+class Flat(NamedTuple):
+    """The state of earlier versions."""
+
+    step: Any
+    params: dict
+    ema: dict
+
+
+def test_a_checkpoint_of_the_layout_before_players_is_named(tmp_path):
+    state = Flat(jnp.int32(1), *player(state_at(1)))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, state, {"examples": 4})
+    for read in (checkpoint.complete_steps, checkpoint.load_averaged):
+        with pytest.raises(checkpoint.OldLayout, match="an earlier version"):
+            read(tmp_path)
+    with pytest.raises(checkpoint.OldLayout):
+        checkpoint.is_finished(tmp_path, 1)
+    assert os.listdir(tmp_path / "checkpoints") == ["1"]
 
 
 def test_checksums_see_every_bit_and_no_sharding():
     state, position = state_at(1), {"next_index": 1}
     expected = checkpoint.checksums(state, position)
     assert json.loads(json.dumps(expected)) == expected
-    assert set(expected) == {"step", "params", "ema", "data"}
-    bits = np.asarray(state.params["network"]["kernel"]).view(np.uint32)
-    total = bits.sum(dtype=np.uint32) + np.asarray(state.params["network"]["half"]).view(
+    assert set(expected) == {"step", "student.params", "student.ema", "data"}
+    bits = np.asarray(player(state).params["network"]["kernel"]).view(np.uint32)
+    total = bits.sum(dtype=np.uint32) + np.asarray(player(state).params["network"]["half"]).view(
         np.uint16
     ).sum(dtype=np.uint32)
-    assert expected["params"] == total
+    assert expected["student.params"] == total
     for bit in (0, 13, 31):
         flipped = bits.copy()
         flipped[3, 5] ^= np.uint32(1 << bit)
-        network = {**state.params["network"], "kernel": jnp.asarray(flipped.view(np.float32))}
-        changed = checkpoint.checksums(state._replace(params={"network": network}), position)
-        assert {name for name in expected if changed[name] != expected[name]} == {"params"}
+        kernel = jnp.asarray(flipped.view(np.float32))
+        network = {**player(state).params["network"], "kernel": kernel}
+        other = state_of(state.step, {"network": network}, player(state).ema)
+        changed = checkpoint.checksums(other, position)
+        assert {name for name in expected if changed[name] != expected[name]} == {"student.params"}
     assert checkpoint.checksums(state, {"next_index": 2})["data"] != expected["data"]

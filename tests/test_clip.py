@@ -12,7 +12,7 @@ import torch
 import transformers
 from flax import nnx
 from jax.sharding import AbstractMesh
-from random_text import jit, relative_error
+from random_text import relative_error
 
 from jax_distill.devices.sharding import AXES, parameter_spec
 from jax_distill.models import clip
@@ -43,7 +43,7 @@ ONE_LAYER = dataclasses.replace(
 
 @functools.cache
 def encoder(config, dtype="float32"):
-    return jit(clip.as_encoder(config, dtype=dtype))
+    return jax.jit(clip.as_encoder(config, dtype=dtype))
 
 
 def token_ids(config, length):
@@ -115,7 +115,7 @@ def test_short_types(dtype, bound):
 
 def test_fresh_features_have_unit_variance_and_float64_is_kept():
     with jax.enable_x64(True):
-        params = jit(lambda: clip.initial_parameters(LEGACY, nnx.Rngs(0), jnp.float64))()
+        params = jax.jit(lambda: clip.initial_parameters(LEGACY, nnx.Rngs(0), jnp.float64))()
         ours = encoder(LEGACY, "float64")(params, token_ids(LEGACY, 9))
         assert ours.sequence.dtype == ours.pooled.dtype == jnp.float64
         np.testing.assert_allclose(np.square(ours.sequence).mean(-1), 1, atol=1e-4)

@@ -42,7 +42,6 @@ def executed(tmp_path_factory):
         "JAX_DISTILL_RUNS": str(folder / "runs"),
         "JAX_DISTILL_FLAGS": " ".join(f"--config.{key}={value}" for key, value in sizes.items()),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "PYTHONPATH": str(ROOT),
     }
     notebook = nbformat.read(NOTEBOOK, as_version=4)

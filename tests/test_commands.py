@@ -14,7 +14,7 @@ import pytest
 from absl.testing import flagsaver
 
 from jax_distill import main
-from jax_distill.assembly import stages
+from jax_distill.assembly.resolution import resolve
 from jax_distill.config import base
 from jax_distill.data import records
 from jax_distill.runs import checks, commands, experiment
@@ -72,7 +72,8 @@ def one_sentence(error):
         # The flags.
         ([], "--config: give a file"),
         (["--config.seed=3"], "--config is missing"),
-        (["--config.seed=3", TEACHER], "--config.seed comes before --config"),
+        ([TEACHER, "--config.seed", "3"], "--config.seed: give a value after '='"),
+        ([TEACHER, "--config.model=3"], "--config.model: it is a section"),
         ([f"--config={ROOT}/configs/nothing.py"], "no file '.*nothing.py'"),
         ([TEACHER + ":huge"], "unknown preset 'huge'"),
         ([TEACHER, "--wrkdir=x"], "flag 'wrkdir'. Did you mean: workdir"),
@@ -234,7 +235,7 @@ def test_a_file_that_is_no_configuration(run, tmp_path):
 
 
 def test_a_valid_configuration_runs_and_is_locked(run, data):
-    config = run(TEACHER, *TINY, data, "--config.seed=3", "--config.evaluation.student_steps=2,4")
+    config = run("--config.seed=3", TEACHER, *TINY, data, "--config.evaluation.student_steps=2,4")
     assert config.seed == 3 and config.evaluation.student_steps == (2, 4)
     for section in (config, config.optimizer, config.objective):
         with pytest.raises(AttributeError):
@@ -251,7 +252,7 @@ def test_every_setting_of_an_objective_can_be_set_on_the_command_line(run, data)
 def test_every_setting_of_a_students_network_can_be_set_and_is_else_its_teachers(run, data):
     student = runpy.run_path(f"{ROOT}/configs/scm.py")["get_config"]("")
     assert student.model.keys() == base().model.keys()
-    plain = stages.student_config(student, base()).model.to_dict()
+    plain = resolve(student, base()).config.model.to_dict()
     own = {"time_scale": 1.0, "guidance_embeds": True}
     assert plain == base().model.to_dict() | own
     settings = {"attention": "xla", "guidance_factor": 10.0, "axes_dims_rope": (16, 8, 40)}
@@ -419,7 +420,7 @@ WRONG = {
     "sample": {
         "--prompt=a --seed=4294967296": "--seed=4294967296.*4294967295",
         "--prompt=a --seed=-1": "--seed=-1",
-        "--prompt=a --seed=1.5": "--seed=1.5: not a whole number",
+        "--prompt=a --seed=1.5": "--seed=1.5: not an integer in the range",
         "--prompt=a --guidance=nan": "--guidance=nan: not finite",
         "--prompt=a --guidance=-inf": "--guidance=-inf: not finite",
         "--prompt=a --steps=1000000000": "steps: 1000000000 is more than",
@@ -438,7 +439,7 @@ WRONG = {
         "--steps=1,1000000000": "steps: 1000000000 is more than",
         "--steps=0": "steps: 0 is not at least 1",
         "--output=/proc/none/x.json": "--output: '/proc/none/x.json'",
-        "--output=tests": "--output: 'tests' is there",
+        "--output=tests": "--output: 'tests' exists",
         "--output=": "--output: ''",
     },
     "prepare": {

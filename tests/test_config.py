@@ -142,7 +142,7 @@ def written(workdir, changes):
         ({"objective.name": "gan"}, "objective.name: 'gan' is not one of"),
         ({"optimizers": 3}, "optimizers: 3 must be a section"),
         ({"optimizers.critic": 3}, "optimizers.critic: 3 must be a section"),
-        ({"optimizers.a b": {}}, "optimizers: 'a b' is no name of a player"),
+        ({"optimizers.a b": {}}, "optimizers: 'a b' is not a player's name"),
         ({"optimizers.critic": {"speed": 1}}, "optimizers.critic.speed: there is no such key"),
         ({"optimizers.critic": {"b1": "x"}}, "optimizers.critic.b1: 'x' must be float"),
         ({"optimizers.critic": {"b1": 1.0}}, "optimizers.critic.b1: 1.0 is not at least 0 and"),

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from jax_distill.data import loader, records
-from jax_distill.data.loader import CaptionedLatents, Pictures, batches, example_of_row
+from jax_distill.data.loader import batches, example_of_row
 from jax_distill.flow import Batch
 from jax_distill.worlds.shapes import renderer
 from jax_distill.worlds.shapes.captions import CaptionEncoder
+from jax_distill.worlds.shapes.sources import CaptionedLatents, Pictures
 
 
 class Numbers:

@@ -9,10 +9,9 @@ import pytest
 from test_pipeline import CAPTIONS, tiny_pipeline
 
 from jax_distill.assembly.draw_settings import MOST_STEPS
-from jax_distill.evaluation import scoring
+from jax_distill.evaluation import previews, scoring
 from jax_distill.flow import Text
 from jax_distill.models.finite import NotFinite, bad_rows, first_bad_array
-from jax_distill.runs import experiment
 
 SHAPE = (3, 16, 64)  # of the noise of CAPTIONS
 
@@ -152,7 +151,7 @@ def test_while_a_run_trains_pictures_that_are_not_finite_are_a_line(broken, tmp_
         broken.config.evaluation.student_steps = (2,)
     with pytest.raises(NotFinite):
         record(3, broken.params)
-    experiment.under_way(record)(3, broken.params)
+    previews.under_way(record)(3, broken.params)
     assert path.read_bytes() == before
     said = [record.getMessage() for record in caplog.records]
     assert sum("step 3: nothing is drawn or scored; picture 0" in line for line in said) == 1

@@ -7,18 +7,18 @@ from PIL import Image
 from jax_distill.data import encoding, folder
 from jax_distill.data.records import LatentRecords
 from jax_distill.flow import Text
-from jax_distill.worlds.shapes import renderer
+from jax_distill.worlds.shapes import renderer, sources
 
 
 def mean_color(images):
     """An encoder whose one latent is the picture's mean colour."""
-    assert len(images) == encoding.BATCH  # one shape, one compilation
+    assert len(images) == sources.BATCH  # one shape, one compilation
     return images.mean((1, 2))[:, None] / 255
 
 
-@pytest.mark.parametrize("examples", [1, encoding.BATCH, encoding.BATCH + 5])
+@pytest.mark.parametrize("examples", [1, sources.BATCH, sources.BATCH + 5])
 def test_examples_are_in_order_and_whole(tmp_path, examples):
-    encoding.encode_shapes(tmp_path, examples, 3, mean_color)
+    sources.encode_shapes(tmp_path, examples, 3, mean_color)
     records = LatentRecords(tmp_path)
     assert len(records) == examples
     assert records.description["seed"] == 3 and records.description["examples"] == examples
@@ -63,8 +63,8 @@ def test_what_is_not_finite_in_float16_stops_by_name(tmp_path):
         return latents
 
     with pytest.raises(ValueError, match="picture 5 of the shapes world has latents .* float16"):
-        encoding.encode_shapes(tmp_path / "shapes", 9, 3, encode)
-    encoding.encode_shapes(tmp_path / "padded", 5, 3, encode)  # the sixth is no picture's
+        sources.encode_shapes(tmp_path / "shapes", 9, 3, encode)
+    sources.encode_shapes(tmp_path / "padded", 5, 3, encode)  # the sixth is no picture's
 
     for number in range(3):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")

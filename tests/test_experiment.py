@@ -14,6 +14,7 @@ from test_pipeline import tiny_config
 
 from jax_distill import pipeline
 from jax_distill.assembly import build, stages
+from jax_distill.assembly.resolution import resolve
 from jax_distill.flow import Batch
 from jax_distill.models import mmdit
 from jax_distill.objectives.scm import SCM
@@ -55,9 +56,9 @@ def distil(monkeypatch, tmp_path):
             ("pipeline.load", load),
             ("loop.fit", fit),
             ("checkpoint.load_averaged", lambda workdir, mesh: saved[workdir]),
-            ("compare_stages", lambda *args: {"refitted": {}}),
-            ("previewer", lambda *args: lambda *args: None),
-            ("reference_row", lambda *args: lambda: None),
+            ("rescaled_networks.compare", lambda *args: {"refitted": {}}),
+            ("previews.previewer", lambda *args: lambda *args: None),
+            ("previews.reference_row", lambda *args: lambda: None),
             ("scoring.conclude", lambda *args, **kwargs: None),
         ):
             monkeypatch.setattr(f"jax_distill.runs.experiment.{name}", stub)
@@ -117,10 +118,10 @@ def rounds(leaf) -> np.ndarray:
 
 def test_the_average_of_the_rescale_is_not_rounded():
     """The student starts from it; its own average may be in bfloat16, embedders excepted."""
-    config = stages.student_config(student(), teacher())
+    config = resolve(student(), teacher()).config
     with config.unlocked():
         config.ema_dtype = config.optimizer.moments = "bfloat16"
-    first, second = stages.of(config, teacher())
+    first, second = resolve(config, teacher()).stages
     assert first.config.ema_dtype == "float32" and second.config.ema_dtype == "bfloat16"
     assert first.config.optimizer.moments == "bfloat16"
     network = jax.eval_shape(
@@ -136,7 +137,7 @@ def test_refitted_embedders_are_not_trained():
         config.model = {**config.model, "guidance_factor": 1.0}
         config.optimizer.frozen = "time_embedder"
     embedded = teacher("time_rescale", 1000.0, True)
-    for stage in stages.of(stages.student_config(config, embedded), embedded):
+    for stage in resolve(config, embedded).stages:
         network = jax.eval_shape(functools.partial(build.initial_parameters, stage.config))
         params = {"network": network}
         for path, is_trained in traverse_util.flatten_dict(
@@ -151,7 +152,7 @@ def test_a_rescale_keeps_the_teachers_interval_embedder():
     with pair.unlocked():
         pair.model.interval_embeds = True
     network = build.initial_parameters(pair)
-    stage = stages.of(stages.student_config(student(), pair), pair)[0]
+    stage = resolve(student(), pair).stages[0]
     start = stages.initial_network(stage, network)
     shapes = jax.eval_shape(lambda: build.initial_parameters(stage.config))
     assert jax.tree.structure(start) == jax.tree.structure(shapes)
@@ -221,7 +222,7 @@ def test_embedders_are_refitted_for_the_factors_of_the_student(distil):
         slow = np.arange(256) % 128 >= 68 + (32 if name == "guidance_embedder" else 0)
         network[name]["linear_1"]["kernel"] = kernel * slow[:, None]
         network[name]["linear_2"]["kernel"] = jax.random.normal(jax.random.key(2), (128, 128))
-    stage = stages.of(stages.student_config(config, plain), plain)[0]
+    stage = resolve(config, plain).stages[0]
     start = stages.initial_network(stage, network)
     for name, upper in smooth.items():
         values = jnp.linspace(0.01, upper, 300)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from typing import NamedTuple
 
 import diffusers.utils.dynamic_modules_utils as dynamic_modules
 import numpy as np
@@ -24,6 +25,7 @@ from jax_distill.interop import ported_folder
 from jax_distill.interop.readers import torch_files
 from jax_distill.runs.exporting import export
 from jax_distill.runs.porting import port
+from jax_distill.training import checkpoint
 
 NETWORK = dataclasses.replace(random_pipeline.TRANSFORMER, num_layers=2, num_single_layers=3)
 
@@ -199,9 +201,26 @@ def test_a_damaged_checkpoint_is_refused(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     path = tmp_path / "run/checkpoints/1/progress/metadata"
     saved = json.loads(path.read_text())
-    saved["checksums"]["ema"] += 1
+    saved["checksums"]["student.ema"] += 1
     path.write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="1' is damaged: its checksums do not fit"):
+        export(str(tmp_path / "run"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+class OldState(NamedTuple):
+    """The state of a version without players."""
+
+    ema: dict
+
+
+def test_a_checkpoint_of_the_old_layout_is_refused(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    with checkpoint.Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
+        checkpoints.save(1, OldState({"network": {"bias": np.zeros(2)}}), {})
+    with pytest.raises(
+        checkpoint.OldLayout, match="in another layout; go on with that version, or"
+    ):
         export(str(tmp_path / "run"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

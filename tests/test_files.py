@@ -144,12 +144,12 @@ def test_an_output_that_can_be_written_is_left_as_it_was(place, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("x.jpg", r"has not the right ending; name the file \*.png"),
-        ("x", "has not the right ending"),
-        (".png", "has not the right ending"),
-        ("x.png.txt", "has not the right ending"),
-        ("folder.png", "is there and no regular file"),
-        ("pipe.png", "is there and no regular file"),
+        ("x.jpg", r"has the wrong ending; name the file \*.png"),
+        ("x", "has the wrong ending"),
+        (".png", "has the wrong ending"),
+        ("x.png.txt", "has the wrong ending"),
+        ("folder.png", "exists and is no regular file"),
+        ("pipe.png", "exists and is no regular file"),
         ("file.png/x.png", "cannot be written"),
         ("file.png/a/b/x.png", "cannot be written"),
         ("nowhere/x.png", "is a link to nothing"),
@@ -184,6 +184,6 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
 
 
 def test_names_that_no_file_can_have_are_cut_in_the_message(tmp_path):
-    with pytest.raises(FileError, match="is a longer name than files have") as error:
+    with pytest.raises(FileError, match="is longer than a file's name can be") as error:
         read_json(tmp_path / ("a" * 5000))
     assert len(str(error.value)) < 300

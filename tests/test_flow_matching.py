@@ -9,7 +9,7 @@ from jax_distill import flow
 from jax_distill.flow import Batch, GaussianOracle, Network, Text
 from jax_distill.objectives import teacher
 from jax_distill.objectives.flow_matching import FlowMatching
-from jax_distill.objectives.objective import drop_text
+from jax_distill.objectives.objective import View, drop_text
 
 NULL = Text(jnp.full((1, 2, 3), -1.0), jnp.full((1, 4), -1.0))
 TEXT = Text(jnp.ones((5, 2, 3)), jnp.arange(20.0).reshape(5, 4))
@@ -40,7 +40,7 @@ def test_loss_is_the_mean_square_against_noise_minus_data():
     batch = Batch(jax.random.normal(jax.random.key(0), (5, 4, 2)), TEXT)
     draws = objective.draw(jax.random.key(1), batch)
     assert 0 < draws.dropped.sum() < 5
-    loss, _ = objective.loss({"network": 0.3}, {"null": NULL}, batch, draws, 0)
+    loss, _ = objective.loss({"network": 0.3}, View({"null": NULL}), batch, draws, 0)
     t = np.asarray(draws.t)[:, None, None]
     x_t = (1 - t) * batch.x + t * draws.noise
     caption = [NULL if drop else TEXT for drop in draws.dropped]
@@ -64,7 +64,7 @@ def test_the_marginal_velocity_minimises_the_loss():
     @jax.jit
     @jax.grad
     def slope(params):
-        return objective.loss({"network": params}, {"null": batch.text}, batch, draws, 0)[0]
+        return objective.loss({"network": params}, View({"null": batch.text}), batch, draws, 0)[0]
 
     at, away = slope(oracle), slope(GaussianOracle(jnp.float32(0.6), jnp.float32(0.9)))
     assert abs(at.mean) < 0.03 < away.mean
@@ -98,7 +98,9 @@ def test_embedded_guidance_is_an_input_of_the_teacher():
 
 def test_sampling_integrates_the_guided_velocity_to_the_oracles_data():
     oracle = GaussianOracle(0.3, 0.8)
-    objective = FlowMatching(GaussianOracle.network(), teacher.classifier_free, solver="heun")
+    objective = FlowMatching(
+        GaussianOracle.network(), teacher.classifier_free(GaussianOracle.network()), solver="heun"
+    )
     noise = jax.random.normal(jax.random.key(0), (5, 4, 2))
     data = objective.sample({"network": oracle}, noise, TEXT, NULL, jnp.full(5, 3.0), None, 40)
     want = oracle.flow_map(noise, jnp.ones(5), jnp.zeros(5))

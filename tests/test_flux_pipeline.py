@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from random_pipeline import DYNAMIC, T5, TRANSFORMER, Sizes, save_random
-from random_text import compiled_quickly, relative_error
+from random_text import relative_error
 
 from jax_distill import pipeline
+from jax_distill.interop.scheduler_config import followed
 from jax_distill.runs.porting import port
 from jax_distill.worlds.flux import world
 
@@ -34,7 +35,7 @@ LENGTH = 24
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    with compiled_quickly(), torch.no_grad():
+    with torch.no_grad():
         yield
 
 
@@ -122,8 +123,10 @@ def test_the_folder_decides_schedule_size_and_guidance(pairs):
 
 def test_schedules_are_followed_or_refused():
     kind = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-    assert world.schedule_shift(None, 4096) == pytest.approx(1.15)
-    assert world.schedule_shift({"_class_name": "SCMScheduler"}, 256) == pytest.approx(0.5)
+    assert world.schedule_shift(followed(None), 4096) == pytest.approx(1.15)
+    assert world.schedule_shift(followed({"_class_name": "SCMScheduler"}), 256) == pytest.approx(
+        0.5
+    )
     assert world.schedule_shift(kind | {"shift": 3.0}, 256) == pytest.approx(math.log(3))
     dynamic = kind | {"use_dynamic_shifting": True, "max_shift": 2.0}
     assert world.schedule_shift(dynamic, 4096) == pytest.approx(2.0)

@@ -13,10 +13,9 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 from random_pipeline import save_random
-from random_text import compiled_quickly
 
 from jax_distill import main, pipeline, worlds
-from jax_distill.assembly import build, frozen, stages
+from jax_distill.assembly import build, frozen, resolution, stages
 from jax_distill.config import ConfigError
 from jax_distill.data import folder
 from jax_distill.data.records import LatentRecords
@@ -28,12 +27,6 @@ ROOT = Path(__file__).parents[1]
 SIZE = (32, 48)
 LENGTH = 12
 WORDS = ("red circle", "blue square", "green cross")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +55,7 @@ def prepared(ported, pictures, tmp_path_factory):
     config = ported_config(ported)
     with config.unlocked():
         config.data.resolution = SIZE
-    assert Flux(config).prepare(pictures, output) == 12
+    assert Flux(config).prepare(output, pictures) == 12
     return output
 
 
@@ -163,7 +156,7 @@ def test_the_teacher_keeps_its_type_and_the_student_is_float32(ported, student):
     trained = pipeline.load(student)
     assert {leaf.dtype for leaf in jax.tree.leaves(trained.params)} == {jnp.dtype("float32")}
     assert trained.world.folder == ported  # found through teacher.checkpoint
-    stage = stages.of(trained.config, teacher.config)[0]
+    stage = resolution.resolve(trained.config, teacher.config).stages[0]
     initial = stages.initial_network(stage, teacher.params["network"])
     shared = [name for name in initial if name != "time_embedder"]
     assert all(
@@ -191,7 +184,7 @@ def test_a_rescaled_run_is_a_teacher_like_its_ported_folder(student, run, tmp_pa
     monkeypatch.setattr(experiment, "run", lambda config, workdir: ran.append(config))
     assert not run("scm", f"teacher.checkpoint={teacher}", into=tmp_path / "run")
     teacher_config = pipeline.load(teacher).config
-    config = stages.student_config(ran[0], teacher_config)
+    config = resolution.resolve(ran[0], teacher_config).config
     assert not stages.needs_rescale(config, teacher_config)
     assert worlds.of(config).folder == worlds.of(teacher_config).folder
 
@@ -249,5 +242,5 @@ def test_preparing_says_what_is_missing(ported, pictures, tmp_path):
     assert "width: 40 is no multiple of 16" in prepare(
         source, f"--checkpoint={ported}", "--width=40"
     )
-    assert "is no ported folder" in prepare(source, f"--checkpoint={tmp_path}")
+    assert "is not a ported folder" in prepare(source, f"--checkpoint={tmp_path}")
     assert "--checkpoint and --source go together" in prepare(source)

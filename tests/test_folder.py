@@ -71,8 +71,8 @@ def test_captions_are_in_a_table(tmp_path):
             "line 2: .*leads out of",
         ),
         ({folder.METADATA: b'{"file_name": "b/../../c.png", "text": "x"}'}, "line 1: .*leads out"),
-        ({folder.METADATA: b'{"file_name": "a\\u0000", "text": "x"}'}, "line 1: there is no file"),
-        ({folder.METADATA: b'{"file_name": "a\\nb", "text": "x"}'}, r"no file 'a\\nb'; restore"),
+        ({folder.METADATA: b'{"file_name": "a\\u0000", "text": "x"}'}, "line 1: .* is missing"),
+        ({folder.METADATA: b'{"file_name": "a\\nb", "text": "x"}'}, r"'a\\nb' is missing; restore"),
         ({folder.METADATA: b'{"file_name": ".", "text": "x"}'}, "line 1: file_name is empty"),
         ({folder.METADATA: b'{"file_name": "metadata.jsonl", "text": ""}'}, "caption is empty"),
         ({folder.METADATA: b'{"file_name": "metadata.jsonl", "text": "\\u0000"}'}, "NUL"),
@@ -85,7 +85,7 @@ def test_captions_are_in_a_table(tmp_path):
         ({"a.heic": b""}, "has no pictures"),
         (
             {folder.METADATA: b'\n{"file_name": "no.png", "text": "x"}'},
-            "line 2: there is no file '.*no.png'",
+            "line 2: '.*no.png' is missing",
         ),
     ],
 )
@@ -94,7 +94,7 @@ def test_what_cannot_be_used_is_named(tmp_path, files, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         folder.find(tmp_path)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder"):
         folder.find(tmp_path / "nothing")
 
 

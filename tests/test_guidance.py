@@ -7,7 +7,7 @@ import pytest
 from tiny_runs import random_parameters, settings
 
 from jax_distill import flow, pipeline
-from jax_distill.assembly import build, draw_settings, stages
+from jax_distill.assembly import build, draw_settings, resolution
 from jax_distill.config import ConfigError
 from jax_distill.flow import Text
 
@@ -45,12 +45,12 @@ def test_a_network_that_cannot_is_refused(kind):
 
 def test_the_students_setting_is_its_teachers():
     config, plain = teacher("flux", "cfg"), teacher("flux")
-    assert build.guidance_of(stages.as_teacher(config, plain)) == "cfg"
-    assert build.guidance_of(stages.as_teacher(teacher("flux"), plain)) == "none"
+    assert build.guidance_of(resolution.as_teacher(config, plain)) == "cfg"
+    assert build.guidance_of(resolution.as_teacher(teacher("flux"), plain)) == "none"
     for asked in ("cfg", "none"):
         rescaled = settings({"name": "time_rescale"}, guidance_embeds=True)
         with pytest.raises(ConfigError, match="has an input for the guidance scale; set it to emb"):
-            stages.as_teacher(teacher("shapes", asked), rescaled)
+            resolution.as_teacher(teacher("shapes", asked), rescaled)
     # What a rescaled network learned from is not how it is guided itself.
     rescaled = settings({"name": "time_rescale"}, guidance_embeds=True)
     with rescaled.unlocked():

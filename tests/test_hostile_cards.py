@@ -13,11 +13,13 @@ import pytest
 import random_pipeline
 from tiny_runs import RUNS, programs, save_run
 
+from jax_distill.interop.cards import card as cards
 from jax_distill.interop.cards import model_card
 from jax_distill.interop.time_scale import Refitted
 from jax_distill.models import mmdit
 from jax_distill.runs.exporting import export
 from jax_distill.runs.porting import port
+from jax_distill.sampling import Angles, PushForward, Restart, Shifted
 from jax_distill.storage import quoting
 
 PAYLOADS = [
@@ -31,9 +33,10 @@ PAYLOADS = [
     "<script>alert(1)</script> [a](javascript:b) ![c](http://d)",
     "\u2028import os\u2029\x85\x0bimport os\x1b[2J\u202e\ud800",
 ]
-BENIGN = model_card.Card(
+BENIGN = cards.Card(
     name="run",
     method="scm",
+    summary="A student",
     layout="diffusers",
     dtype="float32",
     time_scale=1000.0,
@@ -47,16 +50,15 @@ BENIGN = model_card.Card(
     resolution=(64, 64),
     patch=16,
     channels=16,
-    time_shift=0.5,
-    sampler={"middle_angle": 1.3},
+    sampler=Restart(Angles(1.3)),
     text_length=24,
 )
 VARIANTS = [
     BENIGN,
-    dataclasses.replace(BENIGN, layout="safetensors", method="imm", sampler={"time_max": 0.9}),
+    dataclasses.replace(BENIGN, layout="safetensors", sampler=PushForward(Shifted(0.5, 0.9))),
     dataclasses.replace(BENIGN, layout="t2i_distill", guidance_factor=1.0),
     dataclasses.replace(
-        BENIGN, layout="lora", base=model_card.Base("a folder", 4, int8=True, same_inputs=True)
+        BENIGN, layout="lora", base=cards.Base("a folder", 4, int8=True, same_inputs=True)
     ),
 ]
 
@@ -96,7 +98,7 @@ def test_text_is_one_line_of_text_wherever_it_stands(card, payload):
 
 
 NUMBERS = [
-    *("guidance", "time_scale", "guidance_factor", "steps", "patch", "channels", "time_shift"),
+    *("guidance", "time_scale", "guidance_factor", "steps", "patch", "channels"),
     "text_length",
 ]
 
@@ -109,7 +111,9 @@ def test_what_is_no_number_is_refused_by_its_name(value):
         assert len(str(error.value).splitlines()) == 1
     for changes in (
         {"resolution": (64, value)},
-        {"sampler": {"middle_angle": value}},
+        {"sampler": Restart(Angles(value))},
+        {"sampler": PushForward(Shifted(value))},
+        {"sampler": PushForward(Shifted(0.0, value))},
         {"scores": {2: value}},
     ):
         with pytest.raises(ValueError, match="is no number"):

@@ -68,7 +68,7 @@ def test_deep_and_broken_json_is_refused(tmp_path, text):
 def test_json_has_bounds(monkeypatch):
     nested = lambda depth: "[" * depth + "]" * depth  # noqa: E731
     assert files.parse_json(nested(files.JSON_DEPTH), where="x", fix="y")
-    with pytest.raises(files.FileError, match="x has more than 64 tables in one another; y"):
+    with pytest.raises(files.FileError, match="x has more than 64 nested tables; y"):
         files.parse_json(nested(files.JSON_DEPTH + 1), where="x", fix="y")
     monkeypatch.setattr(files, "JSON_BYTES", 2**20)
     with pytest.raises(files.FileError, match="longer than the 1 MiB of JSON"):
@@ -299,7 +299,7 @@ def test_lengths_and_sizes_of_tokenizers_are_bounded(folder, monkeypatch):
     path.write_text(json.dumps(values | {"model_max_length": 500_000}))
     with pytest.raises(ValueError, match="it has no model_max_length of captions"):
         FluxTokenizer.load(folder, 16)
-    monkeypatch.setattr("jax_distill.worlds.flux.world.tokenizers._BYTES", 10)
+    monkeypatch.setattr("jax_distill.worlds.flux.tokenizers._BYTES", 10)
     with pytest.raises(ValueError, match="is longer than any tokenizer's file"):
         FluxTokenizer.load(folder, 16)
     os.mkfifo(folder / "tokenizer/added_tokens.json")

@@ -188,7 +188,7 @@ def test_names_of_shards_lead_nowhere(tmp_path, file):
     safetensors.numpy.save_file({"x": np.zeros(2, np.float32)}, tmp_path / "x.safetensors")
     index = {"weight_map": {"x": file}}
     (inner / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused("which is no file beside it", safetensors_files.read_folder, inner, "model")
+    refused("which is not a file beside it", safetensors_files.read_folder, inner, "model")
 
 
 @pytest.mark.parametrize("index", [[], {}, {"weight_map": []}, {"weight_map": {"x": 1}}, "x", None])
@@ -212,7 +212,7 @@ def test_ids_of_the_hub_are_plain(tmp_path, monkeypatch, name):
     (tmp_path / "a").mkdir()
     if name in ("a/..", ""):
         return  # folders that are there
-    refused("there is no file or folder", lambda: sources.locate(name.replace("\n", "?")))
+    refused("no file or folder", lambda: sources.locate(name.replace("\n", "?")))
 
 
 # Counts.

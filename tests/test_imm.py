@@ -13,8 +13,10 @@ from jax_distill.data import loader
 from jax_distill.flow import Batch, GaussianOracle
 from jax_distill.objectives import teacher
 from jax_distill.objectives.imm import IMM, laplace_kernel, moment_weight
+from jax_distill.objectives.objective import View
 
-FROZEN = {"teacher": smooth_params(5), "average": {"network": smooth_params(6)}}
+AVERAGE = {"network": smooth_params(6)}
+VIEW = View({"teacher": smooth_params(5)}, averages={"student": AVERAGE})
 
 
 def imm(**settings) -> IMM:
@@ -127,7 +129,7 @@ def test_the_oracles_groups_agree_pathwise():
             objective = IMM(network, teacher.embedded_guidance(network), gap=gap)
             batch = batch_for(np.float64)
             draws = objective.draw(jax.random.key(0), batch)
-            state = {"network": oracle}, {"teacher": oracle}
+            state = {"network": oracle}, View({"teacher": oracle})
             a, b = objective.groups(*state, batch, draws)
             errors[gap] = float(jnp.abs(a - b).max())
             loss, _ = objective.loss(*state, batch, draws, 0)
@@ -150,9 +152,9 @@ def test_an_exact_step_makes_the_oracles_groups_equal():
             return oracle.average_velocity(x, t, draws.r)
 
         objective = dataclasses.replace(objective, teacher=exact)
-        a, b = objective.groups({"network": oracle}, {}, batch, draws)
+        a, b = objective.groups({"network": oracle}, View({}), batch, draws)
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
-        loss, _ = objective.loss({"network": oracle}, {}, batch, draws, 0)
+        loss, _ = objective.loss({"network": oracle}, View({}), batch, draws, 0)
         assert abs(float(loss)) < 1e-10
 
 
@@ -162,7 +164,7 @@ def test_an_exact_step_makes_the_oracles_groups_equal():
 def test_loss_written_out_again():
     objective, batch, params = imm(gap=4), batch_for(), {"network": smooth_params()}
     draws = objective.draw(jax.random.key(3), batch)
-    loss, metrics = objective.loss(params, FROZEN, batch, draws, 0)
+    loss, metrics = objective.loss(params, VIEW, batch, draws, 0)
     network, jump = smooth_network(), flow.average_velocity_map(smooth_network(), smooth_params())
     total = []
     for group in range(2):
@@ -172,7 +174,7 @@ def test_loss_written_out_again():
             text = jax.tree.map(lambda leaf, g=group: leaf[4 * g : 4 * g + 1], TEXT)
             t, s, r, w = draws.t[one], draws.s[one], draws.r[one], draws.guidance[one]
             x_t = (1 - t) * batch.x[4 * group] + t * draws.noise[one]
-            v = network.velocity(FROZEN["teacher"], x_t, t, text, w)
+            v = network.velocity(VIEW["teacher"], x_t, t, text, w)
             a.append(np.asarray(jump(x_t, t, s, text, w)).ravel())
             b.append(np.asarray(jump(x_t - (t - r) * v, r, s, text, w)).ravel())
         width = 12 * float(t[0] - s[0])
@@ -190,13 +192,11 @@ def test_only_the_first_group_is_differentiated_and_the_average_can_be_the_targe
     draws = imm(gap=4).draw(jax.random.key(3), batch)
     for weights in ("current", "average"):
         objective = imm(gap=4, target_weights=weights)
-        source = FROZEN["average"] if weights == "average" else params
-        _, b = objective.groups(params, FROZEN, batch, draws)
-        _, want = imm(gap=4).groups(source, FROZEN, batch, draws)
+        source = AVERAGE if weights == "average" else params
+        _, b = objective.groups(params, VIEW, batch, draws)
+        _, want = imm(gap=4).groups(source, VIEW, batch, draws)
         np.testing.assert_array_equal(b, want)
-        gradient = jax.grad(lambda p, o=objective: o.groups(p, FROZEN, batch, draws)[1].sum())(
-            params
-        )
+        gradient = jax.grad(lambda p, o=objective: o.groups(p, VIEW, batch, draws)[1].sum())(params)
         assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
@@ -209,8 +209,8 @@ def test_particles_of_a_group_share_times_guidance_and_picture():
     assert bool(jnp.all((draws.s <= draws.r) & (draws.r <= draws.t)))
     batch, params = batch_for(), {"network": smooth_params()}
     other = batch._replace(x=batch.x.at[1::2].add(1.0))  # pictures that are not used
-    a, _ = objective.groups(params, FROZEN, batch, draws)
-    np.testing.assert_array_equal(a, objective.groups(params, FROZEN, other, draws)[0])
+    a, _ = objective.groups(params, VIEW, batch, draws)
+    np.testing.assert_array_equal(a, objective.groups(params, VIEW, other, draws)[0])
 
 
 def test_pictures_come_as_often_as_there_are_particles():
@@ -224,9 +224,9 @@ def test_pictures_come_as_often_as_there_are_particles():
     batch = Batch(x[layout], jax.tree.map(lambda leaf: leaf[layout], TEXT))
     micro = jax.tree.map(lambda leaf: leaf[1::2], batch)
     draws, params = objective.draw(jax.random.key(0), micro), {"network": smooth_params()}
-    a, b = objective.groups(params, FROZEN, micro, draws)
+    a, b = objective.groups(params, VIEW, micro, draws)
     single = Batch(jnp.repeat(x[1:2], 4, 0), jax.tree.map(lambda t: jnp.repeat(t[1:2], 4, 0), TEXT))
-    for found, expected in zip((a, b), objective.groups(params, FROZEN, single, draws)):
+    for found, expected in zip((a, b), objective.groups(params, VIEW, single, draws)):
         np.testing.assert_array_equal(found, expected)
 
 
@@ -248,7 +248,7 @@ def test_the_papers_step_uses_the_data_sample():
     x = jnp.repeat(batch.x[::4], 4, 0)
     text = jax.tree.map(lambda leaf: jnp.repeat(leaf[::4], 4, 0), TEXT)
     want = jump(flow.interpolate(x, draws.noise, draws.r), draws.r, draws.s, text, draws.guidance)
-    _, b = objective.groups(params, FROZEN, batch, draws)
+    _, b = objective.groups(params, VIEW, batch, draws)
     np.testing.assert_allclose(b.reshape(SHAPE), want, rtol=1e-4, atol=1e-5)
 
 

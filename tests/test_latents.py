@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from random_text import compiled_quickly
 from test_autoencoder import _ported, _reference
 
 from jax_distill.models.autoencoder import Autoencoder, AutoencoderConfig, pack, posterior
@@ -20,7 +19,7 @@ SIZE = (14, 9)  # of latents: last tiles are cut, and no larger than what they s
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    with compiled_quickly(), torch.no_grad():
+    with torch.no_grad():
         yield
 
 

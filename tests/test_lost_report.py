@@ -155,7 +155,8 @@ def test_without_stderr_or_its_reader_nothing_changes():
 COMPILES = """
     import os, sys, time
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from jax_distill import commands, processes
+    from jax_distill.devices import processes
+    from jax_distill.runs import commands
     processes.define_flags()
 
     def main(argv):

@@ -10,10 +10,11 @@ from jax_distill import flow
 from jax_distill.flow import Batch, GaussianOracle, Network
 from jax_distill.objectives import teacher
 from jax_distill.objectives.meanflow import MeanFlow, MeanFlowDraws
+from jax_distill.objectives.objective import View
 from jax_distill.objectives.scm import SCM, SCMDraws
 
 COUNT = SHAPE[:1]
-FROZEN = {"teacher": smooth_params(5), "null": NULL}
+VIEW = View({"teacher": smooth_params(5), "null": NULL})
 
 
 def meanflow(**settings) -> MeanFlow:
@@ -59,7 +60,7 @@ def test_the_oracles_average_velocity_is_its_own_target(warmup, step):
         objective = MeanFlow(network, velocity, discrete_warmup=warmup)
         u, target = objective.target(
             {"network": oracle},
-            {"teacher": oracle, "null": NULL},
+            View({"teacher": oracle, "null": NULL}),
             batch_for(np.float64),
             draws_for(np.float64),
             jnp.asarray(step),
@@ -84,12 +85,12 @@ def test_at_equal_times_it_is_flow_matching_on_the_teachers_velocity():
         def matching(params):
             u, v = (
                 network.velocity(p, x_t, draws.t, text, draws.guidance)
-                for p in (params["network"], FROZEN["teacher"])
+                for p in (params["network"], VIEW["teacher"])
             )
             return jnp.mean(squares(u - v))
 
         def ours(params):
-            return objective.loss(params, FROZEN, batch, draws, jnp.asarray(0))[0]
+            return objective.loss(params, VIEW, batch, draws, jnp.asarray(0))[0]
 
         (a, da), (b, db) = jax.value_and_grad(ours)(params), jax.value_and_grad(matching)(params)
         np.testing.assert_allclose(a, b, rtol=1e-12)
@@ -123,9 +124,9 @@ def test_target_is_the_finite_difference_of_the_network_along_the_flow():
     with jax.enable_x64(True):
         batch, draws, params = batch_for(np.float64), draws_for(np.float64), smooth_params(2, float)
         draws = draws._replace(dropped=jnp.zeros(COUNT, bool))
-        _, target = meanflow().target({"network": params}, FROZEN, batch, draws, 0)
+        _, target = meanflow().target({"network": params}, VIEW, batch, draws, 0)
         network, x_t = smooth_network(), flow.interpolate(batch.x, draws.noise, draws.t)
-        v = network.velocity(FROZEN["teacher"], x_t, draws.t, TEXT, draws.guidance)
+        v = network.velocity(VIEW["teacher"], x_t, draws.t, TEXT, draws.guidance)
 
         def u(change):
             t = draws.t + change
@@ -140,9 +141,9 @@ def test_target_is_the_finite_difference_of_the_network_along_the_flow():
 def test_loss_weights_samples_by_a_power_of_their_own_error(power):
     params, batch, draws = {"network": smooth_params()}, batch_for(), draws_for()
     objective = meanflow(loss_power=power)
-    u, target = objective.target(params, FROZEN, batch, draws, 0)
+    u, target = objective.target(params, VIEW, batch, draws, 0)
     error = squares(u - target)
-    loss, metrics = objective.loss(params, FROZEN, batch, draws, 0)
+    loss, metrics = objective.loss(params, VIEW, batch, draws, 0)
     np.testing.assert_allclose(loss, jnp.mean(error / (error + 1e-3) ** power), rtol=1e-5)
     np.testing.assert_allclose(metrics["error"], jnp.mean(jnp.square(u - target)), rtol=1e-5)
 
@@ -151,7 +152,7 @@ def test_no_gradient_reaches_the_target_or_the_weight():
     """With p = 1 the gradient is that of |u - const|^2 / const, one forward's."""
     params, batch, draws = {"network": smooth_params()}, batch_for(), draws_for()
     objective = meanflow(kappa=0.3, omega=0.6)
-    u, target = objective.target(params, FROZEN, batch, draws, 0)
+    u, target = objective.target(params, VIEW, batch, draws, 0)
     weight = 1 / (squares(u - target) + 1e-3)
     network, x_t = smooth_network(), flow.interpolate(batch.x, draws.noise, draws.t)
     text = jax.tree.map(lambda c, n: c.at[3].set(n[0]), TEXT, NULL)
@@ -161,7 +162,7 @@ def test_no_gradient_reaches_the_target_or_the_weight():
         u = network.velocity(params["network"], x_t, draws.t, text, draws.guidance, h)
         return jnp.mean(weight * squares(u - target))
 
-    got = jax.grad(lambda p: objective.loss(p, FROZEN, batch, draws, 0)[0])(params)
+    got = jax.grad(lambda p: objective.loss(p, VIEW, batch, draws, 0)[0])(params)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
         got,
@@ -179,13 +180,13 @@ def test_mixture_of_velocities(at_interval):
         omega=0.6, kappa=0.3, mix_from=0.4, mix_to=0.8, mix_interval=at_interval,
         jvp_velocity="sample",
     )  # fmt: skip
-    target, direction = objective.velocities(params, FROZEN, batch, draws)
+    target, direction = objective.velocities(params, VIEW, batch, draws)
     network, x_t = smooth_network(), flow.interpolate(batch.x, draws.noise, draws.t)
     h = draws.t - draws.r if at_interval else jnp.zeros_like(draws.t)
     null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), NULL, TEXT)
     text = jax.tree.map(lambda c, n: c.at[lost].set(n[0]), TEXT, NULL)
     w = draws.guidance
-    v = network.velocity(FROZEN["teacher"], x_t, draws.t, text, w)
+    v = network.velocity(VIEW["teacher"], x_t, draws.t, text, w)
     with_caption = network.velocity(params["network"], x_t, draws.t, TEXT, w, h)
     without = network.velocity(params["network"], x_t, draws.t, null, w, h)
     mixed = 0.6 * v + 0.3 * with_caption + 0.1 * without
@@ -202,9 +203,9 @@ def test_mixture_of_velocities(at_interval):
 def test_velocities_come_from_teacher_or_sample(target, jvp):
     batch, draws = batch_for(), draws_for(dropped=jnp.zeros(COUNT, bool))
     objective = meanflow(target_velocity=target, jvp_velocity=jvp)
-    got = objective.velocities({"network": smooth_params()}, FROZEN, batch, draws)
+    got = objective.velocities({"network": smooth_params()}, VIEW, batch, draws)
     x_t = flow.interpolate(batch.x, draws.noise, draws.t)
-    v = smooth_network().velocity(FROZEN["teacher"], x_t, draws.t, TEXT, draws.guidance)
+    v = smooth_network().velocity(VIEW["teacher"], x_t, draws.t, TEXT, draws.guidance)
     known = {"sample": draws.noise - batch.x, "teacher": v}
     for value, name in zip(got, (target, jvp)):
         np.testing.assert_allclose(value, known[name], rtol=1e-6, atol=1e-6)
@@ -218,10 +219,10 @@ def test_finite_intervals_begin_with_the_velocity_and_tend_to_the_differential_t
         batch, draws = batch_for(np.float64), draws_for(np.float64)
         params = {"network": smooth_params(dtype=np.float64)}
         objective = meanflow(discrete_warmup=1_000_000)
-        velocity, _ = objective.velocities(params, FROZEN, batch, draws)
+        velocity, _ = objective.velocities(params, VIEW, batch, draws)
 
         def target(step, objective=objective):
-            return objective.target(params, FROZEN, batch, draws, jnp.asarray(step))
+            return objective.target(params, VIEW, batch, draws, jnp.asarray(step))
 
         np.testing.assert_allclose(target(0)[1], velocity, atol=1e-12)
         u, differential = target(0, meanflow())
@@ -241,9 +242,9 @@ def test_finite_intervals_go_where_the_derivative_would():
         for velocity in ("teacher", "sample"):
             kinds = {"jvp_velocity": velocity, "target_velocity": "teacher"}
             last = meanflow(discrete_warmup=10_000, **kinds)
-            found = last.target(params, FROZEN, batch, draws, jnp.asarray(9_999))[1]
-            shortest = last.target(params, FROZEN, batch, draws, jnp.asarray(9_950))[1]
-            want = meanflow(**kinds).target(params, FROZEN, batch, draws, jnp.asarray(0))[1]
+            found = last.target(params, VIEW, batch, draws, jnp.asarray(9_999))[1]
+            shortest = last.target(params, VIEW, batch, draws, jnp.asarray(9_950))[1]
+            want = meanflow(**kinds).target(params, VIEW, batch, draws, jnp.asarray(0))[1]
             np.testing.assert_array_equal(found, shortest)
             assert float(jnp.abs(found - want).max()) < 0.02 * float(jnp.abs(want).max())
 
@@ -252,8 +253,8 @@ def test_at_equal_times_a_finite_interval_is_the_velocity():
     draws = draws_for()
     draws = draws._replace(r=draws.t)
     objective, params = meanflow(discrete_warmup=100), {"network": smooth_params()}
-    _, target = objective.target(params, FROZEN, batch_for(), draws, jnp.asarray(90))
-    velocity, _ = objective.velocities(params, FROZEN, batch_for(), draws)
+    _, target = objective.target(params, VIEW, batch_for(), draws, jnp.asarray(90))
+    velocity, _ = objective.velocities(params, VIEW, batch_for(), draws)
     np.testing.assert_allclose(target, velocity, rtol=1e-6)
 
 
@@ -263,7 +264,7 @@ def test_at_equal_times_a_finite_interval_is_the_velocity():
 def test_the_second_embedder_starts_as_asked():
     params = {"time_embedder": {"a": jnp.ones(2)}, "interval_embedder": {"a": jnp.zeros(2)}}
     for start, value in (("zeros", 0), ("copy", 1)):
-        made = meanflow(interval_start=start).init(jax.random.key(0), params)["network"]
+        made = meanflow(interval_start=start).init_student(jax.random.key(0), params)["network"]
         np.testing.assert_array_equal(made["interval_embedder"]["a"], jnp.full(2, value))
         np.testing.assert_array_equal(made["time_embedder"]["a"], jnp.ones(2))
 

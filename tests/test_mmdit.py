@@ -15,6 +15,7 @@ from flax import nnx
 from jax_distill.flow import Text
 from jax_distill.models import mmdit
 from jax_distill.models.binding import binder
+from jax_distill.models.blocks import NORM_EPSILON, modulate
 from jax_distill.models.mmdit import MMDiT, MMDiTConfig, initial_parameters
 from jax_distill.planning.flops import count_flops
 
@@ -34,12 +35,6 @@ GUIDED = dataclasses.replace(
 DEEP = dataclasses.replace(GUIDED, num_layers=2, num_single_layers=3, axes_dims_rope=(8, 2, 6))
 INTERVAL = dataclasses.replace(GUIDED, interval_embeds=True)
 SHALLOW = dataclasses.replace(PLAIN, num_layers=2)
-
-# Compiling is most of what these tests do: with these options it takes a fifth of the time.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
-)
 
 # Network, rows and columns of image tokens (None: a square by default), text tokens.
 CASES = {
@@ -80,7 +75,7 @@ as_network = functools.cache(mmdit.as_network)
 
 @functools.cache
 def velocity(config, dtype="float32", grid=None):
-    return jit(as_network(config, dtype=dtype, grid=grid).velocity)
+    return jax.jit(as_network(config, dtype=dtype, grid=grid).velocity)
 
 
 def relative_error(actual, expected):
@@ -140,7 +135,7 @@ def velocity_and_tangent(time_scale):
     network = as_network(config, dtype=jnp.float64)
     params = random_parameters(config, np.float64)
 
-    @jit
+    @jax.jit
     def evaluate(point, direction, text, guidance):
         def along(x, t, interval):
             return network.velocity(params, x, t, text, guidance, interval)
@@ -207,7 +202,7 @@ def unrolled(config):
         for block in each(model.single_blocks, config.num_single_layers):
             joint = block(joint, embedding, rotary)
         scale, shift = jnp.split(model.out_modulation(nnx.silu(embedding)), 2, axis=-1)
-        return model.image_out(mmdit.modulate(joint[:, tokens:], shift, scale))
+        return model.image_out(modulate(joint[:, tokens:], shift, scale))
 
     return apply
 
@@ -228,7 +223,7 @@ def test_scan_and_rematerialisation_change_nothing():
                 value, moved = along(x, t), tangent
             return jnp.mean(jnp.square(value) + value * moved), moved
 
-        evaluate = jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        evaluate = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
         return evaluate(random_parameters(SHALLOW), x)
 
     def rematerialised(policy):
@@ -315,7 +310,7 @@ def test_blocks_of_zero_modulation_are_identities():
 
     image = linear("image_in", x)
     image = image - image.mean(-1, keepdims=True)
-    image = image / np.sqrt(np.square(image).mean(-1, keepdims=True) + mmdit.NORM_EPSILON)
+    image = image / np.sqrt(np.square(image).mean(-1, keepdims=True) + NORM_EPSILON)
     modulation = linear("out_modulation", embedding / (1 + np.exp(-embedding)))
     scale, shift = np.split(modulation[:, None], 2, axis=-1)
     expected = linear("image_out", image * (1 + scale) + shift)
@@ -324,7 +319,7 @@ def test_blocks_of_zero_modulation_are_identities():
 
 @pytest.fixture(scope="module")
 def fresh():
-    return jit(lambda: initial_parameters(INTERVAL, nnx.Rngs(0)))()
+    return jax.jit(lambda: initial_parameters(INTERVAL, nnx.Rngs(0)))()
 
 
 def test_a_fresh_network_is_zero(fresh):

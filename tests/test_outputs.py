@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from jax_distill import pipeline
+from jax_distill.assembly import resolution
 from jax_distill.config import base
 from jax_distill.data.records import LatentRecords
 from jax_distill.interop.readers import sources
-from jax_distill.runs import checks, exporting, porting
+from jax_distill.runs import exporting, porting
 from jax_distill.storage import lease
 from jax_distill.storage.files import FileError
 from jax_distill.storage.lease import InUse
@@ -83,7 +84,7 @@ def test_a_killed_process_leaves_no_source_and_the_next_removes_it(tmp_path):
         "--source": sources.locate,
         "--base": lambda path: porting.port("x", tmp_path / "out", base=str(path)),
         "data.path": LatentRecords,
-        "teacher.checkpoint": lambda path: checks.teacher_config(taught_by(path)),
+        "teacher.checkpoint": lambda path: resolution.teacher_config(taught_by(path)),
     }
     for name, read in readers.items():
         for path in (left, left / "network"):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
-from regression import Regression, Source, frozen, parameters, small_config
+from regression import Regression, Source, frozen, parameters, small_config, student
 from tiny_runs import STUDENT, settings
 
 from jax_distill.assembly import build
@@ -32,7 +32,7 @@ from jax_distill.models import lora
 from jax_distill.ops.placement import constrain
 from jax_distill.runs import checks
 from jax_distill.training import checkpoint, loop
-from jax_distill.training.step import init_state
+from jax_distill.training.step import init_state, make_optimizers
 
 MESH = AbstractMesh((2, 4, 2), AXES)
 
@@ -82,10 +82,10 @@ def test_the_state_of_adapters_is_divided_among_devices():
     config.lora.rank, config.optimizer.frozen = 4, "embedder|logvar"
     teacher = settings({"name": "time_rescale"}, **STUDENT)
     objective = build.objective(config, teacher)
-    optimizer = make_optimizer(config.optimizer, 10)
+    optimizers = make_optimizers(objective, config)
 
     def create():
-        return init_state(objective, optimizer, build.initial_parameters(config), 0)
+        return init_state(objective, optimizers, build.initial_parameters(config), 0)
 
     state = jax.eval_shape(create)
     for sizes, parts in (((1, 8, 1), 8), ((2, 4, 1), 4), ((2, 2, 2), 2)):
@@ -109,10 +109,11 @@ def test_an_adapter_in_the_place_of_a_kernel_lies_as_it_does_in_the_state():
 
 def test_the_state_is_sharded_by_the_paths_of_its_leaves():
     config = small_config()
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
-    state = init_state(Regression(), optimizer, parameters(), 0)
+    optimizers = make_optimizers(Regression(), config)
+    state = init_state(Regression(), optimizers, parameters(), 0)
     places = shard_state(state, make_mesh({"data": 1, "fsdp": -1, "tensor": 1}))
     assert jax.tree.structure(places) == jax.tree.structure(state)
+    places = student(places)
     assert places.params["network"]["kernel"].spec == PartitionSpec("fsdp", "tensor")
     assert places.params == places.ema
     moments = [leaf for leaf in jax.tree.leaves(places.opt_state) if len(leaf.spec) == 2]
@@ -183,7 +184,7 @@ def test_a_mesh_that_cuts_slices_is_refused():
 
 
 def test_a_batch_too_small_for_a_pod_is_told_the_way_out(monkeypatch):
-    monkeypatch.setattr(checks.parallel, "make_mesh", lambda _: AbstractMesh((1, 256, 1), AXES))
+    monkeypatch.setattr(checks.sharding, "make_mesh", lambda _: AbstractMesh((1, 256, 1), AXES))
     config = small_config(batch_size=64)
     with pytest.raises(ConfigError, match="64 .* make it a multiple of 256, or mesh.tensor 4$"):
         checks.check_batches(config, ["batch_size"], 1000)
@@ -228,17 +229,18 @@ def test_a_batch_is_split_along_its_first_axis():
 
 SHARDED = """
     import json, os, sys
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
     sys.path.insert(0, {tests!r})
     from pathlib import Path
     import jax
     from regression import Regression, Source, frozen, parameters, small_config
-    from jax_distill import parallel, train
+    from jax_distill.devices import sharding
+    from jax_distill.training import loop
 
-    every = parallel.make_mesh
+    every = sharding.make_mesh
     for devices, sizes, steps in ((8, (2, 4), 4), (4, (2, 2), 8)):
         mesh = dict(mesh__data=sizes[0], mesh__fsdp=sizes[1], batch_size=8)
-        parallel.make_mesh = lambda sizes: every(sizes, jax.devices()[:devices])
+        sharding.make_mesh = lambda sizes: every(sizes, jax.devices()[:devices])
         config = small_config(total_steps=steps, optimizer__schedule="constant", **mesh)
         average = loop.fit(
             config, Path({workdir!r}), Regression(), parameters(), frozen(), Source()

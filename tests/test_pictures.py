@@ -409,7 +409,7 @@ def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(FileError, match="a.png' is no regular file"):
         pictures.check(tmp_path / "a.png", 1, 1)
-    with pytest.raises(FileError, match="there is no file '.*b.png'"):
+    with pytest.raises(FileError, match="b.png' is missing"):
         pictures.check(tmp_path / "b.png", 1, 1)
 
 

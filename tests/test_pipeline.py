@@ -12,7 +12,7 @@ from jax_distill import pipeline
 from jax_distill.assembly import build
 from jax_distill.evaluation import scoring
 from jax_distill.storage.files import write_json
-from jax_distill.worlds.shapes import renderer
+from jax_distill.worlds.shapes import renderer, requests
 
 
 def tiny_config(objective: str):
@@ -117,7 +117,7 @@ def test_true_pictures_score_one_and_wrong_ones_little():
 
 def test_held_out_takes_each_task_alike():
     tasks = [prompt.request.task for prompt in scoring.held_out(60)]
-    assert {task: tasks.count(task) for task in tasks} == dict.fromkeys(renderer.TASKS, 10)
+    assert {task: tasks.count(task) for task in tasks} == dict.fromkeys(requests.TASKS, 10)
     for bad in (0, 7, 606):
         with pytest.raises(ValueError, match=f"prompts: {bad} is not a multiple of 6 up to 600"):
             scoring.held_out(bad)

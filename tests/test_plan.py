@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.ad_checkpoint import saved_residuals
 from ml_collections import ConfigDict
 from tiny_runs import settings
 
@@ -19,10 +20,9 @@ from jax_distill.config import ConfigError
 from jax_distill.devices import sharding
 from jax_distill.flow import Batch
 from jax_distill.models import mmdit
-from jax_distill.planning import chips, planner, program, table
+from jax_distill.planning import chips, formulas, planner, program, table
 from jax_distill.planning.collectives import collectives, totals
-from jax_distill.training.optimizer import make_optimizer
-from jax_distill.training.step import init_state, jit_step
+from jax_distill.training.step import init_state, jit_step, make_optimizers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 HAS_COMPILER = importlib.util.find_spec("libtpu") is not None
@@ -46,24 +46,24 @@ def tiny(**model) -> ConfigDict:
 def test_memory_is_that_of_the_real_program():
     config = tiny()
     objective = build.objective(config)
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    optimizers = make_optimizers(objective, config)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     shapes = jax.eval_shape(lambda: build.initial_parameters(config))
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    state = init_state(objective, optimizer, params, config.seed)
+    state = init_state(objective, optimizers, params, config.seed)
     places = sharding.shard_state(state, mesh)
     state = jax.device_put(state, places)
     null = worlds.of(config).null
     frozen = jax.device_put({"null": null}, sharding.shard_state({"null": null}, mesh))
     text = jax.tree.map(lambda leaf: jnp.repeat(leaf, 4, axis=0), null)
     batch = sharding.shard_batch(Batch(jnp.zeros((4, *build.token_shape(config))), text), mesh)
-    step = jit_step(objective, optimizer, config, places)
+    step = jit_step(objective, optimizers, config, places)
     memory = step.lower(state, frozen, batch).compile().memory_analysis()
 
     plan = planner.make_plan(config, chips.parse("cpu"))
     assert plan.temporaries == memory.temp_size_in_bytes
     assert plan.peak == planner.peak_bytes(memory)
-    assert sum(plan.held.values()) + 8 == memory.argument_size_in_bytes  # and two counters
+    assert sum(plan.held.values()) + 12 == memory.argument_size_in_bytes  # and three counters
     assert plan.fits and plan.compiled
     assert "fits" in table.describe(plan)
 
@@ -105,6 +105,33 @@ def test_the_8b_step_is_counted_in_forwards_and_planned_without_a_compiler():
     assert plan.fits and 0 < plan.mfu < 1
     values = plan.to_dict()
     assert values["examples_per_second"] == pytest.approx(64 / values["step_seconds"])
+
+
+@pytest.mark.parametrize("remat", formulas.SAVED_WIDTHS)
+def test_the_formulas_know_what_each_remat_policy_saves(remat):
+    """Of FLUX.1-lite's blocks, by token: the difference of two sizes of pictures."""
+    config = worlds.of(preset("scm:flux_lite")).planned_teacher()
+    params = jax.eval_shape(lambda: build.initial_parameters(config))
+    saved, tokens = [], []
+    for size in (512, 1024):
+        with config.unlocked():
+            config.data.resolution, config.dtype = (size, size), "bfloat16"
+            config.model.remat, config.model.attention = remat, "blocked"
+        network, like = build.network(config), program.text_like(config, 1)
+        shape = build.token_shape(config)
+
+        def loss(params, network=network, like=like, shape=shape):
+            text = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), like)
+            x, one = jnp.ones((1, *shape)), jnp.ones(1)
+            return network.velocity(params, x, one, text, one).sum()
+
+        found = [x for x, why in saved_residuals(loss, params) if "argument" not in why]
+        saved.append(sum(x.size * x.dtype.itemsize for x in found))
+        tokens.append(shape[0] + config.data.text_length)
+    model = build.network_config(config)
+    units = model.hidden_size * formulas.COMPUTE_BYTES * (tokens[1] - tokens[0])
+    widths = (saved[1] - saved[0]) / units / (model.num_layers + model.num_single_layers)
+    assert widths == pytest.approx(formulas.SAVED_WIDTHS[remat], rel=0.15)
 
 
 def test_what_does_not_fit_says_what_does():

@@ -73,7 +73,7 @@ def test_an_inline_plot_is_valid_graphics_the_same_each_time_and_its_text_escape
     draw = plots.curve(np.arange(4.0), np.arange(4.0), log=False, from_zero=False)
     markup = plots.inline(draw, (2, 1), 'a "quoted" <b>')
     assert markup == plots.inline(draw, (2, 1), 'a "quoted" <b>')
-    assert 'alt="a &quot;quoted&quot; &lt;b&gt;"' in markup
+    assert 'alt="a &#34;quoted&#34; &lt;b&gt;"' in markup
     uris = re.findall('(?:src|srcset)="data:image/svg[+]xml;base64,([^"]+)"', markup)
     light, dark = (base64.b64decode(uri) for uri in uris)
     assert light != dark

@@ -288,7 +288,7 @@ def test_a_source_from_the_hub(source, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(ValueError, match="cannot be had from the hub .*no route to host.; down"):
         port("owner/name", tmp_path / "out")
-    with pytest.raises(ValueError, match="there is no file or folder '/no/such/folder'"):
+    with pytest.raises(ValueError, match="no file or folder '/no/such/folder'"):
         port("/no/such/folder", tmp_path / "out")
 
 
@@ -300,4 +300,6 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     command += [f"--output={tmp_path / 'new'}", "--base=x"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 1
-    assert ran.stderr.startswith("error: 'x' is no ported folder: it has no ported.json; make one")
+    assert ran.stderr.startswith(
+        "error: 'x' is not a ported folder: it has no ported.json; make one"
+    )

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from jax_distill import config, worlds
 from jax_distill.assembly import build
 from jax_distill.interop import ported_folder
-from jax_distill.runs.exporting import assumed, export
+from jax_distill.runs.exporting import export
 from jax_distill.runs.porting import port
 from jax_distill.worlds.flux.world import ported_config
 
@@ -69,7 +69,12 @@ PAIR = "give --time_scale=1000 --guidance_factor=1000 .* or --time_scale=1 --gui
         ("x.pt", {}, {"objective": "flow_matching"}, PAIR),
         ("x.pt", {"wrapped": True}, {"objective": "flow_matching"}, PAIR),
         ("x.pt", {"wrapped": True}, {"objective": "time_rescale"}, PAIR),
-        ("x.pt", {}, {"time_scale": 1.0}, "its time scale is no plain teacher's; give --objective"),
+        (
+            "x.pt",
+            {},
+            {"time_scale": 1.0},
+            "its time scale is not a plain teacher's; give --objective",
+        ),
         (
             "x.pt",
             {},
@@ -86,9 +91,14 @@ PAIR = "give --time_scale=1000 --guidance_factor=1000 .* or --time_scale=1 --gui
             "x.safetensors",
             {},
             {"time_scale": 1.0, "objective": "scm"},
-            "multiplies the guidance scale with",
+            "multiplies the guidance scale before",
         ),
-        ("x.safetensors", {"header": {"time_scale": 1.0}}, {}, "give --objective=scm, or another"),
+        (
+            "x.safetensors",
+            {"header": {"time_scale": 1.0}},
+            {},
+            "give --objective, one of flow_matching, ",
+        ),
         (
             "x.safetensors",
             {"header": {"time_scale": 1.0}, **INTERVAL},
@@ -144,8 +154,8 @@ def test_what_is_told_or_assumed_is_kept(base, tmp_path, name, made, flags, expe
         ({"objective": "scm", **ONES}, {"objective": "imm"}, "says scm, which is not imm; leave"),
         ({"objective": "scm", **ONES}, {"time_scale": 1000.0}, "says 1, which is not 1000; leave"),
         ({"objective": "scm", **ONES}, {"guidance_factor": 2.0}, "--guidance_factor: .* says 1, "),
-        ({"objective": "magic"}, {}, "objective 'magic' is none of flow_matching, "),
-        ({"time_scale": "fast"}, {}, "time_scale is 'fast', no number"),
+        ({"objective": "magic"}, {}, "unknown objective 'magic'; known: flow_matching, "),
+        ({"time_scale": "fast"}, {}, "time_scale is 'fast', not a number"),
     ],
 )
 def test_flags_do_not_contradict_files(base, tmp_path, header, flags, message):
@@ -226,7 +236,7 @@ def test_what_does_not_fit_the_source_is_refused(base, tmp_path):
     inner = tmp_path / "transformer"
     random_files.save_transformer(inner, random_files.state_dict(SCHNELL), SCHNELL)
     _asked(inner, None, "no guidance embedder and no scheduler of .* --shift=1 .* --shift=dynamic")
-    _asked(inner, None, "--shift=base: there is no --base", shift="base")
+    _asked(inner, None, "--shift=base: needs --base", shift="base")
 
 
 @pytest.mark.parametrize("factor", ["time_scale", "guidance_factor"])
@@ -275,8 +285,8 @@ def test_our_exports_say_all_of_it(base, tmp_path, layout, interval, flags):
 def test_a_folder_of_a_student_that_does_not_say_its_objective_is_asked(base, tmp_path):
     inner = tmp_path / "transformer"
     random_files.save_transformer(inner, random_files.state_dict(), time_scale=1.0)
-    _asked(inner, base, "its time scale is no plain teacher's; give --objective=scm")
-    _asked(inner, base, "multiplies the guidance scale with", objective="scm")
+    _asked(inner, base, "its time scale is not a plain teacher's; give --objective, one of")
+    _asked(inner, base, "multiplies the guidance scale before", objective="scm")
 
 
 def test_students_ported_before_the_guidance_factor_are_to_be_ported_again(base, tmp_path):
@@ -317,8 +327,7 @@ def test_how_a_teacher_is_guided_is_told_or_said(base, tmp_path):
     student = config.load(tmp_path / "auto").copy_and_resolve_references()
     with student.unlocked():  # whose card says what its teacher's does
         student.teacher.checkpoint = str(tmp_path / "auto")
-    config.save(student, tmp_path / "run")
-    assert assumed(tmp_path / "run") == ported_folder.describe(tmp_path / "auto")["assumed"]
+    assert worlds.of(student).assumed == ported_folder.describe(tmp_path / "auto")["assumed"]
     port(path, tmp_path / "cfg", **told, guidance="cfg")
     assert not any("guidance" in x for x in ported_folder.describe(tmp_path / "cfg")["assumed"])
     assert build.guidance_of(config.load(tmp_path / "cfg")) == "cfg"

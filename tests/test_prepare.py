@@ -49,8 +49,10 @@ def test_a_teacher_draws_for_captions_without_a_picture(run, monkeypatch, tmp_pa
     [
         (["--captions=c.txt"], "--captions needs --teacher"),
         (["--steps=4"], "--steps needs --teacher"),
+        (["--teacher=x", "--latents=sample"], "--latents needs --source"),
+        (["--height=128"], "--height needs --source or --teacher"),
         (["--teacher=embedded", "--source=x", "--checkpoint=y"], "give one of them"),
-        (["--teacher=embedded", "--captions=no.txt"], "there is no file 'no.txt'"),
+        (["--teacher=embedded", "--captions=no.txt"], "'no.txt' is missing"),
         (["--teacher=no/where"], "'no/where' is no workdir of a run"),
         (["--source=x"], "--checkpoint and --source go together"),
     ],

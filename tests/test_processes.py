@@ -20,11 +20,10 @@ from absl import flags
 from regression import Regression, Source, frozen, parameters, small_config
 
 from jax_distill.devices import clusters, lost_report, processes
-from jax_distill.runs import peers
+from jax_distill.runs import commands
 from jax_distill.training import loop
 from jax_distill.training.checkpoint import Checkpoints
-from jax_distill.training.optimizer import make_optimizer
-from jax_distill.training.step import init_state
+from jax_distill.training.step import init_state, make_optimizers
 
 ROOT = Path(__file__).parents[1]
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -236,7 +235,9 @@ DRIVER = """
     sys.path.insert(0, {tests!r})
     import jax
     from regression import Regression, Source, frozen, parameters, small_config
-    from jax_distill import commands, experiment, main, preflight, train
+    from jax_distill import main
+    from jax_distill.runs import checks, commands, experiment
+    from jax_distill.training import loop
 
     first, number, last = {signalled!r}
 
@@ -251,7 +252,7 @@ DRIVER = """
         start = small_config(total_steps=last), workdir, Regression(), parameters(), frozen()
         loop.fit(*start, Source(), hooks=[(1, hook)])
 
-    preflight.check = lambda config, workdir: None
+    checks.check = lambda config, workdir: None
     experiment.run = run
     commands.run(main.main)
 """
@@ -287,8 +288,8 @@ def run_processes(workdir, count, *, step=0, number=signal.SIGTERM):
 
 
 def final_state(workdir, config):
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
-    like = init_state(Regression(), optimizer, parameters(), config.seed)
+    optimizers = make_optimizers(Regression(), config)
+    like = init_state(Regression(), optimizers, parameters(), config.seed)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         assert checkpoints.latest == config.total_steps
         return checkpoints.restore(config.total_steps, like)
@@ -349,7 +350,7 @@ def test_processes_are_killed_stopped_and_go_on_as_one(tmp_path, count):
 def test_errors_of_a_lost_process_are_known(text, lost):
     wrapped = RuntimeError("orbax")
     wrapped.__cause__ = jax.errors.JaxRuntimeError(text)
-    assert peers.is_of_lost(wrapped) == peers.is_of_lost(wrapped.__cause__) == lost
+    assert commands.is_of_lost(wrapped) == commands.is_of_lost(wrapped.__cause__) == lost
     called = ValueError(text)  # as of a program that is called, not compiled ahead
-    assert peers.is_of_lost(called) == lost
-    assert not peers.is_of_lost(ValueError(f"data.path: {text}"))  # of our own
+    assert commands.is_of_lost(called) == lost
+    assert not commands.is_of_lost(ValueError(f"data.path: {text}"))  # of our own

@@ -80,10 +80,10 @@ SHARD = "latents-00000.array_record"
         (f'{{"shards": ["{SHARD}"], "examples": "4"}}', r"at `\$.examples`"),
         (f'{{"shards": ["{SHARD}"], "resolution": 512}}', r"at `\$.resolution`"),
         (f'{{"shards": ["{SHARD}"], "resolution": [512]}}', "length 2, got 1"),
-        (f'{{"shards": ["../data/{SHARD}"]}}', "names no shard"),
-        (f'{{"shards": ["{SHARD}[0:2]"]}}', "names no shard"),
-        ('{"shards": [".."]}', "names no shard"),
-        ('{"shards": ["/etc/hosts"]}', "names no shard"),
+        (f'{{"shards": ["../data/{SHARD}"]}}', "is not a shard"),
+        (f'{{"shards": ["{SHARD}[0:2]"]}}', "is not a shard"),
+        ('{"shards": [".."]}', "is not a shard"),
+        ('{"shards": ["/etc/hosts"]}', "is not a shard"),
         ('{"shards": ["other.array_record"]}', "other.array_record' is missing"),
         (f'{{"shards": ["{SHARD}"], "examples": 5}}', "has 4 of 5 examples"),
         (f'{{"shards": ["{SHARD}", "{SHARD}"], "examples": 4}}', "has 8 of 4 examples"),
@@ -127,13 +127,13 @@ def test_embedded_captions_come_back(tmp_path):
         ),
         ({"latents": np.zeros((4, 8), np.float32)}, "example 6 .*float32.* unlike the first one's"),
         ({"latents": np.full((4, 8), np.inf, np.float16)}, "example 6 .*latents are not finite"),
-        ({"latents": np.zeros((4, 8), np.int16)}, "example 6 .*int16' is none of float16"),
-        ({"latents": np.zeros(8, np.float16)}, "example 6 .*no array of 2 axes"),
-        ({"latents": np.zeros((0, 8), np.float16)}, "example 6 .*no array of 2 axes"),
-        ({"latents": "text"}, "example 6 .*no array"),
-        ({"caption": 3}, "example 6 .*caption is no text"),
-        ({"caption": np.zeros(3)}, "example 6 .*caption is no text"),
-        ({"pooled": None}, "example 6 .*has not the fields"),
+        ({"latents": np.zeros((4, 8), np.int16)}, "example 6 .*int16' is not one of float16"),
+        ({"latents": np.zeros(8, np.float16)}, "example 6 .*not an array of 2 axes"),
+        ({"latents": np.zeros((0, 8), np.float16)}, "example 6 .*not an array of 2 axes"),
+        ({"latents": "text"}, "example 6 .*not an array"),
+        ({"caption": 3}, "example 6 .*caption is not text"),
+        ({"caption": np.zeros(3)}, "example 6 .*caption is not text"),
+        ({"pooled": None}, "example 6 .*lacks some of the fields"),
         ({"sequence": None, "pooled": None}, "example 6 .*unlike the first one's"),
         ({"sequence": np.full((5, 6), np.nan, ml_dtypes.bfloat16)}, "sequence are not finite"),
     ],
@@ -154,7 +154,7 @@ def test_the_empty_caption_is_like_the_others(tmp_path):
         with pytest.raises(FileError, match=f"{records.NULL} of '.*is unlike the captions'"):
             _ = LatentRecords(tmp_path).null
     (tmp_path / records.NULL).write_bytes(b"\xc1")
-    with pytest.raises(FileError, match=f"{records.NULL} of '.*is no record"):
+    with pytest.raises(FileError, match=f"{records.NULL} of '.*is not a record"):
         _ = LatentRecords(tmp_path).null
 
 

@@ -15,15 +15,16 @@ from regression import Regression, Source, frozen, parameters
 from regression import small_config as unnamed
 
 from jax_distill import config as configuration
-from jax_distill.assembly import stages
+from jax_distill.assembly import resolution
 from jax_distill.config import ConfigError, base
 from jax_distill.config.settings import flatten
 from jax_distill.data import identity, records
-from jax_distill.runs import checks, experiment, resuming
+from jax_distill.data.loader import batches
+from jax_distill.runs import experiment, resuming
 from jax_distill.runs.resuming import FREE, REFUSED, SAID
 from jax_distill.training import acceptance, loop
-from jax_distill.training.optimizer import learning_rate, make_optimizer
-from jax_distill.training.step import init_state
+from jax_distill.training.optimizer import learning_rate
+from jax_distill.training.step import init_state, make_optimizers
 
 ROOT = Path(__file__).parents[1]
 ANOTHER = {  # of settings that are one of a few words
@@ -38,7 +39,7 @@ def settings(name, preset=""):
     """The whole configuration of a run, as its workdir has it."""
     config = runpy.run_path(f"{ROOT}/configs/{name}.py")["get_config"](preset)
     if name not in ("teacher", "autoencoder"):
-        config = stages.student_config(config, checks.teacher_config(config))
+        config = resolution.resolve(config).config
     return config.copy_and_resolve_references().lock()
 
 
@@ -147,10 +148,10 @@ def test_what_nothing_reads_may_change(tmp_path, said):
 
 
 def state_of(config):
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
+    optimizers = make_optimizers(Regression(), config)
 
     def create():
-        return init_state(Regression(), optimizer, parameters(), 0, config.ema_dtype)
+        return init_state(Regression(), optimizers, parameters(), 0, config.ema_dtype)
 
     state = jax.eval_shape(create)
     shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
@@ -359,7 +360,6 @@ def test_a_configuration_is_replaced_once_the_run_is_accepted(half, tmp_path):
 
 
 def test_another_batch_size_takes_the_next_examples(half, tmp_path):
-    """Of a new checkpoint, and of one of the first versions, which counted batches."""
     order = Watched()
     stream = batches(order, 1, seed=0)
     [next(stream) for _ in range(60)]
@@ -367,21 +367,6 @@ def test_another_batch_size_takes_the_next_examples(half, tmp_path):
     source = Watched()
     fit(run, small_config(total_steps=6, batch_size=10), source)
     assert source.read[:20] == order.read[16:36]
-    assert json.loads((run / "data.json").read_text()) == {"batch_size": 4}
-
-
-def test_positions_in_batches_are_those_of_the_size_that_counted_them(tmp_path):
-    config = small_config()
-    configuration.save(config, tmp_path)
-    old = {"next_index": 5}
-    assert acceptance.in_examples(old, tmp_path, 4, 1) == {"examples": 20}
-    for size in (8, 2, 2, 6):  # killed before a checkpoint of its own, each time
-        config = small_config(batch_size=size)
-        assert acceptance.in_examples(old, tmp_path, size, 1) == {"examples": 20}
-        acceptance.accept(config, tmp_path)
-        assert acceptance.in_examples(old, tmp_path, size, 2) == {"examples": 10}
-        assert acceptance.in_examples({"examples": 7}, tmp_path, size, 2) == {"examples": 7}
-    assert configuration.load(tmp_path).batch_size == 6
 
 
 def test_a_run_that_goes_on_as_it_was_writes_nothing(tmp_path):

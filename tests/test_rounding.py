@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from regression import Regression, Source, frozen, parameters, small_config
+from regression import Regression, Source, frozen, parameters, small_config, student
 
 from jax_distill import config as configuration
 from jax_distill.training import loop, rounding
 from jax_distill.training.checkpoint import Checkpoints
 from jax_distill.training.optimizer import make_optimizer
-from jax_distill.training.step import init_state
+from jax_distill.training.step import init_state, make_optimizers
 
 KEYS = jax.random.split(jax.random.key(0), 4096)
 
@@ -101,16 +101,16 @@ NARROW = {"ema_dtype": "bfloat16", "optimizer__moments": "bfloat16"}
 def fit(workdir, **changes):
     config = small_config(**NARROW, **changes)
     loop.fit(config, workdir, Regression(), parameters(), frozen(), Source())
-    optimizer = make_optimizer(config.optimizer, config.total_steps)
-    like = init_state(Regression(), optimizer, parameters(), config.seed, config.ema_dtype)
+    optimizers = make_optimizers(Regression(), config)
+    like = init_state(Regression(), optimizers, parameters(), config.seed, config.ema_dtype)
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         return checkpoints.restore_latest(like)[1].state
 
 
 def test_a_run_in_bfloat16_goes_on_bit_for_bit(tmp_path):
     whole = fit(tmp_path / "whole")
-    assert {leaf.dtype for leaf in jax.tree.leaves(whole.ema)} == {jnp.dtype("bfloat16")}
-    assert {leaf.dtype for leaf in jax.tree.leaves(whole.params)} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(student(whole).ema)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(student(whole).params)} == {jnp.dtype("float32")}
     half = fit(tmp_path / "half", total_steps=8, optimizer__schedule="constant")
     again = fit(tmp_path / "half", optimizer__schedule="constant")
     straight = fit(tmp_path / "straight", optimizer__schedule="constant")

@@ -12,6 +12,7 @@ from jax_distill import flow
 from jax_distill.flow import Batch, GaussianOracle, Network, Text
 from jax_distill.models import mmdit
 from jax_distill.objectives import teacher
+from jax_distill.objectives.objective import View
 from jax_distill.objectives.scm import SCM, SCMDraws
 from jax_distill.planning.flops import count_flops
 
@@ -68,7 +69,7 @@ def test_tangent_vanishes_on_the_exact_consistency_function(step):
             GaussianOracle.consistency_network(),
             teacher.embedded_guidance(GaussianOracle.network()),
         )
-        state = {"network": oracle}, {"teacher": oracle}
+        state = {"network": oracle}, View({"teacher": oracle})
         batch, draws = batch_for(dtype=np.float64), draws_for(dtype=np.float64)
         tangent = objective.tangent(*state, batch, draws, jnp.asarray(step)).tangent
         largest = float(jnp.max(jnp.abs(tangent)))
@@ -88,7 +89,7 @@ def test_tangent_is_the_derivative_of_the_sampled_data():
             objective, teacher=teacher.embedded_guidance(GaussianOracle.network())
         )
         batch, draws = batch_for(dtype=np.float64), draws_for(dtype=np.float64)
-        got = objective.tangent(params, {"teacher": oracle}, batch, draws, 10**6).tangent
+        got = objective.tangent(params, View({"teacher": oracle}), batch, draws, 10**6).tangent
 
         sigma, a0 = objective.data_scale, flow.per_sample(draws.angle, batch.x)
         y0 = sigma * (jnp.cos(a0) * batch.x + jnp.sin(a0) * draws.noise)
@@ -112,9 +113,9 @@ def test_loss_is_the_published_formula():
     """Written out again with numpy from the tangent and the output."""
     network, params = smooth_network(), smooth_params()
     objective, batch, draws = scm(network), batch_for(), draws_for()
-    frozen = {"teacher": smooth_params()["network"]}
-    loss, metrics = objective.loss(params, frozen, batch, draws, jnp.asarray(1000))
-    output, g = map(np.asarray, objective.tangent(params, frozen, batch, draws, 1000))
+    view = View({"teacher": smooth_params()["network"]})
+    loss, metrics = objective.loss(params, view, batch, draws, jnp.asarray(1000))
+    output, g = map(np.asarray, objective.tangent(params, view, batch, draws, 1000))
     norm = np.sqrt((g**2).sum((1, 2)))
     g = g / (norm + 0.1)[:, None, None]
     embedding = np.asarray(network.embedding(params["network"], draws.angle))
@@ -128,7 +129,7 @@ def test_loss_is_the_published_formula():
 def test_gradient_follows_the_tangent():
     """d loss / d F = -2 weight g / size: descending moves F along +g, through nothing else."""
     params, batch, draws = smooth_params(), batch_for(), draws_for()
-    frozen = {"teacher": smooth_params()["network"]}
+    view = View({"teacher": smooth_params()["network"]})
 
     def network_of(offset):
         base = smooth_network()
@@ -138,10 +139,10 @@ def test_gradient_follows_the_tangent():
         objective = SCM(
             network_of(offset), teacher.embedded_guidance(smooth_network()), weighting="sum"
         )
-        return objective.loss(params, frozen, batch, draws, jnp.asarray(10**6))[0]
+        return objective.loss(params, view, batch, draws, jnp.asarray(10**6))[0]
 
     objective = SCM(smooth_network(), teacher.embedded_guidance(smooth_network()))
-    g = objective.tangent(params, frozen, batch, draws, 10**6).tangent
+    g = objective.tangent(params, view, batch, draws, 10**6).tangent
     g = g / (jnp.sqrt(jnp.sum(g**2, (1, 2), keepdims=True)) + 0.1)
     radius = 1 / (jnp.sin(draws.angle) + jnp.cos(draws.angle))
     want = -200 / SHAPE[0] * g * flow.per_sample(radius, g)  # F = ... + rho v
@@ -150,12 +151,12 @@ def test_gradient_follows_the_tangent():
 
 def test_rcm_warmup_joins_scm_at_full_weight():
     params, batch, draws = smooth_params(), batch_for(), draws_for()
-    frozen = {"teacher": GaussianOracle(0.2, 0.7)}
+    view = View({"teacher": GaussianOracle(0.2, 0.7)})
     velocity = teacher.embedded_guidance(GaussianOracle.network())
     plain, rcm = (SCM(smooth_network(), velocity, warmup=kind) for kind in ("scm", "rcm"))
 
     def tangent(objective, step):
-        return objective.tangent(params, frozen, batch, draws, step).tangent
+        return objective.tangent(params, view, batch, draws, step).tangent
 
     np.testing.assert_allclose(tangent(plain, 4000), tangent(rcm, 4000), atol=1e-5)
     # At step 0 nothing is left of the derivative, only the pull towards the teacher.
@@ -227,13 +228,13 @@ def test_a_dropped_sample_leaves_no_trace_in_loss_and_gradient(where, value, wei
 
 def test_where_nothing_is_dropped_the_option_changes_nothing():
     params, batch, draws = smooth_params(), batch_for(), draws_for()
-    frozen = {"teacher": smooth_params()["network"]}
+    view = View({"teacher": smooth_params()["network"]})
     (loss, _), gradient = jax.value_and_grad(scm(smooth_network()).loss, has_aux=True)(
-        params, frozen, batch, draws, jnp.asarray(4000)
+        params, view, batch, draws, jnp.asarray(4000)
     )
     (dropping, _), same = jax.value_and_grad(
         scm(smooth_network(), drop_nonfinite=True).loss, has_aux=True
-    )(params, frozen, batch, draws, jnp.asarray(4000))
+    )(params, view, batch, draws, jnp.asarray(4000))
     np.testing.assert_allclose(dropping, loss, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(same), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -244,7 +245,9 @@ def test_the_loss_tells_where_no_sample_is_left_or_none_may_be_dropped(drop):
     objective = SCM(
         smooth_network(), lambda frozen, x, t, text, w: x * jnp.nan, drop_nonfinite=drop
     )
-    loss, metrics = objective.loss(smooth_params(), {}, batch_for(), draws_for(), jnp.asarray(0))
+    loss, metrics = objective.loss(
+        smooth_params(), View({}), batch_for(), draws_for(), jnp.asarray(0)
+    )
     assert jnp.isnan(loss) and metrics["dropped_samples"] == (SHAPE[0] if drop else 0)
 
 
@@ -285,7 +288,9 @@ def test_a_step_spends_one_student_forward_less_than_computing_the_output_apart(
     step = jnp.asarray(0)
 
     def gradient(loss):
-        return jax.grad(lambda p, f: loss({"network": p}, {"teacher": f}, batch, draws, step)[0])
+        return jax.grad(
+            lambda p, f: loss({"network": p}, View({"teacher": f}), batch, draws, step)[0]
+        )
 
     def apart(*args):
         """The same loss with the output from a forward of its own beside the jvp."""

@@ -12,12 +12,11 @@ from jax_distill.worlds.shapes.renderer import (
     COLORS,
     HELD_OUT_PAIRS,
     SHAPES,
-    TASKS,
     Placed,
-    Request,
     held_out_prompts,
     sample,
 )
+from jax_distill.worlds.shapes.requests import TASKS, Request
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,14 @@ from jax_distill.worlds.shapes.judge import find_objects, judge, satisfied, scor
 from jax_distill.worlds.shapes.renderer import (
     COLORS,
     SHAPES,
-    TASKS,
     Placed,
     Prompt,
-    Request,
     coverage,
     held_out_prompts,
     picture,
     render,
 )
+from jax_distill.worlds.shapes.requests import TASKS, Request
 
 CIRCLE = Placed("circle", "red", 20.0, 32.0, 9.0)
 SQUARE = Placed("square", "blue", 44.0, 32.0, 9.0)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
 from random_pipeline import TRANSFORMER, Sizes, save_random
-from random_text import compiled_quickly
 from safetensors.torch import load_file
 from tiny_runs import run_program, save_run
 
@@ -44,7 +43,7 @@ STUDENTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    with compiled_quickly(), torch.no_grad():
+    with torch.no_grad():
         yield
 
 

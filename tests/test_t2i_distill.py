@@ -11,7 +11,6 @@ import random_flux
 import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from random_files import NETWORK
-from random_text import jit
 
 from jax_distill import config
 from jax_distill.assembly import build
@@ -89,7 +88,7 @@ def test_the_velocity_is_that_of_its_own_formulas(folder, tmp_path, interval):
     network = build.network_config(settings)
     like = jax.eval_shape(lambda: build.initial_parameters(settings))
     params = ported_folder.load_part(tmp_path / "ported", "network", like)
-    velocity = jit(mmdit.as_network(network, grid=GRID).velocity)
+    velocity = jax.jit(mmdit.as_network(network, grid=GRID).velocity)
 
     inputs = _inputs()
     text = Text(jnp.asarray(inputs["sequence"]), jnp.asarray(inputs["pooled"]))

@@ -15,7 +15,6 @@ import random_flux
 import torch
 from diffusers.models.embeddings import TimestepEmbedding
 from random_files import NETWORK
-from random_text import jit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jax_distill import config
@@ -25,6 +24,7 @@ from jax_distill.interop import ported_folder
 from jax_distill.models import mmdit
 from jax_distill.objectives import teacher
 from jax_distill.objectives.meanflow import MeanFlow, MeanFlowDraws
+from jax_distill.objectives.objective import View
 from jax_distill.objectives.scm import SCM, SCMDraws
 from jax_distill.runs.porting import port
 
@@ -229,10 +229,10 @@ def test_scm(networks, step):
     draws = SCMDraws(inputs["a"], inputs["noise"], inputs["w"])
 
     def loss(params):
-        frozen = {"teacher": guide.params}
-        return objective.loss(params, frozen, batch, draws, jnp.int32(step))
+        view = View({"teacher": guide.params})
+        return objective.loss(params, view, batch, draws, jnp.int32(step))
 
-    (value, metrics), gradient = jit(jax.value_and_grad(loss, has_aux=True))(
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
         {"network": student.params, "logvar": head}
     )
     student.theirs.model.zero_grad()
@@ -262,10 +262,10 @@ def test_meanflow(networks, power, omega, kappa):
     draws = MeanFlowDraws(inputs["t"], inputs["r"], inputs["noise"], inputs["w"], dropped)
 
     def loss(params):
-        frozen = {"teacher": guide.params, "null": Text(*inputs["null"])}
-        return objective.loss({"network": params}, frozen, batch, draws, jnp.int32(0))
+        view = View({"teacher": guide.params, "null": Text(*inputs["null"])})
+        return objective.loss({"network": params}, view, batch, draws, jnp.int32(0))
 
-    (value, metrics), gradient = jit(jax.value_and_grad(loss, has_aux=True))(student.params)
+    (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(student.params)
     student.theirs.model.zero_grad()
     expected, square = meanflow_loss(
         student.theirs, guide.theirs, in_torch(inputs), power, omega, kappa

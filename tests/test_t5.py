@@ -13,7 +13,7 @@ import torch
 import transformers
 from flax import nnx
 from jax.sharding import AbstractMesh
-from random_text import jit, relative_error
+from random_text import relative_error
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from jax_distill.devices.sharding import AXES, parameter_spec
@@ -55,7 +55,7 @@ DEEP = dataclasses.replace(SMALL, num_layers=6)
 
 @functools.cache
 def encoder(config, dtype="float32"):
-    return jit(t5.as_encoder(config, dtype=dtype))
+    return jax.jit(t5.as_encoder(config, dtype=dtype))
 
 
 def token_ids(config, length, batch=2, seed=0):
@@ -164,7 +164,7 @@ def test_bfloat16_parameters_are_the_same_as_rounded_ones():
 
 def test_fresh_features_have_unit_variance_and_float64_is_kept():
     with jax.enable_x64(True):
-        params = jit(lambda: t5.initial_parameters(SMALL, nnx.Rngs(0), jnp.float64))()
+        params = jax.jit(lambda: t5.initial_parameters(SMALL, nnx.Rngs(0), jnp.float64))()
         ours = encoder(SMALL, "float64")(params, token_ids(SMALL, 5))
         assert ours.dtype == jnp.float64
         np.testing.assert_allclose(np.square(ours).mean(-1), 1, atol=1e-5)

@@ -8,6 +8,7 @@ from jax_distill import flow
 from jax_distill.flow import Batch, GaussianOracle, Network, Text
 from jax_distill.models import mmdit
 from jax_distill.objectives import teacher
+from jax_distill.objectives.objective import View
 from jax_distill.objectives.time_rescale import TimeRescale, compare, refit_time_embedder
 
 CONFIG = mmdit.MMDiTConfig(
@@ -67,7 +68,7 @@ def test_velocity_matching_is_zero_exactly_at_the_teacher():
     same, other = GaussianOracle(0.1, 0.9), GaussianOracle(0.4, 0.9)
 
     def loss(student):
-        return objective.loss({"network": student}, {"teacher": same}, batch, draws, 0)
+        return objective.loss({"network": student}, View({"teacher": same}), batch, draws, 0)
 
     assert loss(same)[0] == 0
     value, metrics = loss(other)

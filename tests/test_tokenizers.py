@@ -109,7 +109,7 @@ def test_a_folder_without_tokenizers_is_refused(tmp_path, folder):
     ):
         FluxTokenizer.load(tmp_path)
     (tmp_path / "tokenizer_2" / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer_2' holds no T5Tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer_2' does not hold a T5Tokenizer"):
         FluxTokenizer.load(tmp_path)
 
 
@@ -124,7 +124,7 @@ def test_lengths_that_cannot_be_are_refused(tokenizer):
 
 def test_no_pytorch_is_loaded(folder):
     code = (
-        "import sys; from jax_distill.data.tokenizers import FluxTokenizer;"
+        "import sys; from jax_distill.worlds.flux.tokenizers import FluxTokenizer;"
         f"FluxTokenizer.load({str(folder)!r}).encode(['a red circle']);"
         "assert 'torch' not in sys.modules and 'transformers' in sys.modules"
     )

@@ -78,7 +78,9 @@ def test_gguf_is_known_by_its_first_bytes(tmp_path, ending):
 
 def test_endings_that_are_not_known_are_named(tmp_path):
     (tmp_path / "x.onnx").write_bytes(bytes(64))
-    _refused(tmp_path / "x.onnx", tmp_path, "of no known kind; .* end with .safetensors, .sft, .pt")
+    _refused(
+        tmp_path / "x.onnx", tmp_path, "of an unknown kind; known endings: .safetensors, .sft, .pt"
+    )
 
 
 def test_a_folder_that_says_that_it_is_quantised(tmp_path):

@@ -25,7 +25,7 @@ SIZES = {
 
 
 class State(NamedTuple):
-    ema: dict
+    players: dict
 
 
 def settings(objective: dict, **model: Any) -> ConfigDict:
@@ -52,7 +52,8 @@ def random_parameters(configuration: ConfigDict, seed: int = 0) -> dict:
 
 def save_run(workdir: Path, configuration: ConfigDict) -> Path:
     config.save(configuration, workdir)
-    state = State({"network": random_parameters(configuration)})
+    average = {"network": random_parameters(configuration)}
+    state = State({"student": {"ema": average}})
     with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
         checkpoints.save(1, state, {})
     return workdir

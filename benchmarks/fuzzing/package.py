@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 import jax_distill
 from jax_distill import config, prepare
 from jax_distill.assembly import build
+from jax_distill.assembly.resolution import validate
 from jax_distill.data import folder as pictures
 from jax_distill.data import records
 from jax_distill.evaluation.metrics import Metrics, read_metrics
@@ -42,7 +43,7 @@ def read_records(folder: Path) -> Records:
 def read_config(workdir: Path) -> ConfigDict:
     """A run's configuration, checked as far as that needs nothing else than itself."""
     settings = config.load(workdir)
-    checks.validate(settings)
+    validate(settings)
     if settings.objective.name not in {"autoencoder", *build.OBJECTIVES}:
         raise config.ConfigError(f"objective.name: {settings.objective.name!r} is unknown")
     checks.check_objective(settings)

@@ -117,7 +117,7 @@ def whole(config: ConfigDict, teacher: Mapping[str, Any], params: dict) -> dict:
 
     Args:
       config: of the run.
-      teacher: parameters of the frozen network, as `frozen.hold` keeps them.
+      teacher: parameters of the frozen network, as `frozen_network` makes them.
       params: what is in the run's state.
     """
     adapters = settings(config)
@@ -132,7 +132,7 @@ def check_teacher(
     Args:
       config: of the run.
       workdir: of the run.
-      teacher: parameters of the frozen network, as `frozen.hold` keeps them.
+      teacher: parameters of the frozen network, as `frozen_network` makes them.
       note: writes down what they are, where that is not known.
 
     Raises:

@@ -1,5 +1,6 @@
 """From a configuration to its parts: networks and objective."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,12 +12,13 @@ from ml_collections.config_dict import placeholder
 
 from jax_distill import streams, worlds
 from jax_distill.assembly import adapters
+from jax_distill.assembly.frozen import frozen_network
 from jax_distill.config import ConfigError
 from jax_distill.config.rules import MOST_PIXELS, PATCH
 from jax_distill.flow import Batch, Network, Text
-from jax_distill.models import lora, mmdit
-from jax_distill.objectives.methods import OBJECTIVES
-from jax_distill.objectives.objective import Objective, View
+from jax_distill.models import mmdit
+from jax_distill.objectives.methods import KINDS, OBJECTIVES
+from jax_distill.objectives.objective import Method, Objective, View
 from jax_distill.objectives.settings import settings_of
 from jax_distill.objectives.teacher import (
     TeacherVelocity,
@@ -88,13 +90,32 @@ def objective(
     resolution = resolution or world.resolution
     followed = config if kind.from_scratch else teacher
     velocity = None if followed is None else teacher_velocity(followed, resolution)
-    if {**settings_of(kind), **settings}.get("time_shift", 0.0) is None:
+    if follows_world(config):
         settings["time_shift"] = world.time_shift(token_shape(config, resolution)[0])
     method = kind(network(config, resolution), velocity, **settings)
     beside = adapters.settings(config)
     if teacher is None or beside is None:
         return method
     return adapters.AdapterObjective(method, beside)
+
+
+def follows_world(config: ConfigDict) -> bool:
+    """Whether the shift of the sampling schedule is the world's: `objective.time_shift` is None."""
+    settings = {**settings_of(OBJECTIVES[config.objective.name]), **dict(config.objective)}
+    return settings.get("time_shift", 0.0) is None
+
+
+def without_networks(config: ConfigDict) -> Method:
+    """The objective of a configuration, to be asked for its settings and players alone.
+
+    Raises:
+      ValueError: a setting that the objective refuses.
+    """
+    settings = dict(config.objective)
+    kind = KINDS[settings.pop("name")]
+    known = settings_of(kind)
+    needed = {field.name: None for field in dataclasses.fields(kind) if field.name not in known}
+    return kind(**needed, **settings)
 
 
 def objective_settings(name: str, **settings: Any) -> dict[str, Any]:
@@ -185,9 +206,7 @@ def abstract_losses(
         null, text = (text_like(config, count) for count in (1, size))
         frozen = {"null": null}
         if teacher is not None:
-            frozen["teacher"] = initial_parameters(teacher)
-            if adapters.settings(config) and config.lora.base == "int8":
-                frozen["teacher"] = lora.quantized(frozen["teacher"])
+            frozen["teacher"] = frozen_network(config, initial_parameters(teacher))
         batch = Batch(jnp.zeros((size, *token_shape(config))), text)
         return trees, View(frozen, trees, trees), batch, key
 

@@ -1,4 +1,4 @@
-"""Frozen networks: how a run holds the parameters that it does not train."""
+"""Frozen networks: the parameters that a run reads and does not train."""
 
 from typing import Any
 
@@ -12,28 +12,35 @@ from jax_distill.devices import sharding
 from jax_distill.models import lora
 
 
-def hold(config: ConfigDict, network: dict) -> dict:
-    """A network's parameters as a run of `config` keeps them beside what it trains.
+def frozen_network(
+    config: ConfigDict, network: dict, mesh: Mesh | None = None, *, adapted: bool = False
+) -> dict:
+    """The parameters that a run of `config` reads beside those that it trains.
 
     No wider than the computation, which would narrow them anyway; embedders, which compute in
     float32, stay as they are. In int8 where adapters are trained beside them and `lora.base` says
-    so. Adapters of its own are kept as such. It can be traced: `plan` calls it with shapes.
+    so. Runs and plans both call it, with arrays or while tracing. Parameters are converted one
+    after another, so that no more than one is held twice if nobody else holds the network.
 
-    One after another, so that of a network that nobody else holds no more than one parameter is
-    there twice.
+    Args:
+      config: of the run.
+      network: parameters of the frozen network.
+      mesh: of the run, on which they are placed; arrays that lie there already are not copied.
+      adapted: keeps adapters that the network has from the stage before; by default a network's
+        adapters are merged into it.
     """
     int8 = adapters.settings(config) is not None and config.lora.base == "int8"
-    flat = traverse_util.flatten_dict(network)
+    flat = traverse_util.flatten_dict(network if adapted else lora.merged(network))
     del network
     for path in list(flat):
-        held = narrowed(traverse_util.unflatten_dict({path: flat.pop(path)}), config.dtype)
-        held = lora.quantized(held) if int8 else held
-        flat |= traverse_util.flatten_dict(held)
-    return traverse_util.unflatten_dict(flat)
+        one = narrowed(traverse_util.unflatten_dict({path: flat.pop(path)}), config.dtype)
+        flat |= traverse_util.flatten_dict(lora.quantized(one) if int8 else one)
+    held = traverse_util.unflatten_dict(flat)
+    return held if mesh is None else sharding.put(held, sharding.shard_state(held, mesh))
 
 
 def narrowed(network: dict, dtype: str) -> dict:
-    """Parameters no wider than `dtype`, but for embedders and what is quantised."""
+    """Parameters no wider than `dtype`, except embedders and quantised kernels."""
     width = jnp.dtype(dtype).itemsize
 
     def narrow(leaf: Any) -> Any:
@@ -50,8 +57,3 @@ def narrowed(network: dict, dtype: str) -> dict:
             for path, leaf in flat.items()
         }
     )
-
-
-def place(network: dict, mesh: Mesh) -> dict:
-    """Parameters on the mesh of a run; arrays that lie there already are not copied."""
-    return sharding.put(network, sharding.shard_state(network, mesh))

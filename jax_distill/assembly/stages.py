@@ -1,7 +1,7 @@
-"""Stages of a run: which trainings follow one another, and what each of them starts from.
+"""Stages of a run: the trainings that follow one another, and the start of each.
 
 Functions of configurations and parameter trees. A run calls them with arrays and `plan` with
-shapes, so that what is planned is what runs.
+shapes, so that plans are of the programs that run.
 """
 
 from collections.abc import Callable
@@ -13,15 +13,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jax_distill import config as configuration
-from jax_distill import pipeline
 from jax_distill.assembly import adapters, build
 from jax_distill.devices import sharding
 from jax_distill.models import mmdit
 from jax_distill.models.inputs import GUIDANCE, INPUTS, INTERVAL, TIME, Input
 from jax_distill.objectives import time_rescale
-
-FROM_SCRATCH = ("autoencoder", "flow_matching")
-"""Objectives without a teacher."""
 
 
 class Stage(NamedTuple):
@@ -30,9 +26,9 @@ class Stage(NamedTuple):
     Attributes:
       name: "time_rescale", or the objective's.
       config: of the stage, with its whole network.
-      source: configuration of the network that it starts from; None from scratch.
+      source: configuration of the network it starts from; None from scratch.
       teacher: configuration of the network whose velocity it learns; None from scratch.
-      adapted: whether that network has adapters, from the stage before.
+      adapted: whether the teacher has adapters, from the stage before.
     """
 
     name: str
@@ -46,13 +42,12 @@ def of(config: ConfigDict, teacher: ConfigDict | None) -> list[Stage]:
     """The stages of a run, in order.
 
     Args:
-      config: of the run, whole: `student_config` has made it.
-      teacher: of the network that `teacher.checkpoint` names; None from scratch.
+      config: of the run, with the student's whole network.
+      teacher: of the teacher as the run takes it; None from scratch.
     """
     name = config.objective.name
     if teacher is None:
         return [Stage(name, config, None, None)]
-    teacher = as_teacher(config, teacher)
     if name == "time_rescale" or not needs_rescale(config, teacher):
         return [Stage(name, config, teacher, teacher)]
     rescale = rescale_config(config, teacher)
@@ -64,43 +59,12 @@ def of(config: ConfigDict, teacher: ConfigDict | None) -> list[Stage]:
     ]
 
 
-def student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
-    """The configuration with the student's whole network: the teacher's, and what differs."""
-    resolved = config.copy_and_resolve_references()
-    with resolved.unlocked():
-        changes = {name: value for name, value in config.model.items() if value is not None}
-        resolved.model = {**teacher.model, **changes}
-        resolved.data.text_length = teacher.data.text_length
-        resolved.teacher.checkpoint = pipeline.absolute(config.teacher.checkpoint)
-        if _changes(resolved, teacher, GUIDANCE):
-            # Its ramps are as steep as the time embedder's, see `refit_embedder`.
-            resolved.optimizer.frozen = _pattern(config.optimizer.frozen, GUIDANCE.embedder)
-    return resolved
-
-
-def as_teacher(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
-    """The teacher's configuration as the run takes it: in its precision, guided as it says.
-
-    Raises:
-      ConfigError: the teacher's network cannot be guided like that.
-    """
-    taken = teacher.copy_and_resolve_references()
-    asked = config.teacher.get("guidance", "auto")
-    with taken.unlocked():
-        taken.dtype = config.dtype
-        if asked != "auto":
-            build.check_guidance(asked, taken.model.guidance_embeds)
-            taken.teacher.guidance = asked
-    build.guidance_of(taken)
-    return taken
-
-
 def rescale_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
     """The configuration of the stage before distillation, a run of its own.
 
     Args:
-      config: of the run, whole.
-      teacher: of the network that `teacher.checkpoint` names.
+      config: of the run, with the student's whole network.
+      teacher: of the teacher as the run takes it.
     """
     stage = config.copy_and_resolve_references()
     with stage.unlocked():
@@ -113,31 +77,31 @@ def rescale_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
         stage.ema_dtype = "float32"  # what the student starts from
         stage.total_steps = config.rescale.total_steps
         stage.batch_size = config.rescale.batch_size
-        stage.optimizer = configuration.base().optimizer  # the student's is made for its own loss
+        stage.optimizer = configuration.base().optimizer  # the student's suits its own loss
         stage.optimizer.moments = config.optimizer.moments  # but memory is the machine's
         stage.optimizer.learning_rate = config.rescale.learning_rate
         stage.optimizer.schedule = "cosine"
         stage.optimizer.warmup_steps = config.rescale.total_steps // 10
-        # Refitted, see `refit_embedder`; and what the student keeps as it is.
-        stage.optimizer.frozen = _pattern(config.optimizer.frozen, "time_embedder")
+        # Refitted, see `refit_embedder`; and those that the student keeps as they are.
+        stage.optimizer.frozen = frozen_too(config.optimizer.frozen, "time_embedder")
     return stage
 
 
-def _pattern(frozen: str, embedder: str) -> str:
-    """The pattern `frozen`, and an embedder."""
+def frozen_too(frozen: str, embedder: str) -> str:
+    """The pattern `optimizer.frozen` with an embedder added."""
     parts = [part for part in frozen.split("|") if part]
     return frozen if embedder in parts else "|".join([embedder, *parts])
 
 
 def needs_rescale(config: ConfigDict, teacher: ConfigDict) -> bool:
-    """Whether the student's network takes its time or its guidance in another way."""
+    """Whether the student's network takes time or guidance differently from the teacher's."""
     if config.model.guidance_embeds != teacher.model.guidance_embeds:
         return True
-    return any(_changes(config, teacher, x) for x in (TIME, GUIDANCE))
+    return any(changes(config, teacher, x) for x in (TIME, GUIDANCE))
 
 
 def refit(old: dict, factor: float, new_factor: float, upper: float) -> dict:
-    """An embedder made for another factor of its input, see `time_rescale.refit_embedder`."""
+    """Refits an embedder to another factor of its input, see `time_rescale.refit_embedder`."""
     embed = _embedding(sharding.gather(old), factor)
     hidden = old["linear_2"]["bias"].shape[0]
     return time_rescale.refit_embedder(embed, hidden, factor=new_factor, upper=upper)
@@ -145,23 +109,23 @@ def refit(old: dict, factor: float, new_factor: float, upper: float) -> dict:
 
 def refitted(stage: Stage) -> list[Input]:
     """The inputs whose embedders a stage refits."""
-    return [x for x in INPUTS if _changes(stage.config, stage.source, x)]
+    return [x for x in INPUTS if changes(stage.config, stage.source, x)]
 
 
-def _changes(config: ConfigDict, source: ConfigDict, x: Input) -> bool:
-    """Whether the source embeds an input, and the network of `config` takes it otherwise."""
+def changes(config: ConfigDict, source: ConfigDict, x: Input) -> bool:
+    """Whether the source embeds an input that the network of `config` takes by another factor."""
     old, new = build.network_config(source), build.network_config(config)
     embedded = {INTERVAL: old.interval_embeds, GUIDANCE: old.guidance_embeds}.get(x, True)
     return embedded and getattr(old, x.factor) != getattr(new, x.factor)
 
 
 def qualities(stage: Stage, source: dict, network: dict) -> dict[str, time_rescale.FitQuality]:
-    """How well refitted embedders follow those of the source, by their names.
+    """The fit of refitted embedders to those of the source, by their names.
 
     Args:
       stage: with a source.
       source: parameters of the source.
-      network: what `initial_network` has made of them.
+      network: made of them by `initial_network`.
     """
     old, new = build.network_config(stage.source), build.network_config(stage.config)
     found = {}
@@ -182,10 +146,10 @@ def _embedding(embedder: dict, factor: float) -> Callable[[np.ndarray], jax.Arra
 
 
 def initial_network(stage: Stage, network: dict) -> dict:
-    """The parameters that a stage starts from: those of another network, embedders refitted.
+    """The parameters a stage starts from: those of its source, with embedders refitted.
 
-    Embedders that the other one does not have start as they are initialised: adding nothing. All
-    else is the other network's own arrays, no copies.
+    Embedders that the source lacks are initialised to add nothing. All else is the source's own
+    arrays, not copies.
 
     Args:
       stage: with a source.

@@ -46,7 +46,7 @@ def _given(section: Any) -> Any:
 def _player(name: str) -> str:
     """Returns the name of a player; raises ConfigError if it cannot be one."""
     if not name.isidentifier():
-        raise ConfigError(f"optimizers: {shown(name)} is no name of a player; use letters")
+        raise ConfigError(f"optimizers: {shown(name)} is not a player's name; use letters")
     return name
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from jax_distill.config.settings import ConfigError
+from jax_distill.config.settings import ConfigError, Settings
 
 TEACHER = {
     "checkpoint": "",  # a workdir, or a folder of jax_distill.port; empty: the embedded teacher
@@ -124,7 +124,7 @@ def base(preset: str = "", *, presets: Sequence[str] = ("",)) -> ConfigDict:
     if preset not in presets:
         known = ", ".join(filter(None, presets)) or "none"
         raise ConfigError(f"--config: unknown preset {preset!r}; known: {known}")
-    config = ConfigDict(RUN).lock()
+    config = Settings(RUN).lock()
     for section in OPEN:
         config[section].unlock()
     return config

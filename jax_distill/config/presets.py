@@ -23,7 +23,7 @@ def student(preset: str = "") -> ConfigDict:
         flux(config)
         config.batch_size = config.rescale.batch_size = 16
         config.accumulate = 4
-        config.rescale.total_steps = 0  # the time embedder is refitted, and that is all
+        config.rescale.total_steps = 0  # the time embedder is refitted, nothing is trained
         config.optimizer.learning_rate = 1e-4
         config.optimizer.frozen = "time_embedder|guidance_embedder"
         config.lora.rank = 64
@@ -72,10 +72,10 @@ def overrides(section: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def flux(config: ConfigDict) -> ConfigDict:
-    """Makes `base` what runs from FLUX.1-lite-8B have in common, T2I-Distill's (arXiv:2512.13006).
+    """Gives `base` the settings of all runs from FLUX.1-lite-8B: T2I-Distill's (arXiv:2512.13006).
 
-    They need --config.teacher.checkpoint, a folder of jax_distill.port, and --config.data.path, one
-    of jax_distill.prepare.
+    Such runs need --config.teacher.checkpoint, a folder of jax_distill.port, and
+    --config.data.path, a folder of jax_distill.prepare.
     """
     config.world = "flux"
     config.dtype = "bfloat16"
@@ -97,7 +97,7 @@ def flux(config: ConfigDict) -> ConfigDict:
 
 
 def shorten(config: ConfigDict) -> None:
-    """Makes a student's run a smoke test."""
+    """Turns a student's run into a smoke test."""
     config.total_steps = config.rescale.total_steps = 4
     config.batch_size = config.rescale.batch_size = 16
     config.log_every = 2

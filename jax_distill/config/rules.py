@@ -1,7 +1,7 @@
-"""What values each setting may have: tables that configurations are checked against.
+"""Allowed values of each setting: tables that configurations are checked against.
 
-They name no part of the program that they speak of, so that whatever reads a configuration can
-check it; tests compare the names with those parts.
+They import no other part of the program, so that every reader of a configuration can check it;
+tests compare their names with the parts that they stand for.
 """
 
 import math
@@ -14,16 +14,16 @@ from jax_distill.config.settings import ConfigError
 from jax_distill.storage.quoting import shown
 
 Rule = tuple[Sequence[str], Callable[[Any], bool], str]
-"""Keys, what must hold of their values, and how that is said."""
+"""Keys, a condition on their values, and the condition in words."""
 
 _PLAYER = re.compile(r"^optimizers\.\w+\.")  # such keys have the rules of `optimizer`
 
 
 def check(values: Mapping[str, Any], rules: Iterable[Rule]) -> None:
-    """Checks the values that there are.
+    """Checks values against rules.
 
     Args:
-      values: flat, of types that were checked.
+      values: flat, with checked types.
       rules: such as `of_runs` gives.
 
     Raises:
@@ -85,10 +85,10 @@ CHOICES = {
     "world": ("shapes", "flux"),
     "lora.base": ("", "int8"),
 }
-"""What a setting may be, where that is one of a few words."""
+"""Settings that are one of a few words."""
 
-# Far above what anybody needs, and far below what a machine cannot count to, or lay out: a number
-# is refused before so many layers, tokens or pictures are made of it.
+# Far more than anybody needs, and far less than overflows a counter or a machine's memory: a number
+# is refused before so many layers, tokens or pictures are made.
 _AT_MOST = {
     2**31 - 1: (
         *("total_steps", "rescale.total_steps", "log_every", "checkpoint.every", "samples.every"),
@@ -111,7 +111,7 @@ _AT_MOST = {
 
 
 def of_runs() -> Iterable[Rule]:
-    """Keys, what must hold of their values, and how that is said."""
+    """Rules of all settings but an objective's."""
     yield _POSITIVE, lambda value: 0 < value < math.inf, "positive"
     yield _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "zero or more"
     yield _SHARES, lambda value: 0 <= value < 1, "at least 0 and less than 1"
@@ -136,11 +136,11 @@ PATTERN = (
     " stand one after another"
 )
 _REPETITIONS = 4  # on paths of a hundred letters those take less than a second
-_FEW = 3  # a repetition that is not more often is none
+_FEW = 3  # up to so many do not count as a repetition
 
 
 def is_pattern(text: str) -> bool:
-    """Whether a text is a regular expression that is found in a path, or is not, in no time."""
+    """Whether a text is a regular expression that is matched against a path in no time."""
     if len(text) > 500:
         return False
     try:
@@ -151,10 +151,9 @@ def is_pattern(text: str) -> bool:
 
 
 def _repetitions(pattern: Any) -> float:
-    """How many repetitions a path goes through at most, one after another.
+    """The most repetitions that a path goes through, one after another.
 
-    Infinite where one can divide what it matches in several ways: it holds another, or
-    alternatives.
+    Infinite if one can match a text in several ways: it holds another, or alternatives.
 
     Args:
       pattern: of `re`'s parser, a sequence of operations with their arguments.
@@ -177,7 +176,7 @@ def _repetitions(pattern: Any) -> float:
 
 
 def _has_alternatives(pattern: Any) -> bool:
-    """Whether what is repeated may match in several ways; what only looks ahead matches nothing."""
+    """Whether a repeated pattern may match in several ways; lookaheads match nothing."""
     for operation, argument in pattern:
         name = str(operation)
         if name == "BRANCH" or ("REPEAT" in name and argument[0] != argument[1]):
@@ -188,13 +187,13 @@ def _has_alternatives(pattern: Any) -> bool:
 
 
 def _within(argument: Any) -> list[Any]:
-    """The patterns that an operation holds, such as a group."""
+    """The patterns inside an operation, such as a group."""
     parts = argument if isinstance(argument, tuple) else (argument,)
     return [part for part in parts if isinstance(part, re._parser.SubPattern)]
 
 
 def _is_name(value: str) -> bool:
-    """Of words between slashes, which lead nowhere but down; or empty, which runs may not be."""
+    """Whether a name is words between slashes that only lead down; or empty, which runs refuse."""
     parts = value.split("/") if value else ()
     plain = len(value) <= 200 and value.isprintable() and "\\" not in value
     return plain and all(part.strip(". ") for part in parts)
@@ -216,7 +215,7 @@ _MODERATE = "a finite number, a short line, or a list of up to 1000 of them"
 
 
 def _is_moderate(value: Any) -> bool:
-    """Whether a value can be counted with, written down and shown."""
+    """Whether a value can be computed with, stored and shown."""
     if isinstance(value, list | tuple):
         return len(value) <= 1000 and all(map(_is_moderate, value))
     if isinstance(value, str):

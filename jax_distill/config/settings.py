@@ -4,11 +4,50 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jax_distill.storage.quoting import shown
 
 
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the key and the fix."""
+
+
+class Misspelt(AttributeError):
+    """A key that a section does not have; the message names one that is close."""
+
+
+class WrongType(TypeError):
+    """A value that a key cannot have; the message names the types."""
+
+
+class Settings(ConfigDict):
+    """A ConfigDict, with its sections, whose errors are short sentences."""
+
+    def __init__(self, values: Mapping[str, Any] | None = None, type_safe: bool = True):
+        nested = {k: Settings(v) if isinstance(v, dict) else v for k, v in (values or {}).items()}
+        super().__init__(nested, type_safe=type_safe)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise Misspelt(no_such_key(name, self)) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except AttributeError:
+            raise Misspelt(no_such_key(name, self)) from None
+        except TypeError:
+            kinds = self.get_type(name).__name__, type(value).__name__
+            raise WrongType("{} must be of type {}, not {}".format(name, *kinds)) from None
+
+
+def no_such_key(name: str, section: Any) -> str:
+    """Says that a section has no such key, and which one is close."""
+    close = difflib.get_close_matches(name, section if isinstance(section, ConfigDict) else (), n=1)
+    return f"there is no key '{name}'" + (f"; did you mean '{close[0]}'?" if close else "")
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -31,7 +70,7 @@ def check_keys(
     """Checks that settings have the keys of their defaults, with values of their types.
 
     Args:
-      given: what was set, nested.
+      given: the settings, nested.
       known: the defaults, nested in the same way; None takes a number or none, a tuple one value or
         more of its first one's type.
       prefix: of the keys in error messages, such as "objective.".

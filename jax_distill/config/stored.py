@@ -20,7 +20,7 @@ LATER = (
     *("model.remat", "model.attention", "model.guidance_factor", "mesh.split_tokens"),
     *("optimizer.frozen", "optimizer.moments", "optimizers"),
 )
-"""Keys that older versions did not have; their defaults are what those did."""
+"""Keys that older versions did not have; their defaults do the same as those versions did."""
 
 FORMER = ("evaluation.batch_size",)
 """Keys of older versions that nothing reads any more."""
@@ -40,7 +40,7 @@ def load(workdir: Path) -> ConfigDict:
     """Reads what `save` wrote, in this version or an older one, whose keys are completed.
 
     Raises:
-      ConfigError: it is not there, or not what it should be.
+      ConfigError: it is missing or invalid.
     """
     path = Path(workdir) / "config.json"
     try:
@@ -62,10 +62,10 @@ def load(workdir: Path) -> ConfigDict:
 
 
 def check_teachers(workdir: Path) -> None:
-    """Checks that a run of adapters is not, over the runs that it stands beside, its own teacher.
+    """Checks that a run of adapters is not its own teacher, directly or through other runs.
 
     Raises:
-      ConfigError: it is, or one of them is not what it should be.
+      ConfigError: it is, or the configuration of one of them is missing or invalid.
     """
     passed: list[Path] = []
     folder = Path(workdir).resolve()
@@ -80,7 +80,7 @@ def check_teachers(workdir: Path) -> None:
 
 
 def _completed(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a file, with those of keys that its version did not have.
+    """Adds the keys that an older version did not have to the values of its file.
 
     Raises:
       ConfigError: other keys are missing.
@@ -90,7 +90,7 @@ def _completed(values: dict[str, Any]) -> dict[str, Any]:
         name, _, rest = key.partition(".")
         section = complete.get(name, {})
         if name == "objective" or (rest and not isinstance(section, Mapping)):
-            continue  # `check` says so
+            continue  # `check` refuses it
         if (rest in section) if rest else (name in complete):
             continue
         if key not in LATER:

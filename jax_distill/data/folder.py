@@ -1,4 +1,4 @@
-"""A folder of pictures with captions, as people have them."""
+"""Pictures with captions as people keep them: in folders."""
 
 import os
 from collections import defaultdict
@@ -27,7 +27,7 @@ _REPEATED = "lines name a picture that another line names: each is an example"
 
 
 class Captioned(NamedTuple):
-    """A picture's file and what it shows."""
+    """The file of a picture, and its caption."""
 
     path: Path
     caption: str
@@ -46,24 +46,24 @@ class _Found(NamedTuple):
 
 
 def find(folder: Path, resolution: tuple[int, int] = (1, 1)) -> list[Captioned]:
-    """The pictures of a folder and its subfolders, a folder's own before those below, by name.
+    """Finds the pictures of a folder, then those of its subfolders, each sorted by name.
 
-    Captions are in a text file beside each picture, `cat.txt` for `cat.png`. A folder that has a
-    `metadata.jsonl`, a line {"file_name": .., "text": ..} a picture, is read by that alone, in its
-    order. Hidden files and links to folders are passed over. What is left out is counted in the
-    log. Every picture is decoded, since nothing may fail hours later.
+    Captions are in a text file beside each picture, `cat.txt` for `cat.png`. A folder with a
+    `metadata.jsonl`, one line {"file_name": .., "text": ..} a picture, is read by that alone, in
+    its order. Hidden files and links to folders are skipped. The log counts skipped files. Every
+    picture is decoded, so that none of them fails hours later.
 
     Args:
       folder: to look in.
-      resolution: height and width of what is made of pictures; smaller ones are counted.
+      resolution: height and width that pictures will be fitted to; smaller ones are counted.
 
     Raises:
-      FileError: no such folder, no pictures in it, or some that are missing, have no caption, or
-        cannot be decoded to their end: the first is named, the others are counted.
+      FileError: the folder is missing or has no pictures, or some pictures are missing, have no
+        caption, or cannot be decoded to the end: the first is named, the others are counted.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileError(f"'{folder}' is no folder; give one of pictures with captions")
+        raise FileError(f"'{folder}' is not a folder; give one of pictures with captions")
     left_out: dict[str, list[Path]] = defaultdict(list)
     candidates = list(_walk(folder, left_out))
     for reason, paths in left_out.items():
@@ -93,7 +93,7 @@ def find(folder: Path, resolution: tuple[int, int] = (1, 1)) -> list[Captioned]:
 
 
 def _walk(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
-    """Pictures of a folder and below it; adds to `left_out` what is none, by the reason."""
+    """The pictures of a folder and below it; adds other files to `left_out`, by the reason."""
     waiting = [folder]  # the next one last
     while waiting:
         folder = waiting.pop()
@@ -121,7 +121,7 @@ def _walk(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
 
 
 def _listed(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
-    """Pictures that `metadata.jsonl` lists, each of them there."""
+    """The pictures listed in `metadata.jsonl`, each of which exists."""
     listed = set()
     for number, entry in read_json_lines(folder / METADATA, _Entry):
         where = f"'{folder / METADATA}', line {number}"
@@ -136,7 +136,7 @@ def _listed(folder: Path, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
         path = folder / name
         if not _is_there(path):
             raise FileError(
-                f"{where}: there is no file {entry['file_name']!r:.200}; restore it or remove the"
+                f"{where}: {entry['file_name']!r:.200} is missing; restore the file or remove the"
                 " line"
             )
         check_caption(entry["text"], where)
@@ -181,14 +181,14 @@ def _beside(picture: Path) -> str:
 
 
 def plain_caption(text: str, where: str) -> str:
-    """A caption from a text, without blanks around it; line ends inside it are LF.
+    """Strips a caption of the blanks around it, and ends the lines inside it with LF.
 
     Args:
-      text: as it is in a file.
-      where: as of `check_caption`.
+      text: as read from a file.
+      where: as in `check_caption`.
 
     Raises:
-      FileError: as `check_caption`, or it has CR that end no lines: of several captions, perhaps.
+      FileError: as `check_caption`; or CR inside, perhaps between several captions.
     """
     caption = text.replace("\r\n", "\n").strip()
     if "\r" in caption:
@@ -198,14 +198,14 @@ def plain_caption(text: str, where: str) -> str:
 
 
 def check_caption(caption: str, where: str) -> None:
-    """Checks that a caption is text that an encoder can read.
+    """Checks that an encoder can read a caption.
 
     Args:
       caption: of a picture, or to be drawn.
-      where: it was found, which begins the message.
+      where: the place it was found, which begins the message.
 
     Raises:
-      FileError: it is empty, has NUL characters, or is no caption by its length.
+      FileError: it is empty, too long, or has NUL characters.
     """
     if not caption.strip():
         raise FileError(f"{where}: the caption is empty; write one or take its picture away")

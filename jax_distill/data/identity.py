@@ -1,4 +1,4 @@
-"""Which data set a folder of records holds, wherever it lies."""
+"""The identity of a data set, wherever its folder lies."""
 
 import hashlib
 import json
@@ -7,28 +7,28 @@ from typing import TypedDict
 
 from jax_distill.data.records import LatentRecords
 
-_SHARDS = 16  # the most that are read of
+_SHARDS = 16  # read at most
 _BYTES = 2**16  # of each, from its beginning
 
 
 class Identity(TypedDict):
-    """The number of examples, and a digest that tells data sets apart."""
+    """The number of examples, and a digest to tell data sets apart."""
 
     examples: int
     digest: str
 
 
 def identity(folder: Path) -> Identity:
-    """What stays the same of a data set that is copied or moved.
+    """Identifies a data set by facts that copying and moving do not change.
 
-    The digest is of the description, of the sizes of all shards, and of how some of them begin: of
-    a terabyte no more than a megabyte is read.
+    The digest covers the description, the sizes of all shards, and the beginnings of some of them:
+    at most a megabyte is read, even of a terabyte.
 
     Args:
-      folder: one of `records.write`.
+      folder: written by `records.write`.
 
     Raises:
-      ValueError: it is none.
+      ValueError: it is no such folder.
     """
     records = LatentRecords(folder)
     digest = hashlib.sha256(json.dumps(records.description, sort_keys=True).encode())

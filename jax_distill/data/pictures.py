@@ -16,17 +16,17 @@ from jax_distill.storage import disks
 from jax_distill.storage.files import FileError, check_regular, unread
 
 BACKGROUND = (255, 255, 255)
-"""What lies behind transparent pixels."""
+"""The colour behind transparent pixels."""
 
-# What browsers and viewers show, told apart by the first bytes; never what runs another program.
+# Formats of browsers and viewers, recognised by the first bytes; none that runs another program.
 FORMATS = "PNG JPEG MPO WEBP AVIF GIF TIFF BMP JPEG2000 PPM QOI".split()
 
-# Pixels of a picture: what keeps reading it below 1 GB. A decoder takes up to 10 bytes for one, or
-# 25 in these formats; JPEG can be decoded at half the size.
+# The most pixels of a picture, which keep reading it below 1 GB. A decoder takes up to 10 bytes a
+# pixel, or 25 in these formats; JPEG can be decoded at half the size.
 PIXELS, PIXELS_WIDE, PIXELS_JPEG = 64_000_000, 30_000_000, 110_000_000
 _WIDE = ("WEBP", "AVIF", "JPEG2000")
 FILE_BYTES, PROFILE_BYTES = 2**28, 2**24
-SCANS = 100  # of a progressive JPEG: each goes over all pixels, and takes a few bytes of a file
+SCANS = 100  # of a progressive JPEG: each visits all pixels, and takes a few bytes of the file
 
 FRAMES = "have several frames or pages, of which the first is taken"
 PROFILE = "have a colour profile that cannot be used, and are taken as sRGB"
@@ -42,7 +42,7 @@ _UPRIGHT = {  # EXIF's orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_PLAIN = {  # modes without alpha: what their pixels become before a profile is applied
+_PLAIN = {  # modes without alpha, and the mode of their pixels before a profile is applied
     "1": "L",
     "L": "L",
     "P": "RGB",
@@ -59,7 +59,7 @@ _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
 class Shown(NamedTuple):
-    """A picture as it is seen, and what was done about it that its owner may not expect."""
+    """A picture as it is seen, with notes on conversions that its owner may not expect."""
 
     image: Image.Image  # RGB, upright
     notes: frozenset[str] = frozenset()
@@ -67,15 +67,15 @@ class Shown(NamedTuple):
 
 @functools.cache
 def endings() -> tuple[str, ...]:
-    """The endings, in lower case, of files that are taken for pictures."""
+    """The endings, in lower case, that mark a file as a picture."""
     known = Image.registered_extensions()
     return tuple(sorted(ending for ending, name in known.items() if name in FORMATS))
 
 
 def read(path: Path, height: int, width: int) -> np.ndarray:
-    """A picture (height, width, 3) uint8: resized until it covers that, the middle cut out.
+    """Reads a picture as (height, width, 3) uint8: resized to cover that, then cropped centrally.
 
-    What it shows is what a viewer shows on a white page, see `shown`.
+    It looks as in a viewer on a white page, see `shown`.
 
     Raises:
       FileError: as `shown`.
@@ -86,11 +86,11 @@ def read(path: Path, height: int, width: int) -> np.ndarray:
 
 
 def check(path: Path, height: int, width: int) -> frozenset[str]:
-    """Decodes a picture to its end; returns what is worth saying of it, such as `FRAMES`.
+    """Decodes a picture to its end; returns notes about it, such as `FRAMES`.
 
     Args:
       path: of the file.
-      height: of what will be made of it, in pixels.
+      height: in pixels, that the picture will be fitted to.
       width: likewise.
 
     Raises:
@@ -101,16 +101,16 @@ def check(path: Path, height: int, width: int) -> frozenset[str]:
 
 
 def shown(path: Path) -> Shown:
-    """A picture as a viewer shows it on a white page.
+    """Decodes a picture as a viewer shows it on a white page.
 
-    Orientation is followed. An embedded profile is followed, to sRGB, unless it moves no colour by
-    more than two of 255 levels. Samples of 16 bits are rounded to 8, v / 257. Transparent pixels
-    are white, half transparent ones half so, before anything is resized. Of several frames or
-    pages the first is taken.
+    Its orientation is applied, and an embedded profile is converted to sRGB unless that moves no
+    colour by more than two of 255 levels. Samples of 16 bits are rounded to 8, v / 257.
+    Transparent pixels are blended with white before anything is resized. The first of several
+    frames or pages is taken.
 
     Raises:
-      FileError: there is no such file, it cannot be decoded to its end, has too many pixels, or
-        samples whose range nobody knows: of floats, signed, or of more than 16 bits.
+      FileError: the file is missing, cannot be decoded to its end, or has too many pixels, or
+        samples of unknown range: floats, signed ones, or more than 16 bits.
     """
     with _reading(path):
         return _shown(path)
@@ -118,7 +118,7 @@ def shown(path: Path) -> Shown:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Names the picture in whatever Pillow raises, and keeps its warnings to itself."""
+    """Names the picture in any error of Pillow's, and silences its warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -126,7 +126,7 @@ def _reading(path: Path) -> Iterator[None]:
     except FileError:
         raise
     except FileNotFoundError:
-        raise FileError(f"there is no file '{path}'; restore it or take it off the list") from None
+        raise FileError(f"'{path}' is missing; restore it or take it off the list") from None
     except Image.DecompressionBombError as error:
         pixels = int(re.search(r"\d+", str(error))[0])
         raise FileError(_too_large(path, pixels, PIXELS)) from None
@@ -138,7 +138,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _unread(path: Path, error: Exception) -> FileError | None:
-    """As `files.unread`; decoders in C keep the system's error to themselves, reading shows it."""
+    """Like `files.unread`; reads the file again, since decoders in C hide the system's error."""
     try:
         with path.open("rb") as file:
             while file.read(2**24):
@@ -183,7 +183,7 @@ def _shown(path: Path) -> Shown:
 
 
 def _bound(image: Image.Image, path: Path) -> None:
-    """Checks the work of decoding before it begins; large JPEGs are set to half the size."""
+    """Limits the work of decoding before it begins; large JPEGs are decoded at half the size."""
     pixels = image.width * image.height
     jpeg = image.format in ("JPEG", "MPO") and image.mode != "CMYK"
     limit = PIXELS_WIDE if image.format in _WIDE or image.mode == "CMYK" else PIXELS
@@ -203,7 +203,7 @@ def _too_large(path: Path, pixels: int, limit: int) -> str:
 
 
 def _packed_as(image: Image.Image) -> str:
-    """Pillow's name for how samples lie in the file; empty where it has none. Lost by loading."""
+    """Pillow's name for the layout of samples in the file, or ''; it is lost by loading."""
     arguments: Any = image.tile[0][3] if getattr(image, "tile", None) else ""
     packed = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
     return packed if isinstance(packed, str) else ""
@@ -257,7 +257,7 @@ def _colours(image: Image.Image, packed: str, path: Path) -> tuple[Image.Image, 
 def _from_16_bits(
     image: Image.Image, packed: str, path: Path
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Grey of 16 bits, in any of Pillow's modes for it, as 8 bits and alpha."""
+    """Converts grey of 16 bits, in any of Pillow's modes, to 8 bits and alpha."""
     white = 4095 if packed == "I;12" else 65535
     inverted = image.format == "TIFF" and image.tag_v2.get(262) == 0  # white is zero
     transparent = image.info.get("transparency")
@@ -278,7 +278,7 @@ def _from_16_bits(
 
 @functools.lru_cache(maxsize=8)  # a camera's pictures share theirs
 def _to_srgb(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
-    """The function that takes pictures of a mode from a profile's colours to sRGB.
+    """Builds a function that converts pictures of a mode from a profile's colours to sRGB.
 
     Args:
       profile: ICC's bytes.
@@ -286,7 +286,7 @@ def _to_srgb(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] 
 
     Returns:
       A function of pictures, the identity where the profile is sRGB in effect; None where the
-      profile is damaged, or one of other colours.
+      profile is damaged or describes other colours.
     """
     if len(profile) > PROFILE_BYTES:
         return None
@@ -314,7 +314,7 @@ def _to_srgb(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] 
 
 @functools.cache
 def _probe(mode: str) -> Image.Image:
-    """Colours of all kinds in one picture."""
+    """A picture of all kinds of colours."""
     steps = np.linspace(0, 255, 256 if mode == "L" else 9).round().astype(np.uint8)
     grid = np.meshgrid(*[steps] * len(Image.new(mode, (1, 1)).getbands()), indexing="ij")
     return Image.frombytes(mode, (grid[0].size, 1), np.stack(grid, -1).tobytes())

@@ -37,7 +37,7 @@ _TYPES = {
 
 
 class LatentRecord(NamedTuple):
-    """One picture and its caption, embedded where that takes large networks."""
+    """One picture and its caption, stored embedded where that takes large networks."""
 
     latents: np.ndarray  # (N, C) packed, float16
     caption: str
@@ -46,7 +46,7 @@ class LatentRecord(NamedTuple):
 
 
 class Description(TypedDict):
-    """What is relied on of `dataset.json`; other facts may stand beside it."""
+    """The required facts of `dataset.json`, which may hold others as well."""
 
     shards: list[str]
     examples: NotRequired[int]
@@ -55,7 +55,7 @@ class Description(TypedDict):
 
 
 class LatentRecords:
-    """Random access to a folder that `write` made.
+    """Random access to a folder written by `write`.
 
     Raises:
       ValueError: the folder is missing, unfinished, damaged, or lacks a shard or examples.
@@ -85,9 +85,9 @@ class LatentRecords:
         self._layout = _layout(self[0])
 
     def _shard(self, name: str) -> Path:
-        """A shard's file; names lead nowhere else, and have nothing that ArrayRecord interprets."""
+        """The file of a shard; its name leads nowhere else, nor is interpreted by ArrayRecord."""
         if not re.fullmatch(r"[\w.-]+\.array_record", name):
-            raise FileError(f"'{self._path / DESCRIPTION}': {name!r:.80} names no shard; {_AGAIN}")
+            raise FileError(f"'{self._path / DESCRIPTION}': {name!r:.80} is not a shard; {_AGAIN}")
         shard = self._path / name
         try:
             check_regular(shard)
@@ -104,10 +104,10 @@ class LatentRecords:
         return len(self._source)
 
     def __getitem__(self, index: int) -> LatentRecord:
-        """An example.
+        """One example.
 
         Raises:
-          FileError: it is damaged, of other shapes and types than the first, or not finite.
+          FileError: it is damaged, not finite, or its shapes and types differ from the first's.
         """
         what = f"example {index}"
         try:
@@ -121,7 +121,7 @@ class LatentRecords:
 
     @property
     def has_null(self) -> bool:
-        """Whether the empty caption is there, embedded."""
+        """Whether the folder holds the empty caption, embedded."""
         return (self._path / NULL).is_file()
 
     @property
@@ -129,7 +129,7 @@ class LatentRecords:
         """The empty caption, embedded, with a leading axis of length one.
 
         Raises:
-          FileError: it is missing, damaged, or of other shapes and types than those of captions.
+          FileError: it is missing or damaged, or its shapes and types differ from the captions'.
         """
         try:
             check_regular(self._path / NULL)
@@ -145,17 +145,17 @@ class LatentRecords:
 
 
 def restore(content: bytes, kind: type[NamedTuple], ranks: tuple[int, ...]) -> dict[str, Any]:
-    """The fields of a record, as `flax.serialization.msgpack_serialize` writes them, checked.
+    """Reads and checks the fields of a record that `flax.serialization.msgpack_serialize` wrote.
 
-    Nothing is made that is not as large in `content`.
+    Nothing is allocated that is larger than `content`.
 
     Args:
-      content: msgpack: a map of text and of arrays.
-      kind: `LatentRecord` or `Text`; its fields that have defaults may be missing, all or none.
-      ranks: number of axes of its arrays, in their order.
+      content: msgpack, a map of text and arrays.
+      kind: `LatentRecord` or `Text`; its fields with defaults may be missing, all of them or none.
+      ranks: number of axes of each of its arrays.
 
     Raises:
-      ValueError: it is something else, or has numbers that are not finite.
+      ValueError: `content` is something else, or some of its numbers are not finite.
     """
     if len(content) > RECORD_BYTES:
         raise ValueError(f"it is longer than {RECORD_BYTES >> 20} MiB")
@@ -164,48 +164,48 @@ def restore(content: bytes, kind: type[NamedTuple], ranks: tuple[int, ...]) -> d
             content, ext_hook=_array, max_map_len=len(kind._fields), max_array_len=0
         )
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise ValueError(f"it is no record: {error}") from None
+        raise ValueError(f"it is not a record: {error}") from None
     required = [name for name in kind._fields if name not in kind._field_defaults]
     if not isinstance(fields, dict) or set(fields) not in (set(required), set(kind._fields)):
-        raise ValueError(f"it has not the fields {', '.join(required)}")
+        raise ValueError(f"it lacks some of the fields {', '.join(required)}")
     arrays = [name for name in kind._fields if name != "caption"]
     for name, value in fields.items():
         if name == "caption":
             if not isinstance(value, str):
-                raise ValueError("its caption is no text")
+                raise ValueError("its caption is not text")
             continue
         rank = ranks[arrays.index(name)]
         if not isinstance(value, np.ndarray) or value.ndim != rank or not value.size:
-            raise ValueError(f"its {name} are no array of {rank} axes")
+            raise ValueError(f"its {name} are not an array of {rank} axes")
         if not _finite(value):
             raise ValueError(f"its {name} are not finite")
     return fields
 
 
 def _array(code: int, content: bytes) -> np.ndarray:
-    """An array as flax packs it: shape, name of the type, and the bytes."""
+    """Unpacks an array of flax's: its shape, the name of its type, and its bytes."""
     if code != 1:
-        raise ValueError(f"extension {code} is no array")
+        raise ValueError(f"extension {code} is not an array")
     shape, name, values = msgpack.unpackb(content, raw=True, max_array_len=3, max_map_len=0)
     kind = _TYPES.get(name)
     if kind is None:
-        raise ValueError(f"type {name!r:.80} is none of {', '.join(map(str, _TYPES.values()))}")
+        raise ValueError(f"type {name!r:.80} is not one of {', '.join(map(str, _TYPES.values()))}")
     if not (isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)):
-        raise ValueError(f"{shape!r:.80} is no shape")
+        raise ValueError(f"{shape!r:.80} is not a shape")
     if math.prod(shape) * kind.itemsize != len(values):
         raise ValueError(f"shape {shape!r} does not fit {len(values)} bytes")
     return np.frombuffer(values, kind).reshape(shape)
 
 
 def _finite(values: np.ndarray) -> bool:
-    """Whether all are; by their bits, which takes bfloat16 an eighth of the time."""
+    """Whether all values are finite; comparing bits takes an eighth of the time in bfloat16."""
     bits = np.dtype(f"u{values.itemsize}")
     exponent = np.array(np.inf, values.dtype).view(bits)
     return bool(((values.view(bits) & exponent) != exponent).all())
 
 
 def _layout(arrays: NamedTuple) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shapes and types of the arrays among the fields."""
+    """The shapes and types of the arrays among the fields."""
     fields = arrays._asdict().items()
     return {k: (v.shape, v.dtype.name) for k, v in fields if isinstance(v, np.ndarray)}
 
@@ -218,14 +218,14 @@ def write(
     null: Text | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes records in shards; the description comes last, so half a folder is never read.
+    """Writes records in shards, and the description last, so that half a folder is never read.
 
     Args:
-      path: folder, made if it is missing.
+      path: folder, created if it is missing.
       records: in order.
       description: JSON-able facts about the data set, kept in `dataset.json`.
       null: the empty caption, where captions are embedded.
-      shard_bytes: a shard ends with the record that makes it as long as this.
+      shard_bytes: length at which a shard is closed, reached by its last record.
     """
     path.mkdir(parents=True, exist_ok=True)
     (path / DESCRIPTION).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""How many processes a cluster has started for a run, from what it and JAX say of it.
+"""Counts the processes that a cluster has started for a run, as the cluster and JAX report them.
 
 JAX's detection is not public, and finds nothing where a variable that it waits for is missing. The
 variables that launchers set are a second opinion: a process that is one of several and goes on
@@ -15,7 +15,7 @@ TPU_DEVICES = ("accel[0-9]*", "vfio/[0-9]*")  # below /dev, of a TPU VM
 
 
 def count(variables: Mapping[str, str] | None = None) -> int:
-    """How many processes there are: 1, or as many as JAX finds too.
+    """The number of processes: 1, or as many as JAX finds too.
 
     Args:
       variables: of the environment; the process's by default.
@@ -28,7 +28,7 @@ def count(variables: Mapping[str, str] | None = None) -> int:
     failure, changed = "", False
     try:
         found = _found()
-    except Exception as error:  # of any kind: it reads variables, asks servers, and is not public
+    except Exception as error:  # any: it reads variables, queries servers, and is not public
         found = 1
         failure = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
         changed = isinstance(error, ImportError | AttributeError | TypeError)
@@ -45,7 +45,7 @@ def count(variables: Mapping[str, str] | None = None) -> int:
 
 
 def _found() -> int:
-    """How many processes JAX's own detection finds here; 1 where it finds no cluster.
+    """The number of processes that JAX's own detection finds; 1 where it finds no cluster.
 
     `jax.distributed.initialize` would wait for minutes for a name that single hosts with a TPU,
     such as notebooks, do not have.
@@ -101,7 +101,7 @@ _LAUNCHERS = (
 
 
 def _told(variables: Mapping[str, str]) -> str | None:
-    """The variable, with its value, that says that there are several processes, if one does.
+    """The variable, with its value, that announces several processes, if one does.
 
     Raises:
       ValueError: it is no number.
@@ -121,7 +121,7 @@ def _told(variables: Mapping[str, str]) -> str | None:
 def _value(variables: Mapping[str, str], name: str) -> str:
     """The value of a variable; empty where it is not set.
 
-    So is what libtpu sets a TPU's variables to where there is none: a warning, with a comma.
+    Empty, too, for libtpu's warning (with a comma), which it puts there where there is no TPU.
     """
     text = variables.get(name, "")
     return "" if "TPU" in name and text.startswith("WARNING") else text

@@ -1,7 +1,7 @@
-"""Copies stdin to stderr, but says in one sentence what JAX reports of a lost process.
+"""Copies stdin to stderr, with JAX's report of a lost process shortened to one sentence.
 
-JAX's coordination client ends a process of several from C++ when another is lost: some lines of
-errors, one that is fatal, its stack, and then the stacks of all threads, from Python's handler of
+When a process is lost, JAX's coordination client ends each other one from C++: some lines of
+errors, a fatal one, its stack, and then the stacks of all threads, from Python's handler of
 SIGABRT. No handler of ours runs then, so a program beside the process (`shorten`) reads what it
 writes. It imports little, to be there at once, and ends when nobody can write to it.
 """
@@ -35,16 +35,18 @@ _END = re.compile(
 )
 _REGISTERING = b"CoordinationService/RegisterTask"  # each waits in it until all are there
 _OTHER_CRASH = re.compile(rb"^Fatal Python error: (?!Aborted)(?=.{7})", re.MULTILINE)
-_PATIENCE = 0.5  # seconds from an error of the coordination service to the fatal one; it takes 1 ms
+_PATIENCE = (
+    0.5  # seconds from an error of the coordination service to the fatal one, which take 1 ms
+)
 _SIGNALS = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGTERM")
 
 
 def shorten() -> None:
-    """Makes JAX's reports of a lost process one sentence on stderr, from now on.
+    """Shortens JAX's reports of a lost process to one sentence on stderr, from now on.
 
-    What this process writes to file descriptor 2, and what those write that it starts, goes through
-    `main`, in a process of its own: the report is written from C++ while this one aborts.
-    (JAX takes a callback in its place, but its bindings cannot call one of Python; with
+    Everything that this process and its children write to file descriptor 2 goes through `main`,
+    in a process of its own: the report is written from C++ while this one aborts.
+    (JAX accepts a callback instead, but its bindings cannot call a Python one; with
     `jax_enable_recoverability` the loss of process 0 is fatal as before.) Where there is no stderr,
     or nothing can be started, reports are as they were.
     """
@@ -101,12 +103,12 @@ class Shortened:
         return text
 
     def release(self) -> bytes:
-        """The held bytes: no report has followed."""
+        """Releases the held bytes: no report has followed."""
         held, self.held = self.held, b""
         return held
 
     def _other_crash(self, text: bytes) -> bytes:
-        """What is no part of the report after all: Python's own, of another signal."""
+        """The part that is no report of a lost process: Python's own, of another signal."""
         text = self._line + text
         if found := _OTHER_CRASH.search(text):
             self._ended, self._line = False, b""

@@ -1,7 +1,7 @@
 """Runs of several processes: how they find each other, wait for each other and agree.
 
 All run the same program on the same configuration and see the same workdir. Each holds the devices
-of its host; what is computed on the mesh, all compute together. The first, the leader, is the only
+of its host; computations on the mesh are done by all together. The first, the leader, is the only
 one that writes files, but for checkpoints, of which each writes its own share.
 """
 
@@ -26,7 +26,7 @@ _YEAR = 365 * 24 * 3600
 
 
 def define_flags() -> None:
-    """The flags that `join` reads, for commands that may be one of several processes."""
+    """Defines the flags that `join` reads, for commands that may be one of several processes."""
     flags.DEFINE_string(
         "coordinator_address",
         None,
@@ -54,7 +54,7 @@ def join() -> None:
     a TPU pod, Slurm, Open MPI.
 
     Raises:
-      ValueError: it is not said who they are, or not by all that know; or they do not come.
+      ValueError: they are not named, or not consistently; or they do not come.
     """
     address = flags.FLAGS.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS") or None
     count = _number(flags.FLAGS.num_processes, "JAX_NUM_PROCESSES")
@@ -101,7 +101,7 @@ def wait(what: str) -> None:
 
 
 def leader_first(make: Callable[[], T], what: str) -> T:
-    """What each process makes, the others when the leader has: they find its files."""
+    """Calls `make` on the leader first, then on the others, which find its files."""
     if is_leader():
         made = make()
         wait(what)
@@ -120,6 +120,6 @@ def agreed(value: bool) -> bool:
 def preempted() -> bool:
     """Whether to save and stop now; every process asks after every step, and all hear the same.
 
-    Where one has had SIGTERM, all hear it after the step that the one furthest ahead is in.
+    If one has received SIGTERM, all hear it after the step that the one furthest ahead is in.
     """
     return multihost_utils.reached_preemption_sync_point(next(_sync_points))

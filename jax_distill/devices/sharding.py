@@ -1,4 +1,4 @@
-"""The mesh, and the tables that say where every parameter and every activation lives on it."""
+"""The mesh, and the tables that place every parameter and every activation on it."""
 
 import math
 import re
@@ -17,7 +17,7 @@ AXES = ("data", "fsdp", "tensor")
 
 # Logical axes of a parameter by its path; the first pattern that matches decides. Leading layer
 # axes of stacked blocks are never split. An adapter's long axis is always split over `fsdp`, within
-# its kernel's part: what a layer gathers of it lies where the kernel does.
+# its kernel's part: a layer gathers it where the kernel lies.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(query|key|value|mlp_in|modulation|linear_1)/kernel$", ("embed", "heads")),
     (r"(attention_out|mlp_out|out|linear_2)/kernel$", ("heads", "embed")),
@@ -54,7 +54,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     `data`, and along `fsdp` as far as `data` does not divide among them; never along `tensor`.
 
     Args:
-      sizes: devices along each of `AXES`; one of them may be -1: what is left.
+      sizes: devices along each of `AXES`; one of them may be -1: the rest.
       devices: those of another machine; by default this program's.
 
     Raises:

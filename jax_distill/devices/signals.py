@@ -1,4 +1,4 @@
-"""Signals that end a process: noted, so that what it is doing can end well."""
+"""Signals that end a process: noted, so that its work can end well."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Notes SIGTERM and SIGINT instead of dying of them, so that a step can end and be saved.
+    """Notes SIGTERM and SIGINT instead of dying, so that a step can end and be saved.
 
     Of several processes, JAX notes SIGTERM, for all: see `processes.preempted`. SIGINT is made one.
 

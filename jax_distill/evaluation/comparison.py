@@ -1,10 +1,9 @@
-"""What a study shows: methods side by side, as a table, as plots and as a page."""
+"""Results of a study: methods side by side, as a table, as plots and as a page."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +50,7 @@ def shares(study: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> dict
 
 
 def table(study: Mapping[str, Any]) -> list[list[str]]:
-    """Head and rows: a method, its shares of the teacher's score by steps, and what it cost."""
+    """Head and rows: a method, its shares of the teacher's score by steps, and its cost."""
     rows = by_row(study)
     steps = list(next(iter(rows.values()))[0]["student"]) if rows else []
     costs = ["train min", "GFLOP a step", "peak GiB"]
@@ -94,7 +93,7 @@ def format_table(study: Mapping[str, Any]) -> str:
 
 
 def sampling_table(study: Mapping[str, Any]) -> list[list[str]]:
-    """Head and rows: what a picture costs in the transformer, by method and steps."""
+    """Head and rows: a picture's cost in the transformer, by method and steps."""
     costs = study["sampling"]
     steps = sorted({int(n) for entries in costs.values() for n in entries})
     lines = [["a picture's cost", *(f"{n} {page.plural('step', n)}" for n in steps)]]
@@ -188,7 +187,7 @@ PLOT = (4.6, 3.4)  # inches
 
 
 def plots_of(study: Mapping[str, Any]) -> list[tuple[str, str, Callable[[Axes, Theme], None]]]:
-    """The plots: a name for a file, a caption, and what draws it."""
+    """The plots: a file's name, a caption, and a function that draws it."""
     rows = by_row(study)
     if not rows:
         return []
@@ -202,7 +201,7 @@ def plots_of(study: Mapping[str, Any]) -> list[tuple[str, str, Callable[[Axes, T
 
 
 def write(folder: Path, study: Mapping[str, Any], grid: Path | None = None) -> Path:
-    """Writes what a study found: study.html, which needs no other file; study.md and its plots.
+    """Writes the results of a study: study.html, which needs no other file; study.md and its plots.
 
     Args:
       folder: where the files go.
@@ -212,10 +211,6 @@ def write(folder: Path, study: Mapping[str, Any], grid: Path | None = None) -> P
     Returns:
       The page.
     """
-    figures = [
-        page.figure(plots.inline(draw, PLOT, caption), caption)
-        for _, caption, draw in plots_of(study)
-    ]
     rows, full = by_row(study), study["teacher"]
     note = (
         "Means over the seeds, and half of the range they span. The teacher's own score at"
@@ -226,17 +221,16 @@ def write(folder: Path, study: Mapping[str, Any], grid: Path | None = None) -> P
         ("Sampling", "Of the transformer, on the machine of the study.", sampling_table(study)),
         ("Tasks", "Scores.", _by_task(study, rows, list(full["tasks"]))),
     ]
-    html = [f"<h2>{name}</h2><p>{note}</p>{_html_table(lines)}" for name, note, lines in tables]
-    html.insert(1, f'<div class="plots">{"".join(figures)}</div>')
-    if grid is not None and (image := page.picture(grid)):
-        html.append(
-            '<h2>Samples</h2><figure><div class="scroll grid">'
-            f'<img src="{image}" alt="The methods\' pictures for fixed prompts"></div></figure>'
-        )
     commands = [str(cell["command"]) for cell in study["cells"]]
-    items = "".join(f"<li><code>{escape(command)}</code></li>" for command in commands)
-    html.append(f"<h2>Commands</h2><ul>{items}</ul>")
-    page.write(folder / "study.html", str(study["name"]), "\n".join(html))
+    page.write(
+        folder / "study.html",
+        "study.html",
+        str(study["name"]),
+        tables=tables,
+        figures=[page.Figure(x, plots.inline(draw, PLOT, x)) for _, x, draw in plots_of(study)],
+        image=page.picture(grid) if grid is not None else None,
+        commands=commands,
+    )
 
     text = [f"## {name}\n\n{note}\n\n{markdown(lines)}" for name, note, lines in tables]
     for name, caption, draw in plots_of(study):
@@ -261,15 +255,3 @@ def _by_task(study: Mapping, rows: Mapping, tasks: Sequence[str]) -> list[list[s
             ]
             lines.append([name, steps, *values])
     return lines
-
-
-def _html_table(lines: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in lines[0])
-    body = "".join(
-        f'<tr><th scope="row">{escape(line[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in line[1:])
-        + "</tr>"
-        for line in lines[1:]
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll">{table}</div>'

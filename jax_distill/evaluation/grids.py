@@ -166,7 +166,7 @@ _RULER = FigureCanvasAgg(Figure((1, 1), dpi=DPI)).get_renderer()
 
 @dataclass(frozen=True)
 class _Text:
-    """A way to set text; sizes in pixels."""
+    """Style of text; sizes in pixels."""
 
     size: float
     weight: str = "normal"
@@ -220,7 +220,7 @@ class _Text:
         return lines
 
     def _fitting(self, word: str, width: int) -> int:
-        """How many letters of a word that is too wide fit on a line, at least one."""
+        """The number of letters of a too wide word that fit on a line, at least one."""
         count = 1
         while count < len(word) - 1 and self.width([word[: count + 1]]) <= width:
             count += 1

@@ -1,4 +1,4 @@
-"""What a run logged while it trained, as metrics.jsonl holds it."""
+"""Metrics that a run logged while it trained, as metrics.jsonl holds them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> Metrics | None:
-    """Reads what can be read of a metrics.jsonl; None if there is no line to show.
+    """Reads a metrics.jsonl as far as it is readable; None if there is no line to show.
 
     Of more than `MOST_LINES` steps every second, fourth, .. is kept; of more than `MOST_NAMES`
     metrics the first ones.
@@ -91,7 +91,7 @@ def _texts(path: Path) -> Iterator[str | None]:
         raise FileError(f"'{path}' has {size} that a report is made of; shorten or remove it")
     with path.open("rb") as file:
         encoding = encoding_of(file.read(4))
-    # Bytes that are no text are to spoil their line alone.
+    # Bytes that are no text spoil only their own line.
     errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
     with path.open(encoding=encoding, errors=errors, newline="\n") as file:
         whole = True
@@ -111,7 +111,7 @@ def _is_name(text: str) -> bool:
 
 
 def _line(text: str, names: dict[str, str]) -> dict[str, float] | None:
-    """The numbers of a line, with its step; None where it is no such line."""
+    """The numbers of a line, with its step; None for any other line."""
     try:
         line = _numbers(text)
         if line.keys() <= names.keys():

@@ -7,7 +7,6 @@ into HTML.
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -55,11 +55,11 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def label(text: str) -> str:
-    """Text of a stranger for axes and legends, where dollars would begin a formula."""
+    """Untrusted text for axes and legends, where dollars would begin a formula."""
     return one_line(text).replace("$", r"\$")
 
 
-def inline(draw: Callable[[Axes, Theme], None], size: tuple[float, float], alt: str) -> str:
+def inline(draw: Callable[[Axes, Theme], None], size: tuple[float, float], alt: str) -> Markup:
     """The HTML of a plot, which follows the reader's choice of light or dark.
 
     Args:
@@ -68,10 +68,10 @@ def inline(draw: Callable[[Axes, Theme], None], size: tuple[float, float], alt: 
       alt: says in words what is drawn.
     """
     light, dark = (data_uri(_svg(draw, theme, size), "image/svg+xml") for theme in (LIGHT, DARK))
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{html.escape(alt)}"></picture>'
-    )
+    return Markup(
+        '<picture><source media="(prefers-color-scheme: dark)" srcset="{}">'
+        '<img src="{}" alt="{}"></picture>'
+    ).format(dark, light, alt)
 
 
 def save(path: Path, draw: Callable[[Axes, Theme], None], size: tuple[float, float]) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows to people: a page of its workdir, and the table of its scores."""
+"""Reports of a run for people: a page about its workdir, and the table of its scores."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from html import escape
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,15 +21,17 @@ from jax_distill.storage.quoting import one_line
 MAX_SAMPLES = 4
 MAX_STAGES, MAX_PLOTS, MAX_SETTINGS = 8, 24, 1000  # more than runs have; a page must be done once
 
+_TIMES = ("step", "time")  # of metrics.jsonl, which no plot shows
+
 
 def format_table(results: Mapping[str, Any]) -> str:
     """The scores of results.json as a plain-text table, for a terminal.
 
     Args:
-      results: as in results.json; what is missing has no column.
+      results: as in results.json; missing ones have no column.
 
     Raises:
-      ValueError: it holds something else than scores, naming what.
+      ValueError: it holds something other than scores; the message names it.
     """
     parsed = parse_results(results)
     columns = parsed.columns()
@@ -46,10 +47,10 @@ def format_table(results: Mapping[str, Any]) -> str:
 
 
 def write_report(workdir: str | Path) -> Path:
-    """Writes `report.html`: one file, which needs no other, about what lies in a workdir.
+    """Writes `report.html`: one file, which needs no other, about the content of a workdir.
 
-    Read are config.json, metrics.jsonl (and those of stages before, one folder down),
-    results.json and samples/*.png. What is missing is left out.
+    Reads config.json, metrics.jsonl (and those of stages before, one folder down), results.json
+    and samples/*.png; any of them may be missing.
 
     Returns:
       The page's path.
@@ -75,40 +76,27 @@ def write_report(workdir: str | Path) -> Path:
         count = metrics.unreadable
         notes.append(f"{count} unreadable {page.plural('line', count)} of metrics.jsonl left out.")
 
-    name = one_line(str(config.get("name") or workdir.resolve().name))
-    sections = [
-        _summary(results, metrics, config, notes),
-        _scores(results),
-        _samples(workdir / "samples"),
-        _training("Training", metrics),
-    ]
-    for path in sorted(workdir.glob("*/metrics.jsonl"))[:MAX_STAGES]:
-        stage = one_line(path.parent.name.replace("_", " "))
-        sections.append(_training(f"Stage before: {stage}", read_metrics(path)))
-    sections.append(_configuration(config))
-    body = "\n".join(filter(None, sections))
+    shares = results.shares(results.student) if results else {}
     path = workdir / "report.html"
-    page.write(path, name, body)
+    page.write(
+        path,
+        "report.html",
+        one_line(str(config.get("name") or workdir.resolve().name)),
+        sentences=_sentences(results, metrics, config) + notes,
+        shares={steps: _percent(share) for steps, share in shares.items()},
+        scores=_scores(results),
+        samples=_samples(workdir / "samples"),
+        stages=_stages(workdir, metrics),
+        settings=_settings(config, ""),
+        most_settings=MAX_SETTINGS,
+    )
     return path
 
 
-def _summary(
-    results: Results | None, metrics: Metrics | None, config: Mapping, notes: list[str]
-) -> str:
-    sentences, tiles = [], ""
-    if results is None or not results.columns():
-        sentences.append("This run has not been evaluated yet.")
-    else:
-        sentences += _score_sentences(results)
-        tiles = "".join(
-            f"<div><dt>{n} {page.plural('step', n)}</dt><dd>{_percent(share)}</dd></div>"
-            for n, share in results.shares(results.student).items()
-        )
-    if tiles:
-        tiles = f'<div class="tiles"><p>Share of the teacher&#x27;s score</p><dl>{tiles}</dl></div>'
-    if metrics is not None:
-        sentences.append(_training_sentence(metrics, config))
-    return f"<p>{escape(' '.join(sentences + notes))}</p>{tiles}"
+def _sentences(results: Results | None, metrics: Metrics | None, config: Mapping) -> list[str]:
+    scored = results is not None and results.columns()
+    sentences = _score_sentences(results) if scored else ["This run has not been evaluated yet."]
+    return sentences + ([_training_sentence(metrics, config)] if metrics is not None else [])
 
 
 def _percent(share: float) -> str:
@@ -166,146 +154,139 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**53
 
 
-def _scores(results: Results | None) -> str:
+class Scores(NamedTuple):
+    """The table of scores, and its plots.
+
+    Attributes:
+      groups: "teacher" or "student", and how many columns side by side are its.
+      steps: of each column.
+      rows: a name, and a text for each column.
+      figures: plots of the table.
+    """
+
+    groups: list[tuple[str, int]]
+    steps: list[str]
+    rows: list[tuple[str, list[str]]]
+    figures: list[page.Figure]
+
+
+def _scores(results: Results | None) -> Scores | None:
     if results is None or not results.columns():
-        return ""
-    columns, figures = results.columns(), []
+        return None
+    columns, teacher = results.columns(), results.teacher
+    drawn = []
     if results.student or results.few:
-        draw = plots.score_by_steps(
-            {n: score.score for n, score in results.student.items()},
-            {n: score.score for n, score in results.few.items()},
-            results.teacher.score if results.teacher else None,
-            results.teacher_name,
+        student, few = (
+            {n: score.score for n, score in scores.items()}
+            for scores in (results.student, results.few)
         )
-        figures.append(
-            page.figure(
-                plots.inline(draw, (4.6, 3.2), "Score against steps; the table has the numbers"),
-                "Score against steps per picture",
-            )
-        )
+        full = teacher.score if teacher else None
+        draw = plots.score_by_steps(student, few, full, results.teacher_name)
+        drawn.append(("Score against steps", " per picture", draw))
     if results.tasks:
-        draw = plots.bars_by_task(
-            results.tasks,
-            results.teacher.tasks if results.teacher else None,
-            results.teacher_name,
-            {n: score.tasks for n, score in results.student.items()},
-        )
-        figures.append(
-            page.figure(
-                plots.inline(draw, (4.6, 3.2), "Score by task; the table has the numbers"),
-                "Score by task",
-            )
-        )
-    groups = [(who, len(list(group))) for who, group in groupby(columns, lambda column: column[0])]
-    spans = "".join(f'<colgroup span="{width}"></colgroup>' for _, width in groups)
-    head = "".join(f'<th colspan="{width}" scope="colgroup">{who}</th>' for who, width in groups)
-    steps = "".join(f'<th scope="col">{escape(steps)}</th>' for _, steps, _ in columns)
-    body = "".join(
-        f'<tr><th scope="row">{escape(name)}</th>'
-        + "".join(f"<td>{cell}</td>" for cell in cells)
-        + "</tr>"
-        for name, cells in results.rows()
-    )
-    return (
-        "<h2>Scores</h2><p>The share of pictures that show what was asked for, by task; overall is"
-        " the mean of the tasks.</p>"
-        f'<div class="scroll"><table class="scores"><colgroup></colgroup>{spans}'
-        f"<thead><tr><td></td>{head}</tr>"
-        f'<tr><th scope="row">steps</th>{steps}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'<div class="plots">{"".join(figures)}</div>'
+        tasks = {n: score.tasks for n, score in results.student.items()}
+        full = teacher.tasks if teacher else None
+        draw = plots.bars_by_task(results.tasks, full, results.teacher_name, tasks)
+        drawn.append(("Score by task", "", draw))
+    return Scores(
+        groups=[(who, len(list(group))) for who, group in groupby(who for who, _, _ in columns)],
+        steps=[steps for _, steps, _ in columns],
+        rows=results.rows(),
+        figures=[
+            page.Figure(x + y, plots.inline(draw, (4.6, 3.2), f"{x}; the table has the numbers"))
+            for x, y, draw in drawn
+        ],
     )
 
 
-def _samples(folder: Path) -> str:
-    """The latest grid, and those before it in a box that opens."""
+class Sample(NamedTuple):
+    """A grid of pictures, as a data URI, and its caption."""
+
+    caption: str
+    image: str
+
+
+def _samples(folder: Path) -> list[Sample]:
+    """The latest grids, the latest first."""
     found = []
     for path in folder.glob("*.png"):
         step = re.search("[0-9]{1,15}", path.stem)
         found.append((int(step[0]) if step else math.inf, path.stem, path))
-    figures = []
+    samples = []
     for step, stem, path in sorted(found, reverse=True)[:MAX_SAMPLES]:
-        caption = {"final": "At the end"}.get(
-            stem, f"After {step:,} steps" if step < math.inf else one_line(stem)
-        )
-        image = page.picture(path)
-        if image:
-            figures.append(
-                f'<figure><figcaption>{escape(caption)}</figcaption><div class="scroll grid">'
-                f'<img src="{image}" alt="Pictures drawn for fixed prompts"></div></figure>'
-            )
-    if not figures:
-        return ""
-    earlier = "".join(figures[1:])
-    if earlier:
-        earlier = f"<details><summary>Earlier samples</summary>{earlier}</details>"
-    return f"<h2>Samples</h2>{figures[0]}{earlier}"
+        caption = f"After {step:,} steps" if step < math.inf else one_line(stem)
+        if image := page.picture(path):
+            samples.append(Sample("At the end" if stem == "final" else caption, image))
+    return samples
 
 
-def _training(heading: str, metrics: Metrics | None) -> str:
-    """Loss and throughput, then the other metrics smaller; a metric that never changes is named."""
-    if metrics is None:
-        return ""
-    speed = next((n for n in ("examples_per_sec", "steps_per_sec") if n in metrics.names()), None)
-    large, small, constant, others = [], [], [], 0
-    for name in metrics.names():
+class Stage(NamedTuple):
+    """The metrics of a training.
+
+    Attributes:
+      heading: of the section.
+      large: plots of loss and throughput.
+      small: plots of other metrics.
+      constant: metrics that never change, as "name = value".
+      others: how many more there are.
+    """
+
+    heading: str
+    large: list[page.Figure]
+    small: list[page.Figure]
+    constant: list[str]
+    others: int
+
+
+def _stages(workdir: Path, metrics: Metrics | None) -> list[Stage]:
+    """The run's own training, and those before it in folders of the workdir."""
+    found = [("Training", metrics)]
+    for path in sorted(workdir.glob("*/metrics.jsonl"))[:MAX_STAGES]:
+        name = one_line(path.parent.name.replace("_", " "))
+        found.append((f"Stage before: {name}", read_metrics(path)))
+    return [_stage(heading, each) for heading, each in found if each is not None]
+
+
+def _stage(heading: str, metrics: Metrics) -> Stage:
+    names = metrics.names()
+    speed = next((name for name in ("examples_per_sec", "steps_per_sec") if name in names), None)
+    stage = Stage(heading, [], [], [], 0)
+    drawn = [x for x in names if x == speed or not (x in _TIMES or x.endswith("_per_sec"))]
+    for name in drawn:
         steps, values = metrics.series(name)
-        if name in ("step", "time") or not len(values):
-            continue
-        if name.endswith("_per_sec") and name != speed:
-            continue
-        if name == "loss":
-            log = bool(values.min() > 0)
-            caption = "Loss"
-            lost = sum(name in line for line in metrics.lines) - len(values)
-            if lost:
-                caption += f" ({lost} {page.plural('value', lost)} not finite, not drawn)"
-        elif name == speed:
-            log = False
-            median = np.median(values)
-            caption = f"{name.removesuffix('_per_sec').capitalize()} per second, median "
-            caption += f"{median:,.0f}" if median >= 100 else f"{median:.3g}"
-        elif values.min() == values.max():
-            constant.append(f"{name} = {values[0]:g}")
-            continue
-        else:
-            log = bool(values.min() > 0 and values.max() > 100 * values.min())
-            caption = name
         is_large = name in ("loss", speed)
-        if len(small) >= MAX_PLOTS and not is_large:
-            others += 1
+        if not len(values):
             continue
-        draw = plots.curve(steps, values, log=log, from_zero=name == speed)
-        size = (4.6, 2.6) if is_large else (3.3, 2.1)
-        figure = page.figure(plots.inline(draw, size, f"{name} against training steps"), caption)
-        (large if is_large else small).append(figure)
-    parts = [f"<h2>{escape(heading)}</h2>"]
-    parts += [f'<div class="plots">{"".join(large)}</div>'] * bool(large)
-    parts += [f'<div class="plots small">{"".join(small)}</div>'] * bool(small)
-    if constant:
-        parts.append(f'<p class="note">Constant throughout: {escape(", ".join(constant))}.</p>')
-    if others:
-        parts.append(f'<p class="note">{others} more {page.plural("metric", others)}.</p>')
-    return "".join(parts)
+        if not is_large and values.min() == values.max():
+            stage.constant.append(f"{name} = {values[0]:g}")
+        elif not is_large and len(stage.small) >= MAX_PLOTS:
+            stage = stage._replace(others=stage.others + 1)
+        else:
+            contrast = 1 if name == "loss" else 100
+            log = name != speed and 0 < contrast * values.min() < values.max()
+            draw = plots.curve(steps, values, log=bool(log), from_zero=name == speed)
+            size = (4.6, 2.6) if is_large else (3.3, 2.1)
+            plot = plots.inline(draw, size, f"{name} against training steps")
+            caption = _caption(name, values, metrics)
+            (stage.large if is_large else stage.small).append(page.Figure(caption, plot))
+    return stage
 
 
-def _configuration(config: Mapping) -> str:
-    """The settings by the dotted names that the command line takes."""
+def _caption(name: str, values: np.ndarray, metrics: Metrics) -> str:
+    """The caption of a metric's plot, whose finite values are given."""
+    if name == "loss":
+        lost = sum(name in line for line in metrics.lines) - len(values)
+        words = f" ({lost} {page.plural('value', lost)} not finite, not drawn)"
+        return "Loss" + words * bool(lost)
+    if not name.endswith("_per_sec"):
+        return name
+    median = np.median(values)
+    words = f"{median:,.0f}" if median >= 100 else f"{median:.3g}"
+    return f"{name.removesuffix('_per_sec').capitalize()} per second, median {words}"
 
-    def flat(value: Any, name: str) -> list[tuple[str, str]]:
-        if isinstance(value, Mapping):
-            return [item for key in value for item in flat(value[key], f"{name}.{key}".strip("."))]
-        return [(name, json.dumps(value, ensure_ascii=False))]
 
-    if not config:
-        return ""
-    settings = flat(config, "")
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
-        for name, value in settings[:MAX_SETTINGS]
-    )
-    if len(settings) > MAX_SETTINGS:
-        rows += f"<tr><th>{len(settings) - MAX_SETTINGS} more</th><td></td></tr>"
-    return (
-        "<h2>Configuration</h2><details><summary>All settings</summary>"
-        f'<div class="scroll"><table class="settings"><tbody>{rows}</tbody></table></div></details>'
-    )
+def _settings(value: Any, name: str) -> list[tuple[str, str]]:
+    """Settings and their values, by the dotted names that the command line takes."""
+    if isinstance(value, Mapping):
+        return [row for key in value for row in _settings(value[key], f"{name}.{key}".strip("."))]
+    return [(name, json.dumps(value, ensure_ascii=False))]

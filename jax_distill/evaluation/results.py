@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from jax_distill.storage.files import FileError, parse_json, read_text
 from jax_distill.storage.quoting import shown
 
-# What a table and a plot can show, and more than any evaluation here writes.
+# Limits of a table and a plot; no evaluation here writes as much.
 _MOST_COUNTS, _MOST_TASKS, _MOST_KEYS, _LONGEST_NAME = 16, 32, 1000, 80
 _LARGEST = 1e6  # of a score
-_SMALLEST = 1e-9  # that others are shares of
+_SMALLEST = 1e-9  # of a score that others are shares of
 
 
 class Score(NamedTuple):
@@ -42,7 +42,7 @@ class Results:
         return f"teacher, {self.nfe} steps" if self.nfe else "teacher"
 
     def columns(self) -> list[tuple[str, str, Score]]:
-        """Who, in how many steps, with what score, in the order of a table."""
+        """The columns of a table, in order: teacher or student, steps, score."""
         columns = []
         if self.teacher is not None:
             columns.append(("teacher", str(self.nfe or "full"), self.teacher))

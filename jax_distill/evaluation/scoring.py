@@ -1,4 +1,4 @@
-"""Scores of a pipeline on the held-out prompts, and what becomes of them: results.json."""
+"""Scores of a pipeline on the held-out prompts, and results.json."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from jax_distill.devices import processes
 from jax_distill.evaluation import report
 from jax_distill.pipeline import Pipeline
 from jax_distill.storage.files import read_json, write_json
-from jax_distill.worlds.shapes import judge, renderer
+from jax_distill.worlds.shapes import judge, renderer, requests
 
 Scores = dict[str, dict]
 """By number of steps: {"2": {"score": .., "tasks": {..}}, ...}."""
@@ -24,7 +24,7 @@ def held_out(count: int) -> list[renderer.Prompt]:
     Raises:
       ValueError: more than there are, or not a multiple of the number of tasks.
     """
-    prompts, tasks = renderer.held_out_prompts(), len(renderer.TASKS)
+    prompts, tasks = renderer.held_out_prompts(), len(requests.TASKS)
     if not 0 < count <= len(prompts) or count % tasks:
         raise ValueError(f"prompts: {count} is not a multiple of {tasks} up to {len(prompts)}")
     each = len(prompts) // tasks
@@ -85,7 +85,7 @@ def recorder(path: Path, student: Pipeline) -> Callable[[int, dict], None]:
 
 
 def concluded(workdir: Path) -> bool:
-    """Whether a run is scored as its configuration now says: as many steps, the same prompts."""
+    """Whether a run has scores of its present configuration: the same steps and prompts."""
     results, config = workdir / "results.json", workdir / "config.json"
     if not (results.exists() and config.exists()):
         return False
@@ -93,9 +93,9 @@ def concluded(workdir: Path) -> bool:
 
 
 def conclude(workdir: Path, *, teacher: Pipeline, student: Pipeline | None = None) -> None:
-    """Scores what was trained beside its teacher, writes results.json and report.html, prints.
+    """Scores a network beside its teacher; writes and prints results.json, and report.html.
 
-    Scores that are there already, of the same configuration, are not measured again.
+    Existing scores of the same configuration are kept.
     """
     path = workdir / "results.json"
     config = (student or teacher).config

@@ -58,16 +58,8 @@ def _config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _understood(folder: Path, read: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> Any:
-    """What a config says to the class that it is of; raises ValueError naming the file."""
-    try:
-        return read(values)
-    except ValueError as error:
-        raise ValueError(f"'{folder / 'config.json'}': {error}") from None
-
-
 def parts(folder: Path, variant: str = variants.PLAIN) -> dict[str, Part]:
-    """The four parts of a pipeline's folder, under their names in `ported.PARTS`.
+    """The four parts of a pipeline's folder, under their names in `ported_folder.PARTS`.
 
     Args:
       folder: of the pipeline.
@@ -152,27 +144,37 @@ def shapes(config: Any) -> dict[str, Any]:
 
 
 def autoencoder(folder: Path, variant: str = variants.PLAIN) -> Part:
-    values = _config(folder)
-    config = _understood(folder, AutoencoderConfig.from_dict, values)
-    tensors = read_folder(folder, DIFFUSERS_STEM, variant)
-    return Part(str(folder), values, tensors, AUTOENCODER_KEYS, shapes(config))
+    values, tensors, like = _read(folder, AutoencoderConfig.from_dict, DIFFUSERS_STEM, variant)
+    return Part(str(folder), values, tensors, AUTOENCODER_KEYS, like)
 
 
 def clip_text(folder: Path, variant: str = variants.PLAIN) -> Part:
-    values = _config(folder)
-    config = _understood(folder, clip.ClipConfig.from_dict, values)
-    tensors = read_folder(folder, TRANSFORMERS_STEM, variant)
+    values, tensors, like = _read(folder, clip.ClipConfig.from_dict, TRANSFORMERS_STEM, variant)
     if not tensors:
         raise ValueError(f"'{folder}' has no tensors; download it again")
-    return Part(str(folder), values, tensors, clip_keys(tensors), shapes(config), (min(tensors),))
+    return Part(str(folder), values, tensors, clip_keys(tensors), like, (min(tensors),))
 
 
 def t5_encoder(folder: Path, variant: str = variants.PLAIN) -> Part:
-    values = _config(folder)
-    config = _understood(folder, t5.T5Config.from_dict, values)
-    tensors = read_folder(folder, TRANSFORMERS_STEM, variant)
+    values, tensors, like = _read(folder, t5.T5Config.from_dict, TRANSFORMERS_STEM, variant)
     names = tuple(name for name in EMBEDDING_NAMES if name in tensors)
-    return Part(str(folder), values, tensors, t5_keys(tensors), shapes(config), names)
+    return Part(str(folder), values, tensors, t5_keys(tensors), like, names)
+
+
+def _read(
+    folder: Path, understand: Callable[[dict[str, Any]], Any], stem: str, variant: str
+) -> tuple[dict[str, Any], Tensors, dict[str, Any]]:
+    """A model's config, its tensors, and the shapes of our parameters.
+
+    Raises:
+      ValueError: naming the file.
+    """
+    values = _config(folder)
+    try:
+        like = shapes(understand(values))
+    except ValueError as error:
+        raise ValueError(f"'{folder / 'config.json'}': {error}") from None
+    return values, read_folder(folder, stem, variant), like
 
 
 def scheduler(folder: Path) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def scheduler(folder: Path) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies what a tokenizer is read from, and nothing else that its folder may hold.
+    """Copies the files that a tokenizer is read from, and no others of its folder.
 
     Links are followed to the folder's own pipeline and to the blobs of the hub's cache that it
     lies in, nowhere else: a link to some other file would carry that file along.

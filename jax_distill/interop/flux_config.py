@@ -17,11 +17,11 @@ from jax_distill.storage.quoting import shown
 CLASS = "FluxTransformer2DModel"
 TIME_SCALE = GUIDANCE_FACTOR = 1000.0  # diffusers'
 FACTORS = {"time_scale": TIME_SCALE, "guidance_factor": GUIDANCE_FACTOR}
-"""What a network's embedders multiply their inputs with, where its config does not say."""
+"""The factors of a network's embedders, where its config does not say."""
 
 
 class Purpose(NamedTuple):
-    """What a network is for.
+    """The use of a network.
 
     Attributes:
       objective: that it was trained for.
@@ -139,7 +139,9 @@ def from_shapes(
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
         if len(shapes.get(name, ())) != axes:
-            raise ValueError(f"{where}: tensor '{name}' is missing; it is no transformer of FLUX")
+            raise ValueError(
+                f"{where}: tensor '{name}' is missing; it is not a transformer of FLUX"
+            )
         return shapes[name]
 
     def layers(kind: str) -> int:
@@ -154,7 +156,7 @@ def from_shapes(
     width, channels = shape("x_embedder.weight", 2)
     (head,) = shape("transformer_blocks.0.attn.norm_q.weight", 1)
     if not head:
-        raise ValueError(f"{where}: heads are 0 wide; it is no transformer of FLUX")
+        raise ValueError(f"{where}: heads are 0 wide; it is not a transformer of FLUX")
     if axes_dims_rope is None and head != sum(FLUX_AXES):
         raise ValueError(
             f"{where}: heads are {head} wide where FLUX.1's are {sum(FLUX_AXES)}, so that its"

@@ -1,24 +1,36 @@
-"""What `export` can write: the layouts of other programs."""
+"""Writes networks in the layouts of other programs, for `export`."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jax_distill.interop import diffusers_folder, flux_config, lora_weights
-from jax_distill.interop.cards import model_card
 from jax_distill.interop.keys.autoencoder import AUTOENCODER_KEYS
 from jax_distill.interop.keys.clip import clip_keys
 from jax_distill.interop.keys.t5 import t5_keys
-from jax_distill.interop.parts import tensors_of
+from jax_distill.interop.keys.table import KeyTable
+from jax_distill.interop.parts import StoredPart, tensors_of
 from jax_distill.interop.readers import safetensors_files, torch_files
 from jax_distill.interop.tensors import Tensor, Tensors
 from jax_distill.models.mmdit import MMDiTConfig
 from jax_distill.storage.files import write_json
 
-LAYOUTS = ("diffusers", "t2i_distill", "safetensors", "lora")
+LAYOUTS: Mapping[str, tuple[str, ...]] = {
+    "diffusers": ("autoencoder", "clip", "t5"),
+    "t2i_distill": ("autoencoder",),
+    "safetensors": ("autoencoder",),
+    "lora": (),
+}
+"""All layouts, with the other parts of a pipeline that each holds beside the network."""
+
+_TABLES: Mapping[str, Callable[[Sequence[str]], KeyTable]] = {
+    "autoencoder": lambda _: AUTOENCODER_KEYS,
+    "clip": clip_keys,
+    "t5": t5_keys,
+}
 _LIBRARIES = {
     "transformer": ("diffusers", flux_config.CLASS),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -40,12 +52,12 @@ _EMBEDDERS = (
 
 
 def factors(layout: str, config: MMDiTConfig, scale: float | None) -> dict[str, float]:
-    """The factors that embedders have in a layout: its readers', where those have no choice.
+    """The factors of embedders in a layout: those that its readers fix, or the network's own.
 
     Args:
       layout: one of `LAYOUTS`.
       config: of the network.
-      scale: a time scale that is wanted.
+      scale: the wanted time scale; None for the layout's.
 
     Raises:
       ValueError: readers of the layout have another time scale.
@@ -66,10 +78,10 @@ def factors(layout: str, config: MMDiTConfig, scale: float | None) -> dict[str, 
 
 
 def in_type(tensors: Tensors, dtype: np.dtype | None) -> Tensors:
-    """The tensors of a transformer in another type; None keeps what they have.
+    """The tensors of a transformer in another type; None keeps theirs.
 
-    Embedders of time, guidance and interval take float32 only: what a narrower type loses is what
-    tells one time from another.
+    Embedders of time, guidance and interval are not narrowed: they would lose what tells one time
+    from another.
     """
 
     def cast(tensor: Tensor) -> Tensor:
@@ -84,9 +96,9 @@ def in_type(tensors: Tensors, dtype: np.dtype | None) -> Tensors:
 
 
 def types(tensors: Tensors) -> str:
-    """The types of a transformer's tensors, in words; adapters, of which there are none, float32.
+    """The types of a transformer's tensors, in words; float32 for adapters, without tensors here.
 
-    The type that most of it has comes first, and is followed by others only if there are any.
+    The most frequent type comes first.
     """
     sizes: dict[str, int] = {}
     embedders = set()
@@ -110,7 +122,7 @@ def write_transformer(
     tensors: Tensors,
     shard_bytes: int,
 ) -> None:
-    """Writes the transformer as `layout` has it, its config in `transformer/` in any case."""
+    """Writes the transformer in a layout, its config always in `transformer/`."""
     inner = folder / diffusers_folder.SUBFOLDERS["network"]
     write_json(inner / "config.json", flux_config.to_diffusers(config, purpose))
     if layout == "diffusers":
@@ -127,7 +139,7 @@ def write_transformer(
 def write_own_embedders(
     folder: Path, config: MMDiTConfig, purpose: flux_config.Purpose, tree: Mapping[str, Any]
 ) -> None:
-    """Writes embedders as they were before they were refitted, beside those of `transformer/`.
+    """Writes the embedders from before they were refitted, beside those of `transformer/`.
 
     diffusers does not read them; `diffusers_folder.transformer` puts them back.
 
@@ -164,7 +176,7 @@ def write_adapters(
     tree: Mapping[str, Any],
     rank: int,
 ) -> None:
-    """Writes adapters, the embedders that they come with, and the configs of both.
+    """Writes adapters, the embedders that belong to them, and the configs of both.
 
     Args:
       folder: of the export.
@@ -185,55 +197,35 @@ def write_adapters(
 
 
 def _own_values(config: MMDiTConfig, purpose: flux_config.Purpose) -> dict[str, str]:
-    """What names and shapes do not say of a network, for the header of a file."""
+    """Facts about a network that its tensors' names and shapes do not show, for a file's header."""
     return {name: str(x) for name, x in flux_config.own_values(config, purpose).items()}
 
 
-def write_autoencoder(folder: Path, config: Mapping[str, Any], tree: Mapping[str, Any]) -> None:
-    """Writes `vae/`.
+def write_pipeline_part(folder: Path, name: str, part: StoredPart) -> None:
+    """Writes `vae/`, or a text encoder with its tokenizer.
 
     Args:
       folder: of the pipeline.
-      config: diffusers'.
-      tree: nested `StoredLeaf`s.
-    """
-    inner = folder / diffusers_folder.SUBFOLDERS["autoencoder"]
-    write_json(inner / "config.json", config)
-    tensors = tensors_of(tree, AUTOENCODER_KEYS)
-    safetensors_files.write_folder(inner, diffusers_folder.DIFFUSERS_STEM, tensors)
-
-
-def write_text_encoder(
-    folder: Path,
-    name: str,
-    config: Mapping[str, Any],
-    tree: Mapping[str, Any],
-    names: Sequence[str],
-) -> None:
-    """Writes `text_encoder/` or `text_encoder_2/`.
-
-    Args:
-      folder: of the pipeline.
-      name: "clip" or "t5".
-      config: transformers'.
-      tree: nested `StoredLeaf`s.
-      names: as `ported.describe` has them.
+      name: "autoencoder", "clip" or "t5".
+      part: to write.
     """
     inner = folder / diffusers_folder.SUBFOLDERS[name]
-    write_json(inner / "config.json", config)
-    table = {"clip": clip_keys, "t5": t5_keys}[name](names)
-    tensors = tensors_of(tree, table)
-    safetensors_files.write_folder(inner, diffusers_folder.TRANSFORMERS_STEM, tensors)
+    write_json(inner / "config.json", part.config)
+    own = name == "autoencoder"
+    stem = diffusers_folder.DIFFUSERS_STEM if own else diffusers_folder.TRANSFORMERS_STEM
+    tensors = tensors_of(part.tree, _TABLES[name](part.names))
+    safetensors_files.write_folder(inner, stem, tensors)
+    if part.tokenizer is not None:
+        diffusers_folder.copy_tokenizer(part.tokenizer, folder / part.tokenizer.name)
 
 
-def write_scheduler(folder: Path, card: model_card.Card) -> None:
+def write_scheduler(folder: Path, config: Mapping[str, Any]) -> None:
     """Writes `scheduler/`."""
-    config = model_card.scheduler_config(card)
     write_json(folder / diffusers_folder.SCHEDULER / "scheduler_config.json", config)
 
 
 def write_index(folder: Path, *, flow_map: bool) -> None:
-    """Writes `model_index.json`; what is not there is null, as for prompts that come embedded.
+    """Writes `model_index.json`; missing parts are null, as for prompts that come embedded.
 
     Args:
       folder: of the pipeline.

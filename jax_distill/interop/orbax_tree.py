@@ -40,7 +40,7 @@ class _Entry(TypedDict):
 
 
 class _Description(TypedDict):
-    """What is read of `METADATA`."""
+    """The keys of `METADATA` that are read."""
 
     tree_metadata: dict[str, _Entry]
     use_ocdbt: bool
@@ -236,7 +236,7 @@ def open_tree(
                 _check_chunks(store)
                 node[path[-1]] = StoredLeaf(store, checked=checked, where=str(folder))
     except FileNotFoundError:
-        raise ValueError(f"'{folder}' is no Orbax tree: it has no {METADATA}") from None
+        raise ValueError(f"'{folder}' is not an Orbax tree: it has no {METADATA}") from None
     except FileError:
         raise
     # TensorStore's own are ValueErrors; a leaf where a table should be has no keys.
@@ -246,7 +246,7 @@ def open_tree(
 
 
 def _unreadable(where: str, error: Exception) -> ValueError:
-    """What to raise for an error of TensorStore: for now, or of damage."""
+    """The error to raise for one of TensorStore: for now, or of damage."""
     reason = one_line(str(error).partition("\n")[0][:200])
     return unread(f"'{where}'", error) or ValueError(f"'{where}' is damaged ({reason})")
 

@@ -1,7 +1,7 @@
 """The parts of a pipeline: their tensors on disk, and the table that makes them ours."""
 
 import concurrent.futures
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ class Part(NamedTuple):
 
     Attributes:
       where: its files, for messages.
-      config: what `ported.describe` says of it.
+      config: its part of `ported_folder.describe`.
       tensors: under PyTorch's names.
       table: which of them is which parameter.
       like: our parameters' shapes, nested.
@@ -38,6 +38,22 @@ class Part(NamedTuple):
         self.table.check(shapes, self.like, self.where)
         used = {k: x for k, x in self.tensors.items() if k not in self.table.ignored}
         check_types(self.where, used)
+
+
+class StoredPart(NamedTuple):
+    """One network of a pipeline with our parameters, not read yet.
+
+    Attributes:
+      config: under its library's names.
+      tree: nested `StoredLeaf`s.
+      names: as in `Part`.
+      tokenizer: the folder of a text encoder's tokenizer.
+    """
+
+    config: Mapping[str, Any]
+    tree: Mapping[str, Any]
+    names: Sequence[str] = ()
+    tokenizer: Path | None = None
 
 
 def write_part(part: Part, folder: Path, dtype: np.dtype | None) -> int:

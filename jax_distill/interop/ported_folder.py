@@ -56,31 +56,31 @@ class _Description(TypedDict):
 
 
 def is_ported(folder: Path) -> bool:
-    """Whether a folder is one that `jax_distill.port` has finished."""
+    """Whether a folder was made by `jax_distill.port`, and whole."""
     return (Path(folder) / DESCRIPTION).is_file()
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """What a ported folder holds.
+    """Describes a ported folder.
 
     Returns:
       "source": {"layout": "diffusers", "t2i_distill" or "bfl"}; "dtype": of the parameters;
       "parts": for each one that is there its own config, under its library's names (diffusers' for
-      the network, what `AutoencoderConfig`, `ClipConfig` and `T5Config` read for the others);
+      the network, for the others those of `AutoencoderConfig`, `ClipConfig` and `T5Config`);
       "names": of tensors that tell under which of several names a part had its tensors;
       "scheduler": diffusers' scheduler_config.json, or null; "text_length": of T5's sequences;
-      "assumed": sentences about what the source did not say (folders of the first versions have
-      none).
+      "assumed": sentences about facts that the source did not state (missing in the first
+      versions' folders).
 
     Raises:
-      ValueError: it is no ported folder, or its description is damaged.
+      ValueError: it is not a ported folder, or its description is damaged.
     """
     path = Path(folder) / DESCRIPTION
     try:
         described = read_json(path, _Description, fix=_FIX)
     except FileNotFoundError:
         raise ValueError(
-            f"'{folder}' is no ported folder: it has no {DESCRIPTION}; make one with"
+            f"'{folder}' is not a ported folder: it has no {DESCRIPTION}; make one with"
             " python -m jax_distill.port"
         ) from None
     if described["scheduler"] is not None:
@@ -107,8 +107,8 @@ def load_part(
       name: one of `PARTS`.
       like: nested `jax.ShapeDtypeStruct`s (or arrays), such as `jax.eval_shape` of the part's
         `initial_parameters` makes; types may differ from those on disk. Shardings are kept.
-      mesh: places the leaves that have no sharding by the rules of `parallel`; without one they are
-        on the default device.
+      mesh: places the leaves that have no sharding by the rules of `devices.sharding`; without one
+        they are on the default device.
 
     Returns:
       Arrays in the structure of `like`.
@@ -133,7 +133,7 @@ def load_part(
         places,
     )
     path = (Path(folder) / name).resolve()
-    check_shapes(str(path), shapes(path), target)
+    check_shapes(str(path), open_tree(path), target)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             return checkpointer.restore(path, target)
@@ -158,12 +158,3 @@ def open_part(folder: Path, name: str, values: dict[str, Any]) -> dict[str, Any]
     tree = open_tree(Path(folder) / name)
     check_shapes(str(Path(folder) / name), tree, diffusers_folder.shapes(_CONFIGS[name](values)))
     return tree
-
-
-def shapes(path: Path) -> dict[str, Any]:
-    """The tree of an Orbax folder, with leaves that have a shape and a dtype; nothing is read.
-
-    Raises:
-      ValueError: it cannot be read.
-    """
-    return open_tree(Path(path))

@@ -15,6 +15,8 @@ DTYPES: Mapping[str, np.dtype] = {  # safetensors' names of the types that weigh
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
+CHOICES = {"keep": None, "bfloat16": DTYPES["BF16"], "float32": DTYPES["F32"]}
+"""The types that weights are ported and exported in."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 FLOAT8: Mapping[str, np.dtype] = {  # likewise; read, and widened by `float8`
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),

@@ -16,14 +16,17 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from absl import logging
 
 from jax_distill.models import mmdit
+from jax_distill.models.inputs import GUIDANCE, INPUTS
 
 _POINTS = 2048
 _HALF = mmdit.TIME_FREQUENCIES // 2
 # Of `rebuild`: round values in a range, what they count, features of a bump, its height.
 _ROUND, _ROUND_WEIGHT, _WAVES, _PEAK = 20, 1e5, 12, 8.0
 _RIDGE = 1e-7
+_LARGEST_RESIDUAL = 0.02  # relative to an embedder's variation
 
 
 class Refitted(NamedTuple):
@@ -31,9 +34,9 @@ class Refitted(NamedTuple):
 
     Attributes:
       embedder: its parameters, float32.
-      residual: the largest difference of the two embeddings where they are to agree, relative to
+      residual: the largest difference of the two embeddings where they should agree, relative to
         the variation of the old one: its root mean square about its mean.
-      step: they are to agree at multiples of it; 0 everywhere.
+      step: they should agree at its multiples; 0: everywhere.
       between: the largest difference in between, likewise.
     """
 
@@ -41,6 +44,41 @@ class Refitted(NamedTuple):
     residual: float
     step: float
     between: float
+
+
+def refit_network(
+    own: mmdit.MMDiTConfig, wanted: mmdit.MMDiTConfig, tree: Mapping[str, Any]
+) -> dict[str, Refitted]:
+    """The embedders that other factors change, by name.
+
+    Args:
+      own: of the network.
+      wanted: the same with other factors.
+      tree: the network's nested `StoredLeaf`s.
+
+    Raises:
+      ValueError: an embedder cannot be fitted to its new factor.
+    """
+    refits = {}
+    for name, factor, upper in INPUTS:
+        old, new = getattr(own, factor), getattr(wanted, factor)
+        if name not in tree or old == new:
+            continue
+        guidance = name == GUIDANCE.embedder
+        embedder = jax.tree.map(lambda leaf: leaf.read(), tree[name])
+        fit = rebuild if guidance and new < old else refit
+        found = fit(embedder, old, new, upper)
+        if found.residual > _LARGEST_RESIDUAL:
+            scalar = "w" if guidance else "t"
+            raise ValueError(
+                f"{name}: an embedder of {new:g} {scalar} cannot be that of {old:g} {scalar}, it"
+                f" would differ by {found.residual:.1e} of its variation; train the network with"
+                f" --config.model.{factor}={new:g}"
+            )
+        message = "%s: refitted from factor %g to %g, residual %.1e, in between %.1e"
+        logging.info(message, name, old, new, found.residual, found.between)
+        refits[name] = found
+    return refits
 
 
 def refit(embedder: Mapping[str, Any], factor: float, new: float, upper: float = 1.0) -> Refitted:

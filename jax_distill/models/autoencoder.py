@@ -17,13 +17,13 @@ from jax_distill.models.sizes import check_positive, check_size, check_sizes, ch
 from jax_distill.storage.quoting import shown
 
 _EPSILON = 1e-6
-_MOST_LEVELS, _MOST_BLOCKS = 8, 8  # more than any autoencoder has; each takes its time to be made
+_MOST_LEVELS, _MOST_BLOCKS = 8, 8  # more than any autoencoder has; each takes time to make
 
 # _PARITY[p, a, i] = 1 where entry i of a kernel over a doubled axis reads input a of its two, for
 # outputs of parity p.
 _PARITY = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
 
-# What diffusers' config may also say, and the only value that this network computes.
+# Other keys of diffusers' config, and the only value that this network supports.
 _FIXED = {
     "out_channels": lambda c: c.in_channels,
     "act_fn": lambda c: "silu",
@@ -48,7 +48,7 @@ class AutoencoderConfig:
         height and the width.
       layers_per_block: residual blocks a level in the encoder (the decoder has one more).
       norm_num_groups: groups of every group normalisation; divides every width.
-      scaling_factor: what centred latents are multiplied with for the transformer.
+      scaling_factor: multiplies centred latents for the transformer.
       shift_factor: the mean of the latents.
     """
 
@@ -93,7 +93,7 @@ class AutoencoderConfig:
             start with an underscore, ..) are ignored. A `shift_factor` of None is none, 0.
 
         Raises:
-          ValueError: if a size is missing, or the config asks for what this network does not do.
+          ValueError: a size is missing, or the network does not support a value.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names if name not in values]:

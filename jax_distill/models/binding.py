@@ -7,7 +7,7 @@ from flax import nnx
 
 
 def binder(create: Callable[[], nnx.Module]) -> Callable[[dict], nnx.Module]:
-    """A function from a nested dict of arrays to the module that has them.
+    """Returns a function from a nested dict of arrays to the module that has them.
 
     Args:
       create: makes the module; it is only traced, no parameter is allocated.

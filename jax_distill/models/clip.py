@@ -121,7 +121,7 @@ class ClipConfig:
 
 
 class ClipFeatures(NamedTuple):
-    """What a caption becomes, wide.
+    """Features of captions, wide.
 
     Attributes:
       sequence: (B, L, hidden_size), after the final norm.
@@ -183,7 +183,7 @@ class ClipText(nnx.Module):
           ids: (B, L) integers below `vocab_size`; larger ones give NaN.
 
         Returns:
-          The sequence and what it holds at the end of the text: at the highest id if
+          The sequence, and its entry at the end of the text: at the highest id if
           `eos_token_id` is 2 (see `LEGACY_EOS`), else at the first
           `eos_token_id`; at the first token where there is none.
 

@@ -11,7 +11,7 @@ SHOWN = 60  # letters of a caption
 
 
 class NotFinite(ValueError):
-    """What was to be drawn holds NaN or infinity; the message says which, and why."""
+    """Pictures or latents hold NaN or infinity; the message says which, and why."""
 
 
 def name_pictures(captions: Sequence[str] | int) -> list[str]:
@@ -33,13 +33,13 @@ def bad_rows(array: Any) -> list[int]:
 
 
 def check_rows(array: Any, names: Sequence[str], what: str, cause: str) -> None:
-    """Checks that what belongs to some pictures is finite.
+    """Checks that an array of pictures, latents or captions is finite.
 
     Args:
       array: (B, ...).
       names: at least one a row.
       what: the array, such as "its latents are".
-      cause: and what to do.
+      cause: and the fix.
 
     Raises:
       NotFinite: naming the first of the rows that are not.

@@ -1,7 +1,7 @@
-"""What the text encoders are made of: dense layers and norms of mixed precision, stacks of blocks.
+"""Layers of the text encoders: dense layers and norms of mixed precision, stacks of blocks.
 
-Matrices are multiplied in the type of the computation. Everything between them, sums, norms and
-residual streams, is wide: float32, or float64 if that is the type of the computation.
+Matrices are multiplied in the type of the computation. Everything else (sums, norms, residual
+streams) is wide: float32, or float64 if that is the type of the computation.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """How the text encoders make their layers: one place for types and initialisation."""
+    """Makes the text encoders' layers: one place for types and initialisation."""
 
     rngs: nnx.Rngs
     dtype: Any

@@ -2,16 +2,15 @@
 
 Double-stream blocks keep separate weights for text and image tokens and attend jointly;
 single-stream blocks run both through the same weights, attention and MLP in parallel. Every block
-is modulated (adaLN-zero) by the sum of the time, guidance and pooled-text embeddings. On the same
-weights the numbers are those of diffusers' `FluxTransformer2DModel`.
+is modulated (adaLN-zero) by the sum of the time, guidance and pooled-text embeddings. With the same
+weights it computes what diffusers' `FluxTransformer2DModel` computes.
 
 Source: Esser et al., arXiv:2403.03206 (MMDiT); FLUX.1, Black Forest Labs, 2024 (single-stream
 blocks, rotary positions, guidance embedding).
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,102 +19,24 @@ import numpy as np
 from flax import nnx
 
 from jax_distill.flow import Network, Text
-from jax_distill.models import lora
 from jax_distill.models.binding import binder, parameters
-from jax_distill.models.sizes import (
-    DEEPEST,
-    check_flags,
-    check_positive,
-    check_size,
-    check_sizes,
-    checked_sequence,
-)
-from jax_distill.ops.attention.attention import IMPLEMENTATIONS, attention
+from jax_distill.models.blocks import DoubleBlock, Embedder, Layers, SingleBlock, modulate, placed
+from jax_distill.models.mmdit_config import REMAT_POLICIES, MMDiTConfig
 from jax_distill.ops.placement import constrain
 
 TIME_FREQUENCIES = 256  # channels of the sinusoidal features of time, guidance and interval
-MLP_RATIO = 4
-NORM_EPSILON = 1e-6
-
-_WIDTHS = (
-    "in_channels",
-    "attention_head_dim",
-    "num_attention_heads",
-    "joint_attention_dim",
-    "pooled_projection_dim",
-)
-
-REMAT_POLICIES: Mapping[str, Any] = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class MMDiTConfig:
-    """Shape of the network; fields that diffusers has too carry its names.
-
-    `time_scale` multiplies t, and the interval t - s, before they are embedded: 1000 for FLUX, 1
-    once rescaled (see `objectives/time_rescale.py`) and for T2I-Distill's networks.
-    `guidance_factor` does the same to the guidance scale w: 1000 for FLUX, 1 for T2I-Distill's.
-    `interval_embeds` adds the second time embedder that MeanFlow and IMM feed with t - s.
-    `attention` is an implementation of `ops.attention`.
-    """
-
-    in_channels: int = 64
-    num_layers: int = 19
-    num_single_layers: int = 38
-    attention_head_dim: int = 128
-    num_attention_heads: int = 24
-    joint_attention_dim: int = 4096
-    pooled_projection_dim: int = 768
-    guidance_embeds: bool = False
-    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
-    rope_theta: float = 10000.0
-    time_scale: float = 1000.0
-    guidance_factor: float = 1000.0
-    interval_embeds: bool = False
-    remat: str = "none"
-    attention: str = "auto"
-
-    def __post_init__(self):
-        axes = checked_sequence("axes_dims_rope", self.axes_dims_rope, longest=3)
-        object.__setattr__(self, "axes_dims_rope", axes)
-        check_sizes(self, _WIDTHS)
-        for name in ("num_layers", "num_single_layers"):
-            check_size(name, getattr(self, name), least=0, most=DEEPEST)
-        for width in axes:
-            check_size("axes_dims_rope", width, least=0)
-        check_flags(self, ("guidance_embeds", "interval_embeds"))
-        check_positive(self, ("time_scale", "guidance_factor", "rope_theta"))
-        if sum(self.axes_dims_rope) != self.attention_head_dim:
-            raise ValueError(
-                f"axes_dims_rope: {self.axes_dims_rope} must add up to attention_head_dim, "
-                f"which is {self.attention_head_dim}"
-            )
-        if any(width % 2 for width in self.axes_dims_rope):
-            raise ValueError(f"axes_dims_rope: {self.axes_dims_rope} must all be even")
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat: {self.remat!r} is not one of {', '.join(REMAT_POLICIES)}")
-        if self.attention not in IMPLEMENTATIONS:
-            known = ", ".join(IMPLEMENTATIONS)
-            raise ValueError(f"attention: {self.attention!r} is not one of {known}")
-
-    @property
-    def hidden_size(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
 
 
 def sinusoidal_features(values: jax.Array) -> jax.Array:
-    """(B,) -> (B, 256): cosines, then sines, of frequencies 1 to 1/10000, as FLUX orders them.
+    """Cosines, then sines, at frequencies 1 to 1/10000, as FLUX orders them: (B,) -> (B, 256).
 
-    In float32 or better, whatever the values are: a rounded time is another time.
+    In float32 or better, whatever the type of the values: a rounded time is another time.
     """
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     half = TIME_FREQUENCIES // 2
-    # At values of thousands an angle shows the last bit of its frequency: the exponents are rounded
-    # to float32 as FLUX's are, and so is their exponential, which numpy's float32 exp misses.
+    # For values in the thousands the last bit of a frequency shows in the angle: exponents are
+    # rounded to float32, as FLUX's are, and so are their exponentials, which numpy's float32 exp
+    # would get wrong.
     exponents = -math.log(10000.0) * np.arange(half, dtype=np.float32) / half
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = values[:, None] * frequencies.astype(values.dtype)
@@ -125,8 +46,8 @@ def sinusoidal_features(values: jax.Array) -> jax.Array:
 def rotary_table(config: MMDiTConfig, text_tokens: int, grid: tuple[int, int]) -> np.ndarray:
     """Cosine and sine of each token's rotary angles: (2, text + image tokens, head_dim).
 
-    Text tokens sit at (0, 0, 0), the image token of row i and column j at (0, i, j). The two
-    channels of a pair have the same angle; its sine has a minus sign for the first of them.
+    Text tokens sit at (0, 0, 0), the image token in row i and column j at (0, i, j). The two
+    channels of a pair share an angle; the sine is negated for the first of them.
     """
     rows, columns = grid
     image_ids = np.stack([np.zeros(grid), *np.indices(grid)], axis=-1).reshape(rows * columns, 3)
@@ -138,199 +59,6 @@ def rotary_table(config: MMDiTConfig, text_tokens: int, grid: tuple[int, int]) -
     angles = np.concatenate(angles, axis=-1)
     sine = np.stack([-np.sin(angles), np.sin(angles)], axis=-1).reshape(len(ids), -1)
     return np.stack([np.cos(angles).repeat(2, axis=-1), sine]).astype(np.float32)
-
-
-def rotate(x: jax.Array, rotary: jax.Array) -> jax.Array:
-    """Turns each pair of neighbouring channels by its token's angle. x: (B, N, H, D)."""
-    compute = jnp.promote_types(x.dtype, jnp.float32)
-    cosine, sine = rotary[:, :, None, :].astype(compute)
-    # The other channel of each pair. An axis of the two would be padded to a whole register's.
-    first = np.arange(x.shape[-1]) % 2 == 0
-    other = jnp.where(first, jnp.roll(x, -1, axis=-1), jnp.roll(x, 1, axis=-1))
-    return (x.astype(compute) * cosine + other.astype(compute) * sine).astype(x.dtype)
-
-
-def layer_norm(x: jax.Array) -> jax.Array:
-    """Normalises the last axis without learned parameters, in float32 or better."""
-    compute = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = compute - compute.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + NORM_EPSILON)).astype(x.dtype)
-
-
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """adaLN: normalise x (B, N, C), then scale and shift by the sample's (B, C)."""
-    return layer_norm(x) * (1 + scale[:, None]) + shift[:, None]
-
-
-def placed(x: jax.Array) -> jax.Array:
-    """Tokens (B, N, C) between blocks, on the mesh of the training step."""
-    return constrain(x, "batch", "tokens", None)
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x, approximate=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layers:
-    """How this network makes its dense layers: one place for types and initialisation."""
-
-    rngs: nnx.Rngs
-    dtype: Any
-    param_dtype: Any
-    precision: Any = None  # of products; TPUs and GPUs round float32's operands unless asked not to
-
-    @property
-    def wide(self) -> "Layers":
-        """The same in float32 or better, every product included."""
-        dtype = jnp.promote_types(self.dtype, jnp.float32)
-        return dataclasses.replace(self, dtype=dtype, precision=jax.lax.Precision.HIGHEST)
-
-    def linear(self, inputs: int, outputs: int, *, zero: bool = False) -> nnx.Linear:
-        return nnx.Linear(
-            inputs,
-            outputs,
-            kernel_init=nnx.initializers.zeros if zero else nnx.initializers.xavier_uniform(),
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            dot_general=lora.dot_general,
-            promote_dtype=lora.promote_dtype,
-            rngs=self.rngs,
-        )
-
-    def rms_norm(self, features: int) -> nnx.RMSNorm:
-        return nnx.RMSNorm(
-            features,
-            epsilon=NORM_EPSILON,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=self.rngs,
-        )
-
-
-class Embedder(nnx.Module):
-    """Two dense layers with a SiLU between: time, guidance, interval and pooled text use it.
-
-    It computes in float32 or better whatever the network does: embedders add up many features that
-    nearly cancel, and what bfloat16 rounds of each is much of what tells one time from another.
-    """
-
-    def __init__(self, inputs: int, hidden: int, layers: Layers, *, zero: bool = False):
-        layers = layers.wide
-        self.linear_1 = layers.linear(inputs, hidden)
-        self.linear_2 = layers.linear(hidden, hidden, zero=zero)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.linear_2(nnx.silu(self.linear_1(x)))
-
-
-class Heads(nnx.Module):
-    """Query, key and value projections of one stream, with RMS norm of queries and keys."""
-
-    def __init__(self, config: MMDiTConfig, layers: Layers):
-        width = config.hidden_size
-        self.num_heads = config.num_attention_heads
-        self.query = layers.linear(width, width)
-        self.key = layers.linear(width, width)
-        self.value = layers.linear(width, width)
-        self.query_norm = layers.rms_norm(config.attention_head_dim)
-        self.key_norm = layers.rms_norm(config.attention_head_dim)
-
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        def split(y):
-            heads = y.reshape(*y.shape[:-1], self.num_heads, -1)
-            return constrain(heads, "batch", None, "heads", None)
-
-        query, key, value = split(self.query(x)), split(self.key(x)), split(self.value(x))
-        return self.query_norm(query), self.key_norm(key), value
-
-
-def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    rotary: jax.Array,
-    implementation: str = "auto",
-) -> jax.Array:
-    """Attention over rotated queries and keys; heads merged: (B, N, H, D) -> (B, N, H D)."""
-    query, key = rotate(query, rotary), rotate(key, rotary)
-    out = attention(query, key, value, implementation=implementation)
-    out = constrain(out, "batch", None, "heads", None)
-    return out.reshape(*out.shape[:2], -1)
-
-
-class Stream(nnx.Module):
-    """One modality's weights in a double-stream block."""
-
-    def __init__(self, config: MMDiTConfig, layers: Layers):
-        width = config.hidden_size
-        self.modulation = layers.linear(width, 6 * width, zero=True)
-        self.heads = Heads(config, layers)
-        self.attention_out = layers.linear(width, width)
-        self.mlp_in = layers.linear(width, MLP_RATIO * width)
-        self.mlp_out = layers.linear(MLP_RATIO * width, width)
-
-    def finish(self, x: jax.Array, attended: jax.Array, modulation: list[jax.Array]) -> jax.Array:
-        """Residual attention output, then the residual MLP. x, attended: (B, N, C)."""
-        _, _, gate_attention, shift, scale, gate_mlp = modulation
-        x = placed(x + gate_attention[:, None] * self.attention_out(attended))
-        hidden = gelu(self.mlp_in(modulate(x, shift, scale)))
-        hidden = constrain(hidden, "batch", None, "heads")
-        return placed(x + gate_mlp[:, None] * self.mlp_out(hidden))
-
-
-class DoubleBlock(nnx.Module):
-    """Text and image streams with their own weights and one joint attention."""
-
-    def __init__(self, config: MMDiTConfig, layers: Layers):
-        self.attention = config.attention
-        self.image = Stream(config, layers)
-        self.text = Stream(config, layers)
-
-    def __call__(
-        self, image: jax.Array, text: jax.Array, embedding: jax.Array, rotary: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        active = nnx.silu(embedding)
-        text_modulation = jnp.split(self.text.modulation(active), 6, axis=-1)
-        image_modulation = jnp.split(self.image.modulation(active), 6, axis=-1)
-        text_heads = self.text.heads(modulate(text, *text_modulation[:2]))
-        image_heads = self.image.heads(modulate(image, *image_modulation[:2]))
-        joint = [jnp.concatenate(pair, axis=1) for pair in zip(text_heads, image_heads)]
-        attended = attend(*joint, rotary, self.attention)
-        tokens = text.shape[1]
-        image = self.image.finish(image, attended[:, tokens:], image_modulation)
-        text = self.text.finish(text, attended[:, :tokens], text_modulation)
-        return image, text
-
-
-def side_by_side(linear: nnx.Linear, *parts: jax.Array) -> jax.Array:
-    """A layer's output for parts (.., C_i) of its inputs, without putting them side by side."""
-    first, kernel, bias = linear.promote_dtype(
-        (parts[0], linear.kernel[...], linear.bias[...]), dtype=linear.dtype
-    )
-    parts = [part.astype(first.dtype) for part in parts]
-    return lora.dot_side_by_side(parts, kernel, precision=linear.precision) + bias
-
-
-class SingleBlock(nnx.Module):
-    """Both modalities in one sequence; attention and MLP side by side, one output projection."""
-
-    def __init__(self, config: MMDiTConfig, layers: Layers):
-        width = config.hidden_size
-        self.attention = config.attention
-        self.modulation = layers.linear(width, 3 * width, zero=True)
-        self.heads = Heads(config, layers)
-        self.mlp_in = layers.linear(width, MLP_RATIO * width)
-        self.out = layers.linear((1 + MLP_RATIO) * width, width)
-
-    def __call__(self, x: jax.Array, embedding: jax.Array, rotary: jax.Array) -> jax.Array:
-        shift, scale, gate = jnp.split(self.modulation(nnx.silu(embedding)), 3, axis=-1)
-        normalised = modulate(x, shift, scale)
-        attended = attend(*self.heads(normalised), rotary, self.attention)
-        hidden = constrain(gelu(self.mlp_in(normalised)), "batch", None, "heads")
-        return placed(x + gate[:, None] * side_by_side(self.out, attended, hidden))
 
 
 class MMDiT(nnx.Module):
@@ -382,20 +110,20 @@ class MMDiT(nnx.Module):
         guidance: jax.Array | None = None,
         interval: jax.Array | None = None,
     ) -> jax.Array:
-        """The summed embedding that modulates every block, float32 or better.
+        """The summed embedding that modulates every block, in float32 or better.
 
         Args:
           t: (B,) time in [0, 1].
           pooled: (B, P) pooled text embedding.
           guidance: (B,) guidance scale; required if and only if the network embeds it.
-          interval: (B,) t - s in [0, 1]; None stands for zero.
+          interval: (B,) t - s in [0, 1]; None means zero.
 
         Returns:
           (B, hidden size).
 
         Raises:
-          ValueError: guidance or an interval is given to a network without its embedder, or
-            guidance is missing from one that has it.
+          ValueError: guidance or an interval is given to a network that does not embed it, or
+            guidance is missing for one that does.
         """
         if (guidance is not None) != (self.guidance_embedder is not None):
             raise ValueError(
@@ -442,43 +170,147 @@ class MMDiT(nnx.Module):
           (B, N, C).
 
         Raises:
-          ValueError: the grid does not have N tokens, or as `embedding`.
+          ValueError: the grid does not have N tokens, or as for `embedding`.
         """
+        embedding, image, _ = self._run(x, t, text, guidance, interval, grid)
+        return self._velocity(image, embedding)
+
+    def features(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        text: Text,
+        guidance: jax.Array | None = None,
+        interval: jax.Array | None = None,
+        *,
+        blocks: Sequence[int],
+        with_velocity: bool = False,
+        grid: tuple[int, int] | None = None,
+    ) -> Any:
+        """Hidden image tokens after chosen blocks, as `Network.features` describes them.
+
+        Raises:
+          ValueError: there is no such block, or none is chosen, or as for `__call__`.
+        """
+        count = self.config.num_layers + self.config.num_single_layers
+        chosen = sorted(set(blocks))
+        if not chosen or chosen[0] < 0 or chosen[-1] >= count:
+            raise ValueError(
+                f"blocks: {tuple(blocks)} must be numbers of this network's blocks, from 0 to"
+                f" {count - 1}"
+            )
+        stop = count if with_velocity else chosen[-1] + 1
+        embedding, image, kept = self._run(x, t, text, guidance, interval, grid, chosen, stop)
+        features = tuple(kept[chosen.index(block)] for block in blocks)
+        return (self._velocity(image, embedding), features) if with_velocity else features
+
+    def _velocity(self, image: jax.Array, embedding: jax.Array) -> jax.Array:
+        """The final layer, on the image tokens that leave the last block."""
+        scale, shift = jnp.split(self.out_modulation(nnx.silu(embedding)), 2, axis=-1)
+        return self.image_out(modulate(image, shift, scale))
+
+    def _run(self, x, t, text, guidance, interval, grid, chosen=(), stop=None):
+        """The embedding, image tokens after the blocks before `stop`, and after those chosen."""
         grid = square_grid(x.shape[1]) if grid is None else grid
         if grid[0] * grid[1] != x.shape[1]:
             raise ValueError(f"grid: {grid} has {grid[0] * grid[1]} tokens, x has {x.shape[1]}")
         embedding = self.embedding(t, text.pooled, guidance, interval)
-        rotary = jnp.asarray(rotary_table(self.config, text.sequence.shape[1], grid))
+        length, doubles = text.sequence.shape[1], self.config.num_layers
+        rotary = jnp.asarray(rotary_table(self.config, length, grid))
         image, sequence = placed(self.image_in(x)), placed(self.text_in(text.sequence))
 
         def double(carry, block):
-            return block(*carry, embedding, rotary), None
+            return block(*carry, embedding, rotary)
 
         def single(carry, block):
-            return block(carry, embedding, rotary), None
+            return block(carry, embedding, rotary)
 
-        image, sequence = self._scan(double, (image, sequence), self.double_blocks)
-        tokens = self._scan(single, jnp.concatenate([sequence, image], axis=1), self.single_blocks)
-        image = tokens[:, sequence.shape[1] :]
-        scale, shift = jnp.split(self.out_modulation(nnx.silu(embedding)), 2, axis=-1)
-        return self.image_out(modulate(image, shift, scale))
+        (image, sequence), early = self._scan(
+            double,
+            (image, sequence),
+            self.double_blocks,
+            [block for block in chosen if block < doubles],
+            None if stop is None else min(stop, doubles),
+            image_of=lambda streams: streams[0],
+        )
+        if stop is not None and stop <= doubles:
+            return embedding, image, early
+        tokens, late = self._scan(
+            single,
+            jnp.concatenate([sequence, image], axis=1),
+            self.single_blocks,
+            [block - doubles for block in chosen if block >= doubles],
+            None if stop is None else stop - doubles,
+            image_of=lambda tokens: tokens[:, length:],
+        )
+        return embedding, tokens[:, length:], early + late
 
-    def _scan(self, body: Callable, carry: Any, blocks: nnx.Module) -> Any:
-        """Applies a stack of blocks one layer after another, rematerialised by the policy."""
+    def _scan(
+        self,
+        body: Callable,
+        carry: Any,
+        blocks: nnx.Module,
+        chosen: Sequence[int],
+        stop: int | None,
+        image_of: Callable,
+    ) -> tuple[Any, tuple[jax.Array, ...]]:
+        """Applies a stack of blocks one after another, rematerialised by the policy.
+
+        Args:
+          body: (carry, block) -> carry.
+          carry: the tokens before the first block.
+          blocks: the stack.
+          chosen: numbers of the blocks within the stack whose image tokens are kept, ascending.
+          stop: the number of blocks to apply where some are chosen.
+          image_of: carry -> image tokens.
+
+        Returns:
+          The last carry, and the image tokens after each chosen block.
+        """
         graph, stacked = nnx.split(blocks)
 
-        def layer(carry, state):
+        def remat(layer):
+            if self.config.remat == "none":
+                return layer
+            policy = REMAT_POLICIES[self.config.remat]
+            return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+        if not chosen:
+
+            @remat
+            def layer(carry, state):
+                return body(carry, nnx.merge(graph, state)), None
+
+            return jax.lax.scan(layer, carry, stacked)[0], ()
+
+        # Each layer is read from the whole stack by its number: a slice of the stack, to scan over
+        # fewer layers, would be a copy of their parameters.
+        @remat
+        def numbered(carry, number):
+            state = jax.tree.map(
+                lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), stacked
+            )
             return body(carry, nnx.merge(graph, state))
 
-        if self.config.remat != "none":
-            layer = jax.checkpoint(
-                layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False
-            )
-        return jax.lax.scan(layer, carry, stacked)[0]
+        # Each layer writes to the place of the next chosen one, which writes last: only as many
+        # outputs are held as were chosen, and one more where layers follow the last of them.
+        places = np.searchsorted(chosen, np.arange(stop))
+        like = image_of(carry)
+
+        def keep(state, step):
+            carry, kept = state
+            number, place = step
+            carry = numbered(carry, number)
+            kept = jax.lax.dynamic_update_index_in_dim(kept, image_of(carry), place, 0)
+            return (carry, constrain(kept, None, "batch", "tokens", None)), None
+
+        empty = jnp.zeros((places[-1] + 1, *like.shape), like.dtype)
+        (carry, kept), _ = jax.lax.scan(keep, (carry, empty), (np.arange(stop), places))
+        return carry, tuple(kept[place] for place in range(len(chosen)))
 
 
 def square_grid(tokens: int) -> tuple[int, int]:
-    """Rows and columns of a square grid of `tokens`; raises ValueError when it is not square."""
+    """Rows and columns of a square grid of `tokens`; raises ValueError if they make no square."""
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise ValueError(f"grid: {tokens} tokens are not a square; give the rows and columns")
@@ -486,7 +318,7 @@ def square_grid(tokens: int) -> tuple[int, int]:
 
 
 def as_network(config: MMDiTConfig, *, dtype: Any = jnp.float32, grid=None) -> Network:
-    """The network as pure functions of a parameter tree (`initial_parameters` makes one).
+    """The network as pure functions of a parameter tree, such as `initial_parameters` returns.
 
     Args:
       config: shape of the network.
@@ -495,33 +327,40 @@ def as_network(config: MMDiTConfig, *, dtype: Any = jnp.float32, grid=None) -> N
     """
     bind = binder(lambda: MMDiT(config, rngs=nnx.Rngs(0), dtype=dtype))
 
-    def velocity(params, x, t, text, guidance=None, interval=None):
-        output = bind(params)(x, t, text, guidance, interval, grid=grid)
+    def wide(output):
         return output.astype(jnp.promote_types(output.dtype, jnp.float32))
+
+    def velocity(params, x, t, text, guidance=None, interval=None):
+        return wide(bind(params)(x, t, text, guidance, interval, grid=grid))
 
     def embedding(params, t, text, guidance=None):
-        output = bind(params).embedding(t, text.pooled, guidance)
-        return output.astype(jnp.promote_types(output.dtype, jnp.float32))
+        return wide(bind(params).embedding(t, text.pooled, guidance))
 
-    return Network(velocity, embedding)
+    def features(params, x, t, text, guidance=None, interval=None, *, blocks, with_velocity=False):
+        output = bind(params).features(
+            x, t, text, guidance, interval, blocks=blocks, with_velocity=with_velocity, grid=grid
+        )
+        return (wide(output[0]), output[1]) if with_velocity else output
+
+    return Network(velocity, embedding, features)
 
 
 def initial_parameters(config: MMDiTConfig, rngs: nnx.Rngs, param_dtype: Any = jnp.float32) -> dict:
-    """Freshly initialised parameters as a nested dict of arrays, adaLN-zero."""
+    """Newly initialised parameters (adaLN-zero) as a nested dict of arrays."""
     return parameters(MMDiT(config, rngs=rngs, param_dtype=param_dtype))
 
 
 def time_embedding(config: MMDiTConfig, embedder: dict, t: jax.Array) -> jax.Array:
-    """The time embedder alone: parameters `embedder` of it at times t (M,), (M, hidden size)."""
+    """The embedding (M, hidden size) of times t (M,) by a time embedder's parameters."""
     return scalar_embedding(embedder, config.time_scale * t)
 
 
 def scalar_embedding(embedder: dict, values: jax.Array) -> jax.Array:
-    """An embedder of time, guidance or interval alone, as networks of any type evaluate it.
+    """The output of one embedder (of time, guidance or interval), the same in networks of any type.
 
     Args:
       embedder: its parameters, {"linear_1": {"kernel", "bias"}, "linear_2": ...}.
-      values: (M,), multiplied by their factor already.
+      values: (M,), already multiplied by their factor.
 
     Returns:
       (M, hidden size), float32.

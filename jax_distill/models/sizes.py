@@ -1,4 +1,4 @@
-"""What the sizes and factors of networks may be, checked before anything is made of them."""
+"""Checks of networks' sizes and factors, before anything is allocated."""
 
 import math
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ def check_size(name: str, value: Any, *, least: int = 1, most: int = WIDEST) -> 
 
 
 def check_sizes(config: Any, names: Iterable[str]) -> None:
-    """Checks that fields of a configuration are integers of a size that such fields have.
+    """Checks that fields of a configuration are integers of a plausible size.
 
     Raises:
       ValueError: names the first field that is not.
@@ -32,7 +32,7 @@ def check_sizes(config: Any, names: Iterable[str]) -> None:
 
 
 def check_positive(config: Any, names: Iterable[str]) -> None:
-    """Checks that fields of a configuration are numbers above 0 that are finite.
+    """Checks that fields of a configuration are positive and finite.
 
     Raises:
       ValueError: names the first field that is not.

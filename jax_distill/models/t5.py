@@ -5,7 +5,7 @@ attention scores alone, and those are not scaled. On the same weights the number
 transformers' `T5EncoderModel`.
 
 The weights were trained in bfloat16, whose range is float32's: activations outgrow float16, and
-what small layers add to a large residual is lost in a short mantissa. So the residual stream, the
+small contributions to a large residual are lost in a short mantissa. So the residual stream, the
 norms, the scores and softmax, the gated product and the projection after it are wide in any type of
 computation (see `layers`).
 
@@ -39,7 +39,7 @@ _SIZES = (
     "relative_attention_max_distance",
 )
 
-# What transformers' config may also say, and the only value that this network computes.
+# Other keys of transformers' config, and the only value that this network supports.
 _FIXED = {"model_type": "t5", "feed_forward_proj": "gated-gelu"}
 # Fields that old configs lack.
 _DEFAULTS = {
@@ -99,8 +99,8 @@ class T5Config:
           values: transformers' keys; those that do not change the function are ignored.
 
         Raises:
-          ValueError: a size is missing or wrong, or the config asks for what this network does not
-            do (version 1.0 of T5, another activation).
+          ValueError: a size is missing or wrong, or the config asks for something this network
+            does not support (version 1.0 of T5, another activation).
         """
         values = _DEFAULTS | values
         names = [field.name for field in dataclasses.fields(cls)]

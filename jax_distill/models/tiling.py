@@ -1,8 +1,8 @@
 """Large pictures through an autoencoder in overlapping tiles.
 
-What diffusers' `AutoencoderKL.enable_tiling` does, tile for tile: memory is that of one tile, and
-the result is another one than that of the whole picture, whose positions all see each other through
-the group norms and the attention. A picture that fits into one tile is not changed by it.
+Like diffusers' `AutoencoderKL.enable_tiling`, tile for tile: memory is that of one tile, and the
+result differs from that of the whole picture, whose positions all see each other through the group
+norms and the attention. A picture that fits into one tile is not changed by it.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def tiled(
       apply: (B, h, w, C) to (B, H, W, D); it is called with at most four shapes.
       x: (B, h, w, C).
       tile: largest height and width that `apply` is given; a multiple of 4.
-      out_tile: what it makes of them; a multiple of 4.
+      out_tile: height and width of its result for such a tile; a multiple of 4.
 
     Returns:
       (B, H, W, D).

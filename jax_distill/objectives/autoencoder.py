@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_distill.flow import Batch
 from jax_distill.objectives.objective import Method, View
-from jax_distill.objectives.settings import NOT_NEGATIVE, setting
+from jax_distill.objectives.settings import not_negative
 
 
 class AutoencoderDraws(NamedTuple):
@@ -43,8 +43,8 @@ class AutoencoderObjective(Method):
     encode: Callable
     decode: Callable
     latent_shape: tuple[int, int, int]
-    kl_weight: float = setting(1e-3, NOT_NEGATIVE)
-    l1_weight: float = setting(0.1, NOT_NEGATIVE)
+    kl_weight: float = not_negative(1e-3)
+    l1_weight: float = not_negative(0.1)
 
     def init_student(self, key: jax.Array, params: dict) -> dict:
         del key

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jax_distill.flow import Batch, Network, Text, interpolate, logit_normal, path_velocity
 from jax_distill.objectives.objective import Method, View, drop_text
-from jax_distill.objectives.settings import FINITE, POSITIVE, SHARE, one_of, setting
+from jax_distill.objectives.settings import choice, finite, positive, share
 from jax_distill.objectives.teacher import TeacherVelocity
 from jax_distill.sampling import SOLVERS, Shifted, Solve
 
@@ -43,11 +43,11 @@ class FlowMatching(Method):
 
     network: Network
     teacher: TeacherVelocity
-    time_mean: float = setting(0.0, FINITE)
-    time_std: float = setting(1.0, POSITIVE)
-    drop_rate: float = setting(0.1, SHARE)
-    solver: str = setting("euler", one_of(*SOLVERS))
-    time_shift: float | None = setting(None, FINITE)
+    time_mean: float = finite(0.0)
+    time_std: float = positive(1.0)
+    drop_rate: float = share(0.1)
+    solver: str = choice(*SOLVERS)
+    time_shift: float | None = finite(None)
 
     @property
     def sampled_by(self) -> Solve:

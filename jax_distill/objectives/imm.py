@@ -22,13 +22,12 @@ from jax_distill.flow import (
 )
 from jax_distill.objectives.objective import STUDENT, Method, View
 from jax_distill.objectives.settings import (
-    FINITE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SCALES,
     Rule,
-    at_most,
-    one_of,
+    choice,
+    finite,
+    not_negative,
+    positive,
+    scales,
     setting,
 )
 from jax_distill.objectives.teacher import TeacherVelocity
@@ -121,18 +120,18 @@ class IMM(Method):
 
     network: Network
     teacher: TeacherVelocity
-    particles: int = setting(4, POSITIVE, at_most(2**20))
-    guidance_scales: tuple[float, ...] = setting((4.0, 4.5, 5.0), SCALES)
+    particles: int = positive(4, 2**20)
+    guidance_scales: tuple[float, ...] = scales(4.0, 4.5, 5.0)
     gap: int = setting(12, GAP)
     time_min: float = 0.0
     time_max: float = 0.994
-    data_std: float = setting(1.0, POSITIVE)
-    weight_power: float = setting(1.0, NOT_NEGATIVE)
-    weight_offset: float = setting(4.0, FINITE)
-    ddim_velocity: str = setting("teacher", one_of("teacher", "sample"))
-    target_weights: str = setting("current", one_of("current", "average"))
-    sampler: str = setting("push_forward", one_of("push_forward", "restart"))
-    time_shift: float = setting(0.0, FINITE)
+    data_std: float = positive(1.0)
+    weight_power: float = not_negative(1.0)
+    weight_offset: float = finite(4.0)
+    ddim_velocity: str = choice("teacher", "sample")
+    target_weights: str = choice("current", "average")
+    sampler: str = choice("push_forward", "restart")
+    time_shift: float = finite(0.0)
 
     def __post_init__(self):
         super().__post_init__()

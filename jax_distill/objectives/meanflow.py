@@ -24,14 +24,13 @@ from jax_distill.flow import (
 )
 from jax_distill.objectives.objective import Method, View, drop_text
 from jax_distill.objectives.settings import (
-    FINITE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SCALES,
-    SHARE,
-    STEPS,
-    one_of,
-    setting,
+    choice,
+    finite,
+    not_negative,
+    positive,
+    scales,
+    share,
+    steps,
 )
 from jax_distill.objectives.teacher import TeacherVelocity
 from jax_distill.sampling import PushForward, Shifted
@@ -99,23 +98,23 @@ class MeanFlow(Method):
 
     network: Network
     teacher: TeacherVelocity
-    time_mean: float = setting(-0.4, FINITE)
-    time_std: float = setting(1.0, POSITIVE)
-    equal_share: float = setting(0.25, SHARE)
-    guidance_scales: tuple[float, ...] = setting((4.0, 4.5, 5.0), SCALES)
-    drop_rate: float = setting(0.1, SHARE)
-    interval_start: str = setting("zeros", one_of("zeros", "copy"))
-    target_velocity: str = setting("teacher", one_of("teacher", "sample"))
-    jvp_velocity: str = setting("teacher", one_of("teacher", "sample"))
-    omega: float = setting(1.0, FINITE)
-    kappa: float = setting(0.0, FINITE)
-    mix_from: float = setting(0.0, SHARE)
-    mix_to: float = setting(1.0, SHARE)
+    time_mean: float = finite(-0.4)
+    time_std: float = positive(1.0)
+    equal_share: float = share(0.25)
+    guidance_scales: tuple[float, ...] = scales(4.0, 4.5, 5.0)
+    drop_rate: float = share(0.1)
+    interval_start: str = choice("zeros", "copy")
+    target_velocity: str = choice("teacher", "sample")
+    jvp_velocity: str = choice("teacher", "sample")
+    omega: float = finite(1.0)
+    kappa: float = finite(0.0)
+    mix_from: float = share(0.0)
+    mix_to: float = share(1.0)
     mix_interval: bool = False
-    loss_power: float = setting(1.0, NOT_NEGATIVE)
-    loss_constant: float = setting(1e-3, POSITIVE)
-    discrete_warmup: int = setting(0, NOT_NEGATIVE, STEPS)
-    time_shift: float | None = setting(None, FINITE)
+    loss_power: float = not_negative(1.0)
+    loss_constant: float = positive(1e-3)
+    discrete_warmup: int = steps(0)
+    time_shift: float | None = finite(None)
 
     def check_run(self, dtype: str) -> Iterable[str]:
         if self.mix_from > self.mix_to:

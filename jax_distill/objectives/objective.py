@@ -8,7 +8,6 @@ function, `motion`. Adding a method is adding one file beside this one, and a co
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -20,8 +19,6 @@ from jax_distill.sampling import Sampler, draw
 
 STUDENT = "student"
 """The player that is sampled, evaluated and exported; a lone network goes by this name, too."""
-
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class View(NamedTuple):
@@ -35,8 +32,8 @@ class View(NamedTuple):
     """
 
     frozen: Mapping[str, Any]
-    nets: Mapping[str, Any] = _NOTHING
-    averages: Mapping[str, Any] = _NOTHING
+    nets: Mapping[str, Any] = {}
+    averages: Mapping[str, Any] = {}
 
 
 Loss = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]

@@ -25,16 +25,7 @@ from jax_distill.flow import (
     trig_velocity,
 )
 from jax_distill.objectives.objective import Method, View
-from jax_distill.objectives.settings import (
-    FINITE,
-    NOT_NEGATIVE,
-    POSITIVE,
-    SCALES,
-    STEPS,
-    Rule,
-    one_of,
-    setting,
-)
+from jax_distill.objectives.settings import Rule, choice, finite, positive, scales, setting, steps
 from jax_distill.objectives.teacher import TeacherVelocity
 from jax_distill.sampling import Angles, Restart
 
@@ -119,15 +110,15 @@ class SCM(Method):
 
     network: Network
     teacher: TeacherVelocity
-    data_scale: float = setting(0.5, POSITIVE)
-    angle_mean: float = setting(0.2, FINITE)
-    angle_std: float = setting(1.6, POSITIVE)
-    guidance_scales: tuple[float, ...] = setting((4.0, 4.5, 5.0), SCALES)
-    tangent_warmup: int = setting(4000, NOT_NEGATIVE, STEPS)
-    warmup: str = setting("scm", one_of("scm", "rcm"))
+    data_scale: float = positive(0.5)
+    angle_mean: float = finite(0.2)
+    angle_std: float = positive(1.6)
+    guidance_scales: tuple[float, ...] = scales(4.0, 4.5, 5.0)
+    tangent_warmup: int = steps(4000)
+    warmup: str = choice("scm", "rcm")
     normalize_tangent: bool = True
-    tangent_constant: float = setting(0.1, POSITIVE)
-    weighting: str = setting("learned", one_of("learned", "sum"))
+    tangent_constant: float = positive(0.1)
+    weighting: str = choice("learned", "sum")
     drop_nonfinite: bool = False
     middle_angle: float = setting(1.3, BETWEEN)
 

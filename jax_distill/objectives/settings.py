@@ -18,27 +18,46 @@ class Rule(NamedTuple):
     words: str
 
 
-POSITIVE = Rule(lambda value: 0 < value < math.inf, "positive")
-NOT_NEGATIVE = Rule(lambda value: 0 <= value < math.inf, "zero or more")
-SHARE = Rule(lambda value: 0 <= value <= 1, "from 0 to 1")
-FINITE = Rule(math.isfinite, "a finite number")
-SCALES = Rule(lambda value: value and all(map(math.isfinite, value)), "a list of finite numbers")
-
-
-def at_most(most: int) -> Rule:
-    return Rule(lambda value: value <= most, f"{most} or less")
-
-
-def one_of(*words: str) -> Rule:
-    return Rule(words.__contains__, f"one of {', '.join(words)}")
-
-
-STEPS = at_most(2**31 - 1)
-
-
 def setting(default: Any, *rules: Rule) -> Any:
     """A dataclass field with a default, whose values are checked."""
     return dataclasses.field(default=default, metadata={"rules": rules})
+
+
+def positive(default: float, most: float = math.inf) -> Any:
+    return setting(default, Rule(lambda x: 0 < x < math.inf, "positive"), *_at_most(most))
+
+
+def not_negative(default: float, most: float = math.inf) -> Any:
+    return setting(default, Rule(lambda x: 0 <= x < math.inf, "zero or more"), *_at_most(most))
+
+
+def steps(default: int) -> Any:
+    """A number of steps; 0 for none."""
+    return not_negative(default, 2**31 - 1)
+
+
+def share(default: float) -> Any:
+    return setting(default, Rule(lambda x: 0 <= x <= 1, "from 0 to 1"))
+
+
+def finite(default: float | None) -> Any:
+    return setting(default, Rule(math.isfinite, "a finite number"))
+
+
+def scales(*default: float) -> Any:
+    """Guidance scales that are drawn."""
+    holds = Rule(lambda x: x and all(map(math.isfinite, x)), "a list of finite numbers")
+    return setting(default, holds)
+
+
+def choice(*words: str) -> Any:
+    """One of a few words, the first by default."""
+    return setting(words[0], Rule(words.__contains__, f"one of {', '.join(words)}"))
+
+
+def _at_most(most: float) -> Iterator[Rule]:
+    if most < math.inf:
+        yield Rule(lambda x: x <= most, f"{most} or less")
 
 
 def settings_of(kind: type) -> dict[str, Any]:

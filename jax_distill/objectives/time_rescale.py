@@ -19,7 +19,7 @@ import numpy as np
 
 from jax_distill.flow import Batch, Network, Text, interpolate
 from jax_distill.objectives.objective import Method, View
-from jax_distill.objectives.settings import FINITE, SCALES, one_of, setting
+from jax_distill.objectives.settings import choice, finite, scales
 from jax_distill.objectives.teacher import TeacherVelocity
 from jax_distill.sampling import SOLVERS, Shifted, Solve
 
@@ -176,9 +176,9 @@ class TimeRescale(Method):
 
     network: Network
     teacher: TeacherVelocity
-    guidance_scales: tuple[float, ...] = setting((4.0, 4.5, 5.0), SCALES)
-    solver: str = setting("euler", one_of(*SOLVERS))
-    time_shift: float | None = setting(None, FINITE)
+    guidance_scales: tuple[float, ...] = scales(4.0, 4.5, 5.0)
+    solver: str = choice(*SOLVERS)
+    time_shift: float | None = finite(None)
 
     @property
     def sampled_by(self) -> Solve:

@@ -1,4 +1,4 @@
-"""Where activations lie on a mesh, which networks name and whoever traces them decides."""
+"""Placement of activations on a mesh: networks name axes, the tracing code maps the names."""
 
 import contextlib
 import contextvars

@@ -1,4 +1,4 @@
-"""Chips and how they are wired: the only place with numbers of hardware."""
+"""Chips and their wiring: the only place with hardware numbers."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one chip can do.
+    """Capabilities of one chip.
 
     Attributes:
       hbm: bytes of its memory.
@@ -63,7 +63,7 @@ class Topology:
     Attributes:
       name: as asked for, such as "v5p:4x4x4".
       kind: "tpu", "gpu" or "cpu".
-      chip: what one can do.
+      chip: one of them.
       shape: chips along each axis of the wiring.
     """
 

@@ -1,4 +1,4 @@
-"""What chips say to each other, read from a compiled program."""
+"""Exchanges between chips, read from a compiled program."""
 
 import dataclasses
 import re
@@ -19,9 +19,9 @@ class Collective:
 
     Attributes:
       kind: one of `KINDS`.
-      bytes: of the whole: what is gathered, reduced, or scattered, on one chip, once.
+      bytes: of the whole array that is gathered, reduced or scattered, on one chip, once.
       group: chips that exchange.
-      times: how often a step does it.
+      times: in a step.
       loops: how many loops it is in.
       name: of the instruction.
     """
@@ -137,7 +137,7 @@ def _holding(computations: Mapping[str, list[str]]) -> set[str]:
 
 
 def _trips(line: str, name: str, computations: Mapping[str, list[str]]) -> int:
-    """How often a loop runs: what the compiler noted, or what its condition compares with."""
+    """Trip count of a loop: noted by the compiler, or the bound in its condition."""
     if noted := re.search(r'known_trip_count\\?":\{\\?"n\\?":\\?"(\d+)', line):
         return int(noted[1])
     condition = re.search(r" condition=%?([\w.\-]+)", line)

@@ -1,4 +1,4 @@
-"""How much arithmetic a function is, counted from its jaxpr: exact, and before any compiler."""
+"""Arithmetic of a function, counted from its jaxpr: exact, and before any compiler."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""What a step needs by formula, where no compiler is asked: GPUs, and candidates of a sweep."""
+"""Memory, traffic and exchanges of a step by formula: for GPUs, and for candidates of a sweep."""
 
 import math
 from typing import Any
@@ -11,11 +11,18 @@ from jax_distill.devices.sharding import AXES
 from jax_distill.planning.collectives import Collective
 from jax_distill.planning.program import Program, bytes_on_a_chip, sampling_steps
 
-# Arrays of (tokens, width) that a block holds while its gradient is taken, in units of the width:
-# heads, MLP and their tangents and cotangents; and what each policy saves of every block.
-WORKING_WIDTHS = 60
-SAVED_WIDTHS = {"full": 1, "dots": 16, "none": 40}
 COMPUTE_BYTES = 2  # bfloat16
+SAVED_WIDTHS = {"full": 1, "dots": 10, "none": 50}
+"""Channels that each remat policy saves of a token and block for the gradient, in units of the
+network's width. Counted from the jaxpr of FLUX.1-lite's gradient, see tests/test_plan.py."""
+WORKING_WIDTHS = 60
+"""The same for a block while its gradient is taken: heads, MLP, their tangents and cotangents. A
+choice: with it, temporaries are 1.1 to 1.4 times those of the TPU compiler in docs/plans.md for
+full students, and 0.8 to 0.9 times for adapters. Each pass of `hbm_bytes` moves them once."""
+TRAINING_FORWARDS = 6
+"""Forwards whose arithmetic a step has: teacher, student, its tangent, gradient (2), remat."""
+TRAINING_READS = 3
+"""How often a step reads all weights: the teacher's, forward, and back again."""
 
 
 def abstract_mesh(shape: tuple[int, ...]) -> AbstractMesh:
@@ -50,9 +57,10 @@ def hbm_bytes(program: Program) -> int:
 
 
 def exchanges(program: Program) -> list[Collective]:
-    """What chips say to each other: weights over fsdp, gradients, activations over tensor.
+    """Exchanges among chips: weights over fsdp, gradients, activations over tensor.
 
-    Weights of all of the network are gathered, frozen or not; gradients are of what is trained.
+    All weights are gathered, frozen or not; gradients are of trained parameters. A double block has
+    two all-reduces of activations a forward, a single block one: those of its output layers.
     """
     sizes, config = program.mesh.shape, program.config
     double, single = _blocks(program)
@@ -76,7 +84,7 @@ def exchanges(program: Program) -> list[Collective]:
         found.append(Collective("all-reduce", whole, sizes["data"], 1, 0, "gradients"))
     if sizes["tensor"] > 1:
         width = build.network_config(config).hidden_size
-        passes = 6 * len(program.moving) or sampling_steps(config)
+        passes = TRAINING_FORWARDS * len(program.moving) or sampling_steps(config)
         count = (2 * double + single) * passes * micro
         moved = _tokens(program) * width * COMPUTE_BYTES
         found.append(Collective("all-reduce", moved, sizes["tensor"], count, 1, "activations"))
@@ -84,8 +92,8 @@ def exchanges(program: Program) -> list[Collective]:
 
 
 def _passes(program: Program) -> int:
-    """How often a step reads all weights: the teacher's, forward, and back again."""
-    return 3 * len(program.moving) or sampling_steps(program.config)
+    """How often all weights are read."""
+    return TRAINING_READS * len(program.moving) or sampling_steps(program.config)
 
 
 def _tokens(program: Program) -> int:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from jax_distill.assembly import stages
 from jax_distill.config import ConfigError
 from jax_distill.devices import sharding
+from jax_distill.objectives.methods import FROM_SCRATCH
 from jax_distill.planning import chips, collectives, formulas, program
 from jax_distill.planning.chips import GIB, Topology
 from jax_distill.planning.program import Program
@@ -48,7 +49,7 @@ def count(planned: Program, plain: Callable[[], Program] | None) -> Arithmetic:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a program needs on a topology.
+    """Needs of a program on a topology.
 
     Attributes:
       stage: of the run, with the players of a turn where there are several; or "sampling".
@@ -66,7 +67,7 @@ class Plan:
       exchanges: by kind, number and bytes on a chip.
       roofline: seconds by part.
       total_steps: of the run; None for a sampler.
-      compile_seconds: what the compiler took.
+      compile_seconds: time that the compiler took.
       others: plans of the run's other stages, which need no more memory.
     """
 
@@ -247,7 +248,7 @@ def _of_turn(stage: stages.Stage, mesh: Any, name: str) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a compiler, or a formula, says of a program on one chip, in bytes."""
+    """Bytes of a program on one chip, by a compiler or a formula."""
 
     temporaries: int
     peak: int
@@ -257,7 +258,7 @@ class Measured:
 
 
 def estimate(planned: Program, topology: Topology) -> Measured:
-    """What the formulas say, no compiler asked."""
+    """Estimates a program by formula, without a compiler."""
     held, temporaries = sum(planned.bytes_by_kind().values()), formulas.temporaries(planned)
     return Measured(
         temporaries,
@@ -319,7 +320,7 @@ def divisible(config: ConfigDict, count: int) -> tuple[ConfigDict, tuple[str, ..
     if config.mesh.fsdp != -1 or config.mesh.tensor != 1 or config.mesh.data < 1:
         return config, ()
     micro = config.batch_size // config.accumulate
-    if config.objective.name not in stages.FROM_SCRATCH and config.rescale.total_steps:
+    if config.objective.name not in FROM_SCRATCH and config.rescale.total_steps:
         micro = math.gcd(micro, config.rescale.batch_size // config.accumulate)
     groups = math.gcd(micro, count)
     tensor = count // groups
@@ -424,8 +425,8 @@ def sweep(config: ConfigDict, topology: Topology, *, sample: bool = False) -> li
         plans.append(max(of_stage, key=lambda found: found.peak))
     if not plans:
         raise ConfigError(
-            f"--sweep: no mesh of {topology.name} divides what was tried; ask for one plan without"
-            " --sweep"
+            f"--sweep: no mesh of {topology.name} divides the batches that were tried; ask for one"
+            " plan without --sweep"
         )
     return sorted(plans, key=lambda plan: (not plan.fits, -plan.examples_per_second))
 

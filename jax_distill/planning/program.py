@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jax_distill import config as configuration
-from jax_distill import streams
-from jax_distill.assembly import adapters, build, frozen, stages
+from jax_distill import streams, worlds
+from jax_distill.assembly import adapters, build, resolution, stages
+from jax_distill.assembly.frozen import frozen_network
 from jax_distill.config import ConfigError
 from jax_distill.devices import sharding
 from jax_distill.flow import Batch, Text
@@ -21,7 +21,6 @@ from jax_distill.objectives.methods import OBJECTIVES
 from jax_distill.objectives.objective import STUDENT
 from jax_distill.objectives.settings import settings_of
 from jax_distill.planning.flops import count_flops
-from jax_distill.runs import checks
 from jax_distill.training import rounding
 from jax_distill.training.step import (
     PlayerState,
@@ -32,18 +31,6 @@ from jax_distill.training.step import (
     turns,
     with_shardings,
 )
-
-FLUX_LITE = {
-    "num_layers": 8,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": (16, 56, 56),
-}
-FLUX_LITE_TEXT = 256  # tokens of T5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +85,7 @@ def training(stage: stages.Stage, mesh: Any) -> Iterator[Program]:
     state = with_shardings(abstract, shardings)
     held = {"null": text_like(config, 1)}
     if stage.teacher is not None:
-        held["teacher"] = jax.eval_shape(functools.partial(_held, stage))
+        held["teacher"] = jax.eval_shape(functools.partial(_frozen, stage))
     held = with_shardings(held, sharding.shard_state(held, mesh))
     batch = Batch(
         jax.ShapeDtypeStruct((config.batch_size, *build.token_shape(config)), jnp.float32),
@@ -137,7 +124,7 @@ def sampling(stage: stages.Stage, mesh: Any) -> Program:
         if beside is None:
             return {"network": rounding.narrow(network, config.ema_dtype)}
         state = rounding.narrow(beside.split(streams.key(0), network), config.ema_dtype)
-        return {"network": beside.attach(_held(stage), state)}
+        return {"network": beside.attach(_frozen(stage), state)}
 
     params = jax.eval_shape(create)
     params = with_shardings(params, sharding.shard_state(params, mesh))
@@ -160,24 +147,17 @@ def sampling(stage: stages.Stage, mesh: Any) -> Program:
 
 
 def run_stages(config: ConfigDict) -> list[stages.Stage]:
-    """The stages of a run that have a step, in order.
-
-    Without `teacher.checkpoint`, the teacher of FLUX's world is FLUX.1-lite-8B.
+    """The stages of a run that take steps, in order.
 
     Raises:
       ConfigError: a value that a run would refuse, nothing that has a plan, or no teacher.
     """
-    checks.validate(config)
+    resolution.validate(config)
     if config.objective.name == "autoencoder":
         raise ConfigError("objective.name: the autoencoder has no plan; give another --config")
-    if config.objective.name in stages.FROM_SCRATCH:
-        return stages.of(config, None)
-    if config.world == "flux" and not config.teacher.checkpoint:
-        teacher = flux_lite(config)
-    else:
-        teacher = checks.teacher_config(config)
-    every = stages.of(_shifted(stages.student_config(config, teacher)), teacher)
-    every = [stage._replace(config=_shifted(stage.config)) for stage in every]
+    teacher = None if config.teacher.checkpoint else worlds.of(config).planned_teacher()
+    resolved = resolution.resolve(_shifted(config.copy_and_resolve_references()), teacher)
+    every = [stage._replace(config=_shifted(stage.config)) for stage in resolved.stages]
     return [stage for stage in every if stage.config.total_steps]
 
 
@@ -206,21 +186,9 @@ def forward_flops(config: ConfigDict) -> int:
     return count_flops(network.velocity, params, x, scalar, text_like(config, count), guidance)
 
 
-def flux_lite(config: ConfigDict) -> ConfigDict:
-    """The configuration that a ported FLUX.1-lite-8B has."""
-    teacher = configuration.base()
-    with teacher.unlocked():
-        teacher.world = "flux"
-        teacher.objective = {"name": "flow_matching"}
-        teacher.model.update(FLUX_LITE | {"remat": config.model.get("remat", "none")})
-        teacher.data.text_length = FLUX_LITE_TEXT
-        teacher.data.resolution = config.data.resolution
-    return teacher
-
-
 def text_like(config: ConfigDict, count: int) -> Text:
     """Shapes of embedded captions as the data has them, (count, ..)."""
-    dtype = jnp.bfloat16 if config.world == "flux" else jnp.float32
+    dtype = jnp.bfloat16 if worlds.of(config).stores_text else jnp.float32
     model = config.model
     return Text(
         jax.ShapeDtypeStruct((count, config.data.text_length, model.joint_attention_dim), dtype),
@@ -262,13 +230,13 @@ def bytes_on_a_chip(tree: Any) -> int:
     )
 
 
-def _held(stage: stages.Stage) -> dict:
+def _frozen(stage: stages.Stage) -> dict:
     """The frozen network of a stage, as the run makes it; to be traced."""
-    network = frozen.hold(stage.config, build.initial_parameters(stage.teacher))
+    network = frozen_network(stage.config, build.initial_parameters(stage.teacher))
     if stage.adapted:
         beside = adapters.settings(stage.config)
         network = beside.attach(network, beside.split(streams.key(0), network))
-        network = frozen.hold(stage.config, network)
+        network = frozen_network(stage.config, network, adapted=True)
     return network
 
 

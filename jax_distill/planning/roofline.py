@@ -1,4 +1,4 @@
-"""How long a step takes at least, and which part of the chip is what holds it up."""
+"""Lower bound on the time of a step, and the part of the chip that sets it."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from jax_distill.planning.collectives import Collective
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step, were each part of a chip all that there is.
+    """Seconds of a step for each part of a chip, as if it were the only one.
 
     Attributes:
       compute: of the matrix products.

@@ -19,13 +19,13 @@ from msgspec import Meta
 from jax_distill import config as configuration
 from jax_distill import pipeline, streams
 from jax_distill.assembly import build
+from jax_distill.assembly.resolution import teacher_config
 from jax_distill.config import ConfigError
 from jax_distill.data import records
 from jax_distill.evaluation import comparison, grids, scoring
 from jax_distill.evaluation.metrics import read_metrics
 from jax_distill.evaluation.results import parse_results, read_results
 from jax_distill.planning.flops import count_flops
-from jax_distill.runs import checks
 from jax_distill.storage.files import read_json, write_json
 from jax_distill.storage.quoting import shown
 from jax_distill.training.step import moves_of
@@ -178,7 +178,7 @@ def measured(cell: Path) -> dict:
             (step - before) / line["steps_per_sec"]
             for before, step, line in zip(steps, steps[1:], lines)
         ),
-        "flops_per_step": step_flops(config, checks.teacher_config(config)),
+        "flops_per_step": step_flops(config, teacher_config(config)),
         "peak_gib": _cost(cell)["peak_gib"],
     }
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a run, found before anything is written."""
+"""Checks of a run before anything is written."""
 
 import math
 from collections.abc import Sequence
@@ -9,69 +9,59 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from jax_distill import config as configuration
-from jax_distill import pipeline, worlds
-from jax_distill.assembly import adapters, build, stages
-from jax_distill.assembly.stages import FROM_SCRATCH
-from jax_distill.config import ConfigError, base, load
+from jax_distill import worlds
+from jax_distill.assembly import adapters, build, resolution
+from jax_distill.assembly.stages import Stage
+from jax_distill.config import ConfigError, optimizer_of
 from jax_distill.config.settings import flatten
 from jax_distill.data.loader import check_batch_size
 from jax_distill.data.records import LatentRecords
 from jax_distill.devices import sharding
 from jax_distill.evaluation import scoring
-from jax_distill.interop import ported_folder
 from jax_distill.models.autoencoder import AutoencoderConfig
-from jax_distill.objectives.methods import OBJECTIVES
+from jax_distill.objectives.methods import FROM_SCRATCH
 from jax_distill.runs import resuming
-from jax_distill.storage.files import check_no_partial
-from jax_distill.training import checkpoint
 from jax_distill.training.optimizer import make_optimizer
-from jax_distill.worlds.shapes import bundled
-
-_TEACHERS = (
-    *("in_channels", "num_layers", "num_single_layers", "attention_head_dim", "axes_dims_rope"),
-    *("num_attention_heads", "joint_attention_dim", "pooled_projection_dim"),
-)
-"""Settings of a network that a student shares with its teacher."""
 
 
 def check(config: ConfigDict, workdir: Path) -> None:
-    """Checks a configuration, what it points to, and the workdir.
+    """Checks a configuration, the folders it points to, and the workdir.
 
     Raises:
       ConfigError or ValueError: one sentence that names the key and the fix.
     """
     check_workdir(workdir)
-    validate(config)
-    make_optimizer(config.optimizer, config.total_steps)
+    resolution.validate(config)
+    for name in ("", *config.get("optimizers", {})):
+        make_optimizer(optimizer_of(config, name), config.total_steps)
     name = config.objective.name
     check_objective(config)
-    teacher = None
+    taught = name not in FROM_SCRATCH
+    if taught and resolution.absolute(config.teacher.checkpoint) == str(workdir.resolve()):
+        raise ConfigError(
+            f"teacher.checkpoint: '{workdir}' is the run's own --workdir; give another"
+        )
+    resolved = resolution.resolve(config)
+    config = resolved.config
     if name == "autoencoder":
-        if config.world != "shapes":
+        if worlds.of(config).pictures() is None:
             raise ConfigError(f"world: {config.world!r} has its autoencoder; none is trained there")
         AutoencoderConfig(**config.autoencoder)
         check_batches(config, ("batch_size",), config.data.examples)
     else:
-        if name not in FROM_SCRATCH:
-            teacher = teacher_config(config)
-            if pipeline.absolute(config.teacher.checkpoint) == str(workdir.resolve()):
-                raise ConfigError(
-                    f"teacher.checkpoint: '{workdir}' is the run's own --workdir; give another"
-                )
-            config = student_config(config, teacher)
         check_evaluation(config)
         check_data(config)
     check_lora(config)
-    check_same_run(config, workdir)
+    resuming.check(config, workdir)
     if name != "autoencoder":
-        check_loss(config, teacher)
+        check_loss(resolved.stages)
 
 
 def check_workdir(workdir: Path) -> None:
-    """Checks that a workdir is a folder, or may become one.
+    """Checks that a workdir is a folder or does not exist yet.
 
     Raises:
-      ConfigError: it is something else.
+      ConfigError: it is a file or an address.
     """
     if workdir.parts and workdir.parts[0].endswith(":"):  # "gs://bucket/run", as a path
         raise ConfigError(
@@ -82,22 +72,27 @@ def check_workdir(workdir: Path) -> None:
 
 
 def check_objective(config: ConfigDict) -> None:
-    """Checks an objective's settings, and what they ask of others."""
-    given = dict(config.objective)
-    configuration.check_objective(given)
-    name = given.pop("name")
-    if name in OBJECTIVES:
-        try:
-            for words in OBJECTIVES[name](None, None, **given).check_run(config.dtype):
-                logging.warning("objective.%s", words)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    """Checks an objective's settings, and those of others that it depends on."""
+    configuration.check_objective(config.objective)
+    try:
+        method = build.without_networks(config)
+        for words in method.check_run(config.dtype):
+            logging.warning("objective.%s", words)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    used = {player.optimizer for player in method.players.values()} - {""}
+    for name in config.optimizers:
+        if name not in used:
+            known = ", ".join(sorted(used)) or "none"
+            raise ConfigError(
+                f"optimizers.{name}: no player of {method.name!r} has it; known: {known}"
+            )
 
 
 def check_batches(
     config: ConfigDict, keys: Sequence[str], examples: int, rows_per_example: int = 1
 ) -> None:
-    """Checks that batches divide among processes, micro-batches and devices, and can be filled."""
+    """Checks that batches divide among micro-batches and devices, and that the data fills them."""
     mesh = sharding.make_mesh(config.mesh)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     values = flatten(config.to_dict())
@@ -114,62 +109,8 @@ def check_batches(
         check_batch_size(size, examples, key, rows_per_example)
 
 
-def teacher_config(config: ConfigDict) -> ConfigDict:
-    """The configuration of the teacher that `teacher.checkpoint` names, without its weights.
-
-    Raises:
-      ConfigError: there is no trained teacher, or it is of another world.
-    """
-    source = config.teacher.checkpoint
-    if source in ("", pipeline.EMBEDDED):
-        if config.world != "shapes":
-            raise ConfigError(
-                f"teacher.checkpoint: missing; world={config.world!r} needs a folder that python -m"
-                " jax_distill.port made, or a run that began with one"
-            )
-        return ConfigDict(bundled.load("teacher")[1]["config"])
-    check_no_partial(source, "teacher.checkpoint")
-    try:
-        teacher = load(Path(source))
-        configuration.check_teachers(Path(source))
-        if not ported_folder.is_ported(Path(source)):
-            checkpoint.complete_steps(Path(source))
-    except ValueError as error:
-        raise ConfigError(f"teacher.checkpoint: {error}") from None
-    if teacher.objective.name not in build.TEACHERS:
-        raise ConfigError(
-            f"teacher.checkpoint: '{source}' is a run of objective {teacher.objective.name!r}, no"
-            " teacher; give one such as configs/teacher.py or configs/time_rescale.py makes"
-        )
-    if (world := teacher.get("world", "shapes")) != config.world:
-        raise ConfigError(
-            f"world: {config.world!r} is not that of the teacher in '{source}', {world!r};"
-            " FLUX's is that of presets such as configs/scm.py:flux_lite"
-        )
-    return teacher
-
-
-def student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
-    """As `stages.student_config`, which passes over a `data.text_length` of our own."""
-    length = config.data.text_length
-    if length not in (base().data.text_length, teacher.data.text_length):
-        raise ConfigError(
-            f"data.text_length: {length} differs from the teacher's {teacher.data.text_length},"
-            " which a student takes over; leave it out"
-        )
-    whole = stages.student_config(config, teacher)
-    own, source = build.network_config(whole), build.network_config(teacher)
-    for key in _TEACHERS:
-        if getattr(own, key) != getattr(source, key):
-            raise ConfigError(
-                f"model.{key}: {getattr(own, key)} differs from the teacher's"
-                f" {getattr(source, key)}, whose parameters the student starts from; leave it out"
-            )
-    return whole
-
-
 def check_lora(config: ConfigDict) -> None:
-    """Checks that adapters have projections to be beside, and a teacher that is frozen."""
+    """Checks that adapters have a frozen teacher with projections to adapt."""
     lora = adapters.settings(config)
     if lora is None:
         return
@@ -185,7 +126,7 @@ def check_lora(config: ConfigDict) -> None:
 
 
 def check_evaluation(config: ConfigDict) -> None:
-    """Checks what else would only fail when training is over."""
+    """Checks the evaluation, which would otherwise fail after training."""
     world = worlds.of(config)
     if world.scored:
         try:
@@ -206,7 +147,7 @@ def check_evaluation(config: ConfigDict) -> None:
 
 
 def check_data(config: ConfigDict) -> None:
-    """Checks the data against the network's shapes, the batch and the world's captions."""
+    """Checks the data against the network's shapes, the batch size and the world's captions."""
     world, path = worlds.of(config), config.data.path
     widths = zip(("joint_attention_dim", "pooled_projection_dim"), world.text_widths)
     for key, width in widths:
@@ -232,34 +173,11 @@ def check_data(config: ConfigDict) -> None:
         check_batches(config, ("rescale.batch_size",), examples)
 
 
-def check_loss(config: ConfigDict, teacher: ConfigDict | None) -> None:
-    """Traces each stage's loss, which finds what does not fit together in networks and batch."""
-    build.objective(config)
-    for stage in stages.of(config, teacher):
+def check_loss(every: Sequence[Stage]) -> None:
+    """Traces each stage's losses, which finds networks and batches that do not fit together."""
+    for stage in every:
         try:
             for _, loss, arguments in build.abstract_losses(stage.config, stage.teacher):
                 jax.eval_shape(loss, *arguments)
         except ValueError as error:
             raise ConfigError(f"{stage.name}: {error}") from None
-
-
-def validate(config: ConfigDict) -> None:
-    """Checks everything that can be told from the configuration alone.
-
-    Raises:
-      ConfigError: naming the key, its value, and what it must be.
-    """
-    given = config.to_dict()
-    objective, model = given.get("objective"), given.get("model")
-    distils = isinstance(objective, dict) and objective.get("name") not in FROM_SCRATCH
-    if distils and isinstance(model, dict):  # None is the teacher's
-        given["model"] = {key: value for key, value in model.items() if value is not None}
-    # A student's model is its teacher's, where the configuration says nothing else.
-    configuration.check(given, partial=("model",) if distils else ())
-    if not config.name:
-        raise ConfigError("name: '' is not a word; it names the default workdir")
-
-
-def check_same_run(config: ConfigDict, workdir: Path) -> None:
-    """As `resuming.check`."""
-    resuming.check(config, workdir)

@@ -1,8 +1,7 @@
-"""What all commands share: quiet libraries, and one clear sentence for what is wrong."""
+"""Runs commands: quiet libraries, and one clear sentence for whatever is wrong."""
 
 import contextlib
 import io
-import itertools
 import math
 import os
 import re
@@ -15,17 +14,20 @@ from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
-from ml_collections.config_flags import config_flags
 
 from jax_distill import streams
-from jax_distill.config import ConfigError
-from jax_distill.runs import peers
+from jax_distill.devices import lost_report
+from jax_distill.runs import config_flag
 from jax_distill.storage import disks
 
 PACKAGE = str(Path(__file__).parents[1])
 
-
 INTERRUPTED, PIPE_CLOSED = 130, 141  # exit codes, 128 and the signal's number, as of shells
+_SIGNS_OF_LOSS = re.compile(
+    r"CoordinationService|heartbeat|Gloo|Barrier failed|UNAVAILABLE|DEADLINE_EXCEEDED"
+    r"|[Cc]onnection (?:reset|closed|refused)|Broken pipe|Socket closed|preempted"
+)
+_STATUS = re.compile(r"[A-Z]+(?:_[A-Z]+)*: ")
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -40,7 +42,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python flushes again
         _end("", PIPE_CLOSED)
     except Exception as error:
-        peers.end_if_lost(error)
+        if jax.distributed.is_initialized() and is_of_lost(error):
+            _end(lost_report.LOST, 1)
         sentence = explain(error)
         if sentence is None and not jax.distributed.is_initialized():
             raise
@@ -69,6 +72,18 @@ def _end(line: str, code: int) -> NoReturn:
         sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def is_of_lost(error: Exception) -> bool:
+    """Whether JAX raised an error because another process did not answer."""
+    return any(_of_jax(x) and _SIGNS_OF_LOSS.search(str(x)) for x in disks.chain(error))
+
+
+def _of_jax(error: BaseException) -> bool:
+    """Whether XLA raised it: ValueErrors of a program that is called begin with their status."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return True
+    return type(error) is ValueError and _STATUS.match(str(error)) is not None
 
 
 def _reader_is_gone() -> bool:
@@ -124,75 +139,34 @@ def _prepared(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; what is wrong with them, or with a configuration file, ends the command."""
-    path = _config_path(argv)
-    if path is not None and "config" in flags.FLAGS and not Path(path).is_file():
-        sys.exit(f"error: --config: there is no file '{path}'")
     try:
-        rest = flags.FLAGS(argv)
+        rest = config_flag.parse(argv)
         _check_finite()
         return rest
     except SystemExit:  # absl has printed the help, which it counts as failure
         sys.exit(0)
-    except Exception as error:
-        words = _explain(error, path, argv).split()  # of a config file's exception, any
-        sys.exit(f"error: {' '.join(words)[:1000]}")
+    except flags.IllegalFlagValueError as error:
+        sentence = _of_value(error)
+    except (flags.Error, config_flag.Mistake) as error:
+        sentence = str(error)
+    sys.exit(f"error: {' '.join(sentence.split())[:1000]}")  # of a config file's exception, any
 
 
 def _check_finite() -> None:
     """Refuses NaN and infinity for numbers; configurations are checked where they are whole."""
     for name in flags.FLAGS:
         flag = flags.FLAGS[name]
-        if isinstance(flag.parser, flags.FloatParser) and not name.startswith("config."):
-            if flag.value is not None and not math.isfinite(flag.value):
-                raise flags.IllegalFlagValueError(f"flag --{name}={flag.value}: not finite")
+        if isinstance(flag.parser, flags.FloatParser) and flag.value is not None:
+            if not math.isfinite(flag.value):
+                raise flags.Error(f"--{name}={flag.value}: not finite")
 
 
-_PLAIN_WORDS = {
-    r"invalid literal for int\(\).*": "not a whole number",
-    r"could not convert string to float.*": "not a number",
-    r"\('Non-boolean argument.*": "neither true nor false",
-}
-
-
-def _explain(error: Exception, path: str | None, argv: list[str]) -> str:
-    """One sentence for an exception that parsing flags, or the file at `path`, has raised."""
-    overrides = [arg.partition("=")[0] for arg in argv[1:] if re.match(r"--?config\.", arg)]
-    if path is None and overrides:
-        return f"--config is missing before {overrides[0]}; such as --config=configs/scm.py"
-    if isinstance(error, config_flags.FlagOrderError):
-        return f"{overrides[0]} comes before --config; put --config=FILE first"
-    # ml_collections puts the traceback of a faulty file into the message of a second exception.
-    while "Error whilst parsing config file" in str(error) and error.__context__:
-        error = error.__context__
-    text = str(error).replace("\\n", "\n").replace("\\'", "'")
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == path]
-    where = f"{path}, line {lines[-1]}: " if lines else f"{path}: "
-    if isinstance(error, ConfigError):
-        return text
-    if isinstance(error, flags.Error):
-        for pattern, words in _PLAIN_WORDS.items():
-            text = re.sub(pattern, words, text)
-        return text.replace("flag --", "--", 1)
-    if "attribute 'get_config'" in text:
-        return f"--config: '{path}' has no function get_config(preset='')"
-    if isinstance(error, AttributeError | KeyError) and "ml_collections" in frames[-1].filename:
-        patterns = (r"lookup: ([\w.]+)", r'Key "(\w+)"', r"'(\w+)'")
-        key = next(match[1] for p in patterns if (match := re.search(p, text)))
-        guilty = [name for name in overrides if f".{key}." in f"{name}."]
-        close = re.search(r'Did you mean "(\w+)"', text)
-        hint = f"; did you mean '{close[1]}'?" if close else ""
-        return f"{where if lines or not guilty else f'{guilty[0]}: '}there is no key '{key}'{hint}"
-    kinds = re.search(r"field '(\w+)'.*?<class '(\w+)'>.*<class '(\w+)'>", text)
-    if isinstance(error, TypeError) and kinds:
-        return f"{where}{kinds[1]} must be of type {kinds[3]}, not {kinds[2]}"
-    return f"{where}{type(error).__name__}: {text}"
-
-
-def _config_path(argv: list[str]) -> str | None:
-    """The file that --config names, without its preset; None where the flag is not given."""
-    for arg, following in itertools.pairwise([*argv, ""]):
-        if match := re.fullmatch(r"--?config(?:=(.*))?", arg):
-            value = following if match[1] is None else match[1]
-            return value.partition(":")[0] or None
-    return None
+def _of_value(error: flags.IllegalFlagValueError) -> str:
+    """Says what a flag's value must be: absl quotes the exception of Python's conversion."""
+    given = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
+    parser = flags.FLAGS[given.partition("=")[0].removeprefix("--")].parser
+    if isinstance(parser, flags.BooleanParser):
+        return f"{given}: neither true nor false"
+    if isinstance(parser, flags.IntegerParser | flags.FloatParser):
+        return f"{given}: not {parser.syntactic_help}"
+    return str(error).removeprefix("flag ")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_distill import config as configuration
-from jax_distill import flow, pipeline, streams, worlds
-from jax_distill.assembly import adapters, build, frozen, stages
-from jax_distill.data.loader import Pictures
+from jax_distill import pipeline, streams, worlds
+from jax_distill.assembly import adapters, build, stages
+from jax_distill.assembly.frozen import frozen_network
+from jax_distill.assembly.resolution import EMBEDDED, Resolved, resolve
 from jax_distill.devices import processes, sharding
 from jax_distill.devices.signals import Interrupted
-from jax_distill.evaluation import grids, report, scoring
+from jax_distill.evaluation import previews, report, scoring
+from jax_distill.evaluation import rescaled as rescaled_networks
 from jax_distill.models import autoencoder, lora
 from jax_distill.models.binding import binder, parameters
-from jax_distill.models.finite import NotFinite
 from jax_distill.models.latents import LatentCodec
-from jax_distill.objectives import time_rescale
 from jax_distill.objectives.autoencoder import AutoencoderObjective
 from jax_distill.storage import lease
 from jax_distill.storage.files import write_json
@@ -84,7 +84,7 @@ def train_autoencoder(config: ConfigDict, workdir: Path) -> None:
         l1_weight=config.objective.l1_weight,
     )
     params = parameters(autoencoder.Autoencoder(settings, rngs=nnx.Rngs(streams.key(config.seed))))
-    source = Pictures(config.data.examples, config.data.seed)
+    source = worlds.of(config).pictures()
     params = sharding.gather(loop.fit(config, workdir, objective, params, {}, source))
     if not processes.is_leader():
         return
@@ -108,8 +108,10 @@ def train_teacher(config: ConfigDict, workdir: Path) -> None:
     source = data(world, workdir)
     held = {"null": source.null}
     trained = pipeline.Pipeline(config, {}, world)
-    preview = previewer(workdir, trained, source, {"teacher": config.evaluation.teacher_steps})
-    hooks = [(config.samples.every, under_way(preview))]
+    preview = previews.previewer(
+        workdir, trained, source, {"teacher": config.evaluation.teacher_steps}
+    )
+    hooks = [(config.samples.every, previews.under_way(preview))]
     fresh = functools.partial(build.initial_parameters, config)
     initial = loop.Initial(jax.eval_shape(fresh), fresh)
     trained.params = loop.fit(config, workdir, objective, initial, held, source, hooks=hooks)
@@ -119,13 +121,14 @@ def train_teacher(config: ConfigDict, workdir: Path) -> None:
 
 def rescale_teacher(config: ConfigDict, workdir: Path) -> None:
     """Time rescale as a run of its own: a teacher for many students."""
-    config, teacher = with_teacher(config)
+    (config, _, (stage,)), teacher = with_teacher(config)
     source = data(teacher.world, workdir)
-    (stage,) = stages.of(config, teacher.config)
     rescaled = rescale(stage, workdir, teacher, source)
     counts = {"rescaled": config.evaluation.teacher_steps}
-    reference = reference_row(teacher, source, config.samples)
-    previewer(workdir, rescaled, source, counts, reference)(config.total_steps, rescaled.params)
+    reference = previews.reference_row(teacher, source, config.samples)
+    previews.previewer(workdir, rescaled, source, counts, reference)(
+        config.total_steps, rescaled.params
+    )
     conclude(workdir, teacher=rescaled)
 
 
@@ -136,13 +139,12 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     reads (and the teacher's embedders, where adapters learn from the rescaled network); what is
     needed before and after is read again.
     """
-    config, teacher = with_teacher(config)
+    (config, _, (*before, stage)), teacher = with_teacher(config)
     begin(config, workdir)
     adapters.check_teacher(config, workdir, teacher.params["network"], note=True)
     world = teacher.world
     source = data(world, workdir)
-    *before, stage = stages.of(config, teacher.config)
-    reference = reference_row(teacher, source, config.samples)
+    reference = previews.reference_row(teacher, source, config.samples)
     read, network = stored_network(config, teacher), teacher.params["network"]
     if before:
         with lease.of_run(workdir / "time_rescale"):
@@ -150,18 +152,18 @@ def distill(config: ConfigDict, workdir: Path) -> None:
         read = rescaled.taken
         if config.teacher.velocity == "rescaled":
             reference()
-            network = frozen.place(frozen.hold(config, read()), mesh_of(config))
+            network = frozen_network(config, read(), mesh_of(config), adapted=stage.adapted)
             if adapters.settings(config) is None:  # else its arrays are the adapters' base
                 teacher.release()
     whole = functools.partial(adapters.whole, config, network)
     counts = {"student": config.evaluation.student_steps}
     student = pipeline.Pipeline(config, {}, world)
-    preview = previewer(workdir, student, source, counts, reference)
+    preview = previews.previewer(workdir, student, source, counts, reference)
     hooks = [(config.samples.every, preview)]
     if world.scored:
         record = scoring.recorder(workdir / scoring.SCORES, student)
         hooks.append((config.evaluation.every, record))
-    hooks = [(every, under_way(of_whole(hook, whole))) for every, hook in hooks]
+    hooks = [(every, previews.under_way(of_whole(hook, whole))) for every, hook in hooks]
     objective = build.objective(config, stage.teacher)
     held = {"teacher": network, "null": source.null}
     trained = loop.fit(
@@ -172,24 +174,24 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     conclude(workdir, teacher=teacher, student=student)
 
 
-def with_teacher(config: ConfigDict) -> tuple[ConfigDict, pipeline.Pipeline]:
-    """The student's whole configuration, and the teacher as the student's run holds it.
+def with_teacher(config: ConfigDict) -> tuple[Resolved, pipeline.Pipeline]:
+    """The run's configuration, resolved, and the teacher as the student's run holds it.
 
     The teacher is in the student's world and precision, frozen, on the mesh of the run; it can be
     released and is then read again where it is needed.
     """
     mesh = mesh_of(config)
-    loaded = pipeline.load(config.teacher.checkpoint or pipeline.EMBEDDED, mesh=mesh)
-    config = stages.student_config(config, loaded.config)
+    loaded = pipeline.load(config.teacher.checkpoint or EMBEDDED, mesh=mesh)
+    resolved = resolve(config, loaded.config)
 
     def read() -> dict:
-        return {"network": frozen.place(frozen.hold(config, lora.merged(loaded.taken())), mesh)}
+        return {"network": frozen_network(resolved.config, loaded.taken(), mesh)}
 
-    teacher = pipeline.Pipeline(stages.as_teacher(config, loaded.config), read, worlds.of(config))
+    teacher = pipeline.Pipeline(resolved.teacher, read, worlds.of(resolved.config))
     kind, asked = build.guidance_of(teacher.config), config.teacher.guidance
     how = f"teacher.guidance={asked}" if asked != "auto" else f"auto: {kind}"
     logging.info("teacher: %s (%s)", build.GUIDANCE[kind], how)
-    return config, teacher
+    return resolved, teacher
 
 
 def mesh_of(config: ConfigDict) -> Mesh:
@@ -214,7 +216,7 @@ def stored_network(config: ConfigDict, teacher: pipeline.Pipeline) -> Callable[[
     def read() -> dict:
         if config.dtype == "float32" or adapters.settings(config) is not None:
             return teacher.params["network"]
-        source = config.teacher.checkpoint or pipeline.EMBEDDED
+        source = config.teacher.checkpoint or EMBEDDED
         return lora.merged(pipeline.load(source, mesh=mesh_of(config)).params["network"])
 
     return read
@@ -262,7 +264,7 @@ def rescale(
             "refitted": refitted,
             "finetuned": rescaled.params["network"],
         }
-        compared = compare_stages(config, teacher, networks, source)
+        compared = rescaled_networks.compare(config, teacher, networks, source)
         for name, (error, condition) in quality.items():
             logging.info(
                 "%s: refitted with an error of %.3f of its variation, condition %.1f",
@@ -275,127 +277,6 @@ def rescale(
         if processes.is_leader():
             write_json(workdir / "rescale.json", compared)
     return rescaled
-
-
-def compare_stages(
-    config: ConfigDict,
-    teacher: pipeline.Pipeline,
-    networks: dict[str, dict],
-    source: Source,
-) -> dict[str, dict[str, float]]:
-    """How near the network of each stage of the rescale is to the teacher, how smooth in time."""
-    # About 64 pictures, no more on a device than a step of training has there.
-    mesh = mesh_of(config)
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    most = config.batch_size // config.accumulate
-    count = min(most, len(source) // devices * devices, max(devices, 64 // devices * devices))
-    batch = jax.tree.map(lambda *rows: np.stack(rows), *[source[index] for index in range(count)])
-    t = jnp.linspace(0.01, 0.99, count)
-    noise = jax.random.normal(streams.key(config.seed), batch.x.shape)
-    guidance = jnp.full(count, config.evaluation.guidance)
-    split = NamedSharding(mesh, sharding.BATCH)
-    points = sharding.put((batch, noise, t, guidance), split)
-    held = {"teacher": teacher.params["network"], "null": source.null}
-    old = build.teacher_velocity(teacher.config, worlds.of(config).resolution)
-    network = build.network(config)
-
-    @jax.jit
-    def measure(params, frozen, batch, noise, t, guidance):
-        return time_rescale.compare(
-            lambda x, t: network.velocity(params, x, t, batch.text, guidance),
-            lambda x, t: old(frozen, x, t, batch.text, guidance),
-            flow.interpolate(batch.x, noise, t),
-            t,
-        )
-
-    stage_values = {}
-    for name, params in networks.items():
-        measured = measure(params, held, *points)
-        values = {key: float(value) for key, value in measured._asdict().items()}
-        stage_values[name] = values
-        logging.info(
-            "time rescale, %s: relative velocity error %.3f, rms d(net)/dt %.3g (teacher's %.3g)",
-            name,
-            values["velocity_error"],
-            values["time_derivative"],
-            values["old_time_derivative"],
-        )
-    return stage_values
-
-
-def reference_row(
-    teacher: pipeline.Pipeline, source: Source, settings: ConfigDict
-) -> Callable[[], np.ndarray]:
-    """A function that draws the teacher's row of the sample grids, once.
-
-    Args:
-      teacher: draws it.
-      source: the data.
-      settings: the run's section `samples`.
-    """
-
-    def draw() -> np.ndarray:
-        _, text = teacher.world.preview(source, settings.prompts)
-        return teacher.draw(text, steps=settings.teacher_steps)
-
-    return functools.cache(draw)
-
-
-def previewer(
-    workdir: Path,
-    trained: pipeline.Pipeline,
-    source: Source,
-    steps: dict[str, Sequence[int]],
-    reference: Callable[[], np.ndarray] | None = None,
-):
-    """A function (step, averaged parameters) that draws fixed prompts into `samples/`.
-
-    Args:
-      workdir: of the run.
-      trained: what is trained; its parameters are set.
-      source: the data.
-      steps: numbers of sampling steps, a row each, under the name of what is trained.
-      reference: draws the first row, see `reference_row`.
-    """
-    config, world = trained.config, trained.world
-    full = config.samples.teacher_steps
-    prompts, text = world.preview(source, config.samples.prompts)
-    draw = functools.partial(pipeline.Pipeline.draw, text=text, resolution=world.resolution)
-    ((name, counts),) = steps.items()
-
-    def preview(step: int, params: dict) -> None:
-        trained.params = params
-        rows = {f"{name}, {count} step{'s' * (count > 1)}": count for count in counts}
-        pictures = [draw(trained, steps=count) for count in rows.values()]
-        labels = list(rows)
-        if reference is not None:
-            pictures, labels = [reference(), *pictures], [f"teacher, {full} steps", *labels]
-        if not processes.is_leader():
-            return
-        grids.save_grid(
-            workdir / "samples" / f"step-{step:06d}.png",
-            pictures,
-            row_labels=labels,
-            column_labels=prompts,
-            title=f"{config.name}, step {step}",
-        )
-
-    return preview
-
-
-def under_way(hook: Callable[[int, dict], None]) -> Callable[[int, dict], None]:
-    """A hook of training that draws: pictures that are not finite are a line, not the run's end.
-
-    The run may get over it, and may be told to (`on_nonfinite`); what is drawn after it may not.
-    """
-
-    def warned(step: int, params: dict) -> None:
-        try:
-            hook(step, params)
-        except NotFinite as error:
-            logging.warning("step %d: nothing is drawn or scored; %s", step, error)
-
-    return warned
 
 
 def of_whole(hook: Callable[[int, dict], None], whole: Callable[[dict], dict]):

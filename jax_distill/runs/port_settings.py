@@ -1,40 +1,32 @@
-"""What weights do not say of their network: told by flags, by a base, or assumed aloud.
+"""Facts about a network that its weights do not show: from flags, from a base, or assumed aloud.
 
-Names and shapes of tensors leave open what a network multiplies its times and guidance scales with,
-what it was trained for, at which times it is to be drawn from and how long its captions are. Each
-is taken from what the files say, or else from a flag. What neither says is asked for, unless nearly
-all files like it agree; then it is assumed, and the assumption is kept with the network.
+Tensors leave open which factors multiply a network's times and guidance scales, what it was trained
+for, its schedule and the length of its captions. Each is taken from what the files say, or from a
+flag. If neither says it, it is asked for, unless nearly all such files agree; then it is assumed,
+and the assumption is kept with the network.
 """
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jax_distill.assembly import build
-from jax_distill.interop import flux_config, scheduler_config
+from jax_distill.interop import flux_config
 from jax_distill.interop.readers.sources import Source
+from jax_distill.interop.scheduler_config import EULER, FLUX_DEV
 from jax_distill.models.sizes import LONGEST
 from jax_distill.storage.quoting import shown
 
 TEXT_LENGTH = 256  # of FLUX.1-schnell and lite; dev has 512
 _T2I_DISTILL = {"time_scale": 1.0, "guidance_factor": 1.0}
-_EULER = scheduler_config.EULER
-_STEPS = {"_class_name": _EULER, "num_train_timesteps": 1000}
-_DYNAMIC = _STEPS | {
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-}
 _SHIFT = "--shift: give base, dynamic (as FLUX.1-dev's) or a number above 0 (1 as FLUX.1-schnell's)"
 
 
 class Flags(NamedTuple):
-    """What the user says of a network; empty or None where nothing is said.
+    """The user's statements about a network; empty or None where there is none.
 
     Attributes:
-      objective: what it was trained for, a key of `build.OBJECTIVES`.
-      time_scale, guidance_factor: what it multiplies t and the guidance scale with.
+      objective: that it was trained for, a key of `build.OBJECTIVES`.
+      time_scale, guidance_factor: by which it multiplies t and the guidance scale.
       shift: of the schedule: "base", "dynamic" or a number.
       text_length: of T5's sequences.
       guidance: how it is guided as a teacher, one of `build.GUIDANCE`.
@@ -49,15 +41,15 @@ class Flags(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What is known of a network beside its weights.
+    """Facts about a network beside its weights.
 
     Attributes:
-      objective: what it was trained for.
+      objective: that it was trained for.
       factors: of `flux_config.FACTORS`.
       scheduler: diffusers' config; None for FLUX's own.
       text_length: of T5's sequences.
       guidance: how it is guided as a teacher, one of `build.GUIDANCE`.
-      assumed: sentences about what nothing has told.
+      assumed: sentences about facts that nothing stated.
     """
 
     objective: str
@@ -74,16 +66,16 @@ def settle(
     base: Mapping[str, Any] | None = None,
     scheduler: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Puts together what files, flags and a base say.
+    """Combines what files, flags and a base say.
 
     Args:
       source: the weights.
       flags: of the user.
-      base: what `ported.describe` says of the folder with the other parts, for a transformer alone.
+      base: `ported_folder.describe` of the folder with the other parts, for a transformer alone.
       scheduler: the config in the source's own folder, if it is one of all parts.
 
     Raises:
-      ValueError: something is to be told by a flag, or a flag contradicts what the files say.
+      ValueError: a flag is missing, or contradicts the files.
     """
     assumed: list[str] = []
     where = source.parts["network"].where
@@ -108,11 +100,11 @@ def _objective(
     scheduler: Mapping[str, Any] | None,
     assumed: list[str],
 ) -> str:
-    """What the network was trained for."""
+    """The objective that the network was trained for."""
     told = source.told.get("objective")
     if told is not None and told not in tuple(build.OBJECTIVES):
         known = ", ".join(build.OBJECTIVES)
-        raise ValueError(f"'{where}': objective {shown(told)} is none of {known}; mend it there")
+        raise ValueError(f"'{where}': unknown objective {shown(told)}; known: {known}")
     if told and flags.objective and told != flags.objective:
         raise _contradiction("objective", where, told, flags.objective)
     if told or flags.objective:
@@ -129,13 +121,12 @@ def _objective(
         return "scm"
     scale = source.told.get("time_scale", flags.time_scale)
     rescaled = scale not in (None, flux_config.TIME_SCALE)
-    foreign = scheduler is not None and scheduler.get("_class_name", _EULER) != _EULER
+    foreign = scheduler is not None and scheduler.get("_class_name", EULER) != EULER
     if rescaled or foreign:
         sign = f"its {scheduler['_class_name']}" if foreign else "its time scale"
         raise ValueError(
-            f"'{where}' does not say what its network was trained for, and {sign} is no plain"
-            " teacher's; give --objective=scm, or another of"
-            f" {', '.join(name for name in build.OBJECTIVES if name != 'scm')}"
+            f"'{where}' does not say what its network was trained for, and {sign} is not a plain"
+            f" teacher's; give --objective, one of {', '.join(build.OBJECTIVES)}"
         )
     if scheduler is None:
         assumed.append("the network is a teacher, made by flow matching")
@@ -145,7 +136,7 @@ def _objective(
 def _factors(
     where: str, source: Source, flags: Flags, objective: str, assumed: list[str]
 ) -> dict[str, float]:
-    """What t and the guidance scale are multiplied with before they are embedded."""
+    """The factors of t and the guidance scale before they are embedded."""
     embeds = source.parts["network"].config.get("guidance_embeds", False)
     if flags.guidance_factor is not None and not embeds:
         raise ValueError(f"--guidance_factor: '{where}' embeds no guidance scale; leave it out")
@@ -165,7 +156,7 @@ def _factors(
         inputs = {"time_scale": "t", "guidance_factor": "the guidance scale"}
         words = " and ".join(inputs[name] for name in missing)
         raise ValueError(
-            f"'{where}' does not say what its network multiplies {words} with before the embedding;"
+            f"'{where}' does not say by what its network multiplies {words} before the embedding;"
             f" give {stock} (as FLUX's do) or {theirs} (as T2I-Distill's do)"
         )
     if missing and source.kind not in ("pipeline", "transformer"):
@@ -178,7 +169,7 @@ def _factors(
 def _usual_factors(
     source: Source, flags: Flags, objective: str
 ) -> tuple[Mapping[str, float] | None, str]:
-    """The factors of nearly all files like this one, and whose they are; None where there are none.
+    """The usual factors of files like this one, and whose they are; None where files differ.
 
     A state dict of PyTorch may be FLUX's, or T2I-Distill's before or after the time was rescaled. A
     student in another file may embed t, or 1000 t for a stock pipeline.
@@ -191,7 +182,7 @@ def _usual_factors(
 
 
 def _check_base(where: str, source: Source, flags: Flags, base: Mapping[str, Any]) -> None:
-    """Raises ValueError when schedule and text length may not be the base's, and nobody says so."""
+    """Raises ValueError when schedule and text length may not be the base's and no flag tells."""
     ours, theirs = (
         values.get("guidance_embeds", False)
         for values in (source.parts["network"].config, base["parts"]["network"])
@@ -221,14 +212,14 @@ def _scheduler(
     own: Mapping[str, Any] | None,
     assumed: list[str],
 ) -> Mapping[str, Any] | None:
-    """The config of the scheduler, of which the shift of the schedule is read."""
-    if own is not None and own.get("_class_name", _EULER) == _EULER:
+    """The scheduler's config, from which the schedule's shift is read."""
+    if own is not None and own.get("_class_name", EULER) == EULER:
         if flags.shift:
             raise ValueError("--shift: the folder has a scheduler of its own; leave it out")
         return own
     if flags.shift == "base":
         if base is None:
-            raise ValueError("--shift=base: there is no --base; give it, or another shift")
+            raise ValueError("--shift=base: needs --base; give it, or another shift")
         return base["scheduler"]
     if flags.shift:
         return _given_shift(flags.shift)
@@ -247,14 +238,19 @@ def _scheduler(
 
 def _given_shift(text: str) -> dict[str, Any]:
     if text == "dynamic":
-        return dict(_DYNAMIC)
+        return dict(FLUX_DEV)
     try:
         shift = float(text)
     except ValueError:
         raise ValueError(f"{_SHIFT}, not {text!r}") from None
     if not 0 < shift <= 10**6:
         raise ValueError(f"{_SHIFT}, not {text!r}")
-    return _STEPS | {"use_dynamic_shifting": False, "shift": shift}
+    return {
+        "_class_name": EULER,
+        "num_train_timesteps": 1000,
+        "use_dynamic_shifting": False,
+        "shift": shift,
+    }
 
 
 def _text_length(flags: Flags, base: Mapping[str, Any] | None, assumed: list[str]) -> int:
@@ -277,7 +273,7 @@ def _guidance(where: str, source: Source, flags: Flags, objective: str, assumed:
     embeds = source.parts["network"].config.get("guidance_embeds", False)
     if (told := source.told.get("guidance", "auto")) not in tuple(build.GUIDANCE):
         known = ", ".join(build.GUIDANCE)
-        raise ValueError(f"'{where}': guidance {shown(told)} is none of {known}; mend it there")
+        raise ValueError(f"'{where}': unknown guidance {shown(told)}; known: {known}")
     if "auto" not in (told, flags.guidance) and told != flags.guidance:
         raise _contradiction("guidance", where, told, flags.guidance)
     if told != "auto":

@@ -1,8 +1,9 @@
-"""From PyTorch's weights to a ported folder."""
+"""Port: from PyTorch's weights to a ported folder."""
 
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -13,11 +14,11 @@ from jax_distill import config as configuration
 from jax_distill.interop import diffusers_folder, flux_config, ported_folder
 from jax_distill.interop.parts import Part, write_part
 from jax_distill.interop.readers import sources
+from jax_distill.interop.tensors import CHOICES
 from jax_distill.runs import port_settings
 from jax_distill.storage.files import check_no_partial, write_json
 from jax_distill.storage.outputs import made_whole
 
-DTYPES = {"keep": None, "bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 _GUIDANCE = {"scm": 4.5}  # of T2I-Distill's students, at two steps
 _EMBEDDED_GUIDANCE = 3.5  # of FLUX.1-dev, and of T2I-Distill's MeanFlow students at four steps
 _RESOLUTION = (512, 512)
@@ -31,37 +32,29 @@ def port(
     dtype: str = "keep",
     base: str = "",
     variant: str = "",
-    text_length: int | None = None,
-    objective: str = "",
-    time_scale: float | None = None,
-    guidance_factor: float | None = None,
-    shift: str = "",
-    guidance: str = "auto",
+    **flags: Any,
 ) -> None:
     """Makes a ported folder (see `ported_folder`), whole or not at all.
 
     Args:
-      source: as `sources.locate` and `sources.read` take it.
+      source: as for `sources.locate` and `sources.read`.
       output: must not exist.
-      dtype: "keep", "bfloat16" or "float32".
+      dtype: of the parameters on disk, a key of `CHOICES`.
       base: for a source that is a transformer alone, the ported folder with the other parts.
       variant: of the weights in a folder, such as "fp16".
-      text_length, objective, time_scale, guidance_factor, shift, guidance: what the source does not
-        say, see `port_settings`.
+      flags: facts that the source does not state, fields of `port_settings.Flags`.
 
     Raises:
       ValueError: the source cannot be read or does not fit together, it does not say enough, the
         output exists, or the disk is full.
     """
-    flags = port_settings.Flags(
-        objective, time_scale, guidance_factor, shift, text_length, guidance
-    )
+    facts = port_settings.Flags(**flags)
     check_no_partial(base, "--base")
     described = ported_folder.describe(Path(base)) if base else None
     with made_whole(output) as partial:
         network = described["parts"]["network"] if described else None
         path = sources.locate(source)
-        weights = sources.read(path, network, dtype=DTYPES[dtype], variant=variant)
+        weights = sources.read(path, network, dtype=CHOICES[dtype], variant=variant)
         if described and weights.folder is not None:
             raise ValueError(
                 f"--base: '{source}' has text encoders and an autoencoder of its own; leave it out"
@@ -71,24 +64,24 @@ def port(
         scheduler = None
         if weights.folder is not None:
             scheduler = diffusers_folder.scheduler(weights.folder)
-        settings = port_settings.settle(weights, flags, described, scheduler)
+        settings = port_settings.settle(weights, facts, described, scheduler)
         part = weights.parts["network"]
         weights.parts["network"] = part._replace(config={**part.config, **settings.factors})
         for note in (*weights.notes, *(f"assumed: {words}" for words in settings.assumed)):
             logging.info("%s", note)
-        if _rounds_embedders(weights.parts["network"], DTYPES[dtype], settings.factors):
+        if _rounds_embedders(weights.parts["network"], CHOICES[dtype], settings.factors):
             logging.warning(
                 "--dtype=%s rounds embedders of t itself, which lose more to it than those of"
                 " 1000 t; --dtype=keep leaves them as they are",
                 dtype,
             )
-        config = _configuration(weights, DTYPES[dtype], settings, base)
+        config = _configuration(weights, CHOICES[dtype], settings, base)
         _check_space(output, weights, dtype)
         if weights.folder is not None:
             for name in diffusers_folder.TOKENIZERS:
                 diffusers_folder.copy_tokenizer(weights.folder / name, partial / name)
         for name, part in weights.parts.items():
-            count = write_part(part, partial / name, DTYPES[dtype])
+            count = write_part(part, partial / name, CHOICES[dtype])
             logging.info("%s: %d tensors, %.2f GB", name, len(part.tensors), count / 1e9)
         configuration.save(config, partial)
         description = {
@@ -104,7 +97,7 @@ def port(
 
 
 def _rounds_embedders(network: Part, dtype: np.dtype | None, factors: Mapping[str, float]) -> bool:
-    """Whether embedders of a rescaled network are stored narrower than they came."""
+    """Whether a rescaled network's embedders are stored in a narrower type than the source's."""
     if dtype is None or factors["time_scale"] == flux_config.TIME_SCALE:
         return False
     return any(
@@ -116,7 +109,7 @@ def _rounds_embedders(network: Part, dtype: np.dtype | None, factors: Mapping[st
 
 def _check_space(output: Path, weights: sources.Source, dtype: str) -> None:
     """Raises ValueError when the disk has no room for the output."""
-    kind = DTYPES[dtype]
+    kind = CHOICES[dtype]
     needed = sum(
         tensor.nbytes if kind is None else tensor.nbytes // tensor.dtype.itemsize * kind.itemsize
         for part in weights.parts.values()

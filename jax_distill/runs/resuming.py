@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,17 +10,19 @@ from typing import Any, NamedTuple
 from absl import logging
 from ml_collections import ConfigDict
 
-from jax_distill import pipeline
-from jax_distill.assembly.stages import FROM_SCRATCH
-from jax_distill.config import ConfigError, base, load
+from jax_distill.assembly import build
+from jax_distill.assembly.resolution import EMBEDDED, absolute
+from jax_distill.config import ConfigError, base, load, optimizer_of
 from jax_distill.config.settings import flatten
 from jax_distill.data.identity import Identity, identity
 from jax_distill.data.records import DESCRIPTION
-from jax_distill.objectives.methods import KINDS
+from jax_distill.objectives.methods import FROM_SCRATCH, KINDS
+from jax_distill.objectives.objective import STUDENT
 from jax_distill.objectives.settings import settings_of
 from jax_distill.storage.quoting import shown
 from jax_distill.training import acceptance, checkpoint
 from jax_distill.training.optimizer import learning_rate
+from jax_distill.training.step import moves_of
 
 FREE = "may change"
 SAID = "a line says so"
@@ -176,6 +179,7 @@ def row_of(key: str, config: ConfigDict) -> Row | None:
         ADAPTERS: config.objective.name not in FROM_SCRATCH and config.lora.rank > 0,
         FIRST: config.objective.name == "flow_matching",
     }
+    key = re.sub(r"^optimizers\.\w+\.", "optimizer.", key)  # another player's
     for row in TABLE:
         if reads[row.runs] and any(fnmatch.fnmatchcase(key, name) for name in row.keys):
             return row
@@ -243,8 +247,9 @@ def _plain(config: ConfigDict) -> dict[str, Any]:
     whole = config.to_dict()
     kind = KINDS.get(whole["objective"]["name"])
     whole["objective"] = {**(settings_of(kind) if kind else {}), **whole["objective"]}
-    teacher = pipeline.absolute(whole["teacher"]["checkpoint"])
-    whole["teacher"]["checkpoint"] = teacher or pipeline.EMBEDDED
+    whole["optimizers"] = {name: {**optimizer_of(config, name)} for name in config.optimizers}
+    teacher = absolute(whole["teacher"]["checkpoint"])
+    whole["teacher"]["checkpoint"] = teacher or EMBEDDED
     # A network's setting that an older version did not know had today's default.
     whole["model"] = {**base().model.to_dict(), **whole["model"]}
     return json.loads(json.dumps(flatten(whole)))
@@ -255,8 +260,7 @@ def _rate_change(before: ConfigDict, config: ConfigDict, steps: int) -> Iterator
     old, new = flatten(before.to_dict()), flatten(config.to_dict())
     if not steps or steps == config.total_steps or all(old[key] == new[key] for key in _RATES):
         return
-    last = float(learning_rate(before.optimizer, before.total_steps)(steps - 1))
-    following = float(learning_rate(config.optimizer, config.total_steps)(steps))
+    last, following = (_rate(run, steps, moves) for run, moves in ((before, -1), (config, 0)))
     line = f"the learning rate was {last:.3g} at step {steps} and is {following:.3g} after it"
     line += f", by optimizer.schedule={config.optimizer.schedule}"
     if following > 2 * last and config.optimizer.schedule != "constant":
@@ -265,6 +269,13 @@ def _rate_change(before: ConfigDict, config: ConfigDict, steps: int) -> Iterator
             " longer have optimizer.schedule=trapezoid, and go on from before its fall"
         )
     yield line
+
+
+def _rate(config: ConfigDict, steps: int, later: int) -> float:
+    """The student's learning rate at the move that a run begins after `steps`, or `later`."""
+    method = build.without_networks(config)
+    total, taken = (moves_of(method, count)[STUDENT] for count in (config.total_steps, steps))
+    return float(learning_rate(config.optimizer, total)(taken + later))
 
 
 def check_same_data(before: ConfigDict, config: ConfigDict, workdir: Path) -> str | None:
@@ -284,7 +295,7 @@ def check_same_data(before: ConfigDict, config: ConfigDict, workdir: Path) -> st
     if config.objective.name == "autoencoder":
         return None
     old, new = before.data.path, config.data.path
-    moved = pipeline.absolute(old) != pipeline.absolute(new)
+    moved = absolute(old) != absolute(new)
     known = acceptance.known(workdir).get("records")
     if known is None and not moved:
         return None

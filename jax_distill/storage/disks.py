@@ -17,9 +17,9 @@ FULL = {
     errno.EFBIG: ("files may not be as large as is needed", "raise the limit (ulimit -f)"),
     errno.EROFS: ("the disk can only be read", "mount it for writing"),
 }
-"""Errors of writing that a user mends: what is the matter, and what to do."""
+"""Errors of writing that a user can mend: the cause, and the fix."""
 
-_OF_CONTENT = {  # of what stands in a folder, which no second try changes
+_OF_CONTENT = {  # about the content of a folder, which no second try changes
     errno.ENOENT,
     errno.ENOTDIR,
     errno.EISDIR,
@@ -63,12 +63,12 @@ def numbers(error: BaseException) -> Iterator[int]:
 
 
 def full(error: BaseException) -> tuple[str, str] | None:
-    """What keeps a disk from taking more and what to do, see `FULL`; None for other errors."""
+    """The reason why a disk takes no more, and the fix (see `FULL`); None for other errors."""
     return next((FULL[number] for number in numbers(error) if number in FULL), None)
 
 
 def passing(error: BaseException) -> bool:
-    """Whether an error of reading says nothing about what is read: a second try may succeed."""
+    """Whether an error of reading says nothing about the content: a second try may succeed."""
     if any(isinstance(found, MemoryError) or _unnumbered(found) for found in chain(error)):
         return True
     if any(number not in _OF_CONTENT for number in numbers(error)):
@@ -79,7 +79,7 @@ def passing(error: BaseException) -> bool:
 def raised(error: BaseException) -> bool:
     """As `passing`, of a reader in Python such as Pillow, by the types of errors alone.
 
-    Its own errors of what it reads are OSErrors without a number, and quote the file.
+    Its own errors about the content are OSErrors without a number, and quote the file.
     """
     return any(
         isinstance(found, MemoryError)
@@ -89,13 +89,13 @@ def raised(error: BaseException) -> bool:
 
 
 def _unnumbered(error: BaseException) -> bool:
-    """Whether it is an error of the system that does not say its number."""
+    """Whether this is an error of the system that does not carry its number."""
     of_content = FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError
     return isinstance(error, OSError) and error.errno is None and not isinstance(error, of_content)
 
 
 def of_system(error: BaseException) -> str | None:
-    """The system's name of an error that is not of what stands in a folder; None for others."""
+    """The system's name of an error, unless it is about the content of a folder; then None."""
     found = (number for number in numbers(error) if number not in _OF_CONTENT)
     return next(map(os.strerror, found), None)
 

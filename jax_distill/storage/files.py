@@ -1,4 +1,4 @@
-"""Files: read as what they should be or refused by name, written whole or not at all."""
+"""Files: checked when read and refused by name, written whole or not at all."""
 
 import codecs
 import contextlib
@@ -23,7 +23,7 @@ TEXT_BYTES = 2**26
 JSON_BYTES = 2**24
 """The most that is read as JSON at once, which takes up to thirty times as much memory."""
 JSON_DEPTH = 64
-"""Lists and tables in one another that JSON may have."""
+"""Depth of nested lists and tables that JSON may have."""
 
 _MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's does
     codecs.BOM_UTF8: "utf-8-sig",
@@ -44,15 +44,15 @@ class FileError(ValueError):
 def unread(
     where: str, error: BaseException, passing: Callable[[BaseException], bool] = disks.passing
 ) -> FileError | None:
-    """What to raise where something cannot be read, and that says nothing about what it holds.
+    """Returns the error to raise if a failed read says nothing about the content.
 
     Args:
       where: begins the message, such as "'a.pt'".
-      error: that a library has raised.
+      error: raised by a library.
       passing: tells such errors from those of damaged files; `disks.raised` is the other one.
 
     Returns:
-      An error to raise, or None where what is read is damaged: then the caller says so.
+      An error to raise, or None if the content is damaged: then the caller says so.
     """
     if not passing(error):
         return None
@@ -64,7 +64,7 @@ def unread(
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Lets errors of the system name a file that was open already, which they do not by themselves.
+    """Adds the name of an open file to errors of the system, which lack it.
 
     Raises:
       OSError: as the block does.
@@ -89,7 +89,7 @@ def check_regular(path: Path) -> None:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        raise FileError(f"'{str(path)[:200]}...' is a longer name than files have") from None
+        raise FileError(f"'{str(path)[:200]}...' is longer than a file's name can be") from None
     if not stat.S_ISREG(mode):
         raise FileError(f"'{path}' is no regular file; give a file that lies on a disk")
 
@@ -141,12 +141,12 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_json(path: Path, kind: Any = dict[str, Any], *, fix: str = "restore or remove it") -> Any:
-    """What a JSON file holds, whose types are checked; keys that `kind` does not name are kept.
+    """Reads a JSON file and checks its types; keys that `kind` does not name are kept.
 
     Args:
       path: of the file.
       kind: a type such as `dict[str, int]`, or a `TypedDict`, as `msgspec.convert` takes it.
-      fix: what to do about a file that is something else.
+      fix: advice for a file that is something else.
 
     Raises:
       FileError: it is no JSON, or not of that kind.
@@ -158,7 +158,7 @@ def read_json(path: Path, kind: Any = dict[str, Any], *, fix: str = "restore or 
 def read_json_lines(
     path: Path, kind: Any = dict[str, Any], *, fix: str = "mend or remove that line"
 ) -> Iterator[tuple[int, Any]]:
-    """What the lines of a file hold, each JSON, with their numbers; empty lines are passed over.
+    """Reads the lines of a file, each JSON, with their numbers; empty lines are skipped.
 
     Raises:
       FileError and FileNotFoundError: as `read_json`, naming the line.
@@ -190,13 +190,13 @@ def parse_json(text: str, kind: Any = Any, *, where: str, fix: str) -> Any:
         reason = str(error).partition("\n")[0]
         raise FileError(f"{where} is not valid JSON ({reason}); {fix}") from None
     if text.count("{") + text.count("[") > JSON_DEPTH and len(list(_levels(value))) > JSON_DEPTH:
-        raise FileError(f"{where} has more than {JSON_DEPTH} tables in one another; {fix}")
+        raise FileError(f"{where} has more than {JSON_DEPTH} nested tables; {fix}")
     check_kind(value, kind, where=where, fix=fix)
     return value
 
 
 def _levels(value: Any) -> Iterator[list[Any]]:
-    """What JSON holds: the whole, what is in that, and so on, as far as its depth is allowed."""
+    """Walks through JSON: the whole, its items, theirs, down to the allowed depth."""
     level = [value]
     for _ in range(JSON_DEPTH + 2):
         yield level
@@ -209,14 +209,14 @@ def _levels(value: Any) -> Iterator[list[Any]]:
 
 
 def check_finite_numbers(value: Any, *, where: str, fix: str) -> None:
-    """Raises FileError when a number in what JSON holds is NaN or infinite."""
+    """Raises FileError if JSON holds a number that is NaN or infinite."""
     for level in _levels(value):
         if any(isinstance(x, float) and not math.isfinite(x) for x in level):
             raise FileError(f"{where} holds a number that is not finite; {fix}")
 
 
 def check_kind(value: Any, kind: Any, *, where: str, fix: str) -> None:
-    """Checks the types of what JSON or a pickle has given, without converting any.
+    """Checks the types of values from JSON or a pickle, without converting any.
 
     Raises:
       FileError: naming the place, such as `$.parts.clip`.
@@ -249,7 +249,7 @@ def is_address(path: str | Path) -> bool:
 
 
 def check_output(path: str | Path, endings: Sequence[str] = (), *, name: str = "--output") -> None:
-    """Checks that a file can be written, before the work that it is to hold; nothing is left there.
+    """Checks that a file can be written, before the work is done; leaves nothing there.
 
     Args:
       path: of the file; folders that are missing are made when it is written.
@@ -264,11 +264,11 @@ def check_output(path: str | Path, endings: Sequence[str] = (), *, name: str = "
         raise FileError(f"{name}: '{text}' is an address; give a path, such as in a mounted bucket")
     if not path.name or endings and path.suffix.lower() not in endings:
         wanted = " or ".join(f"*{ending}" for ending in endings) or "a file"
-        raise FileError(f"{name}: '{text}' has not the right ending; name the file {wanted}")
+        raise FileError(f"{name}: '{text}' has the wrong ending; name the file {wanted}")
     folder = path.parent
     try:
         if os.path.lexists(path) and not path.is_file():
-            raise FileError(f"{name}: '{text}' is there and no regular file; choose another")
+            raise FileError(f"{name}: '{text}' exists and is no regular file; choose another")
         while not folder.exists():
             if folder.is_symlink():
                 raise FileError(f"{name}: '{folder}' is a link to nothing; give another folder")
@@ -322,7 +322,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Where this process makes a file or folder, until it is whole."""
+    """The path at which this process makes a file or folder, until it is whole."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
@@ -341,7 +341,7 @@ def check_no_partial(path: str | Path, name: str) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what processes of this host left half made, of a file or folder, when they died."""
+    """Removes unfinished files or folders of processes of this host that have died."""
     with contextlib.suppress(OSError):
         for leftover in os.scandir(path.parent):
             found = _PARTIAL.fullmatch(leftover.name)

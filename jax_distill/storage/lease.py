@@ -44,7 +44,7 @@ _held: dict[Path, int] = {}  # by this process, and how often
 
 
 class Holder(TypedDict):
-    """Who holds a lease."""
+    """The holder of a lease."""
 
     host: str
     kernel: str  # the start of the machine and the namespace that `pid` is of

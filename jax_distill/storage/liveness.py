@@ -1,4 +1,4 @@
-"""Whether a process of this host is alive, and is the one that it was."""
+"""Tells whether a process of this host is alive, and still the same one."""
 
 import os
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 def is_alive(pid: int, started: str = "") -> bool:
     """Whether a process of this host is there, and is the one that started then, if that is given.
 
-    One that has ended and that its parent has not noticed yet is not.
+    A zombie, which has ended without its parent's notice, is not there.
     """
     try:
         os.kill(pid, 0)
@@ -23,7 +23,7 @@ def is_alive(pid: int, started: str = "") -> bool:
 
 
 def process_started(pid: int) -> str | None:
-    """When a process started, in ticks since its machine did; None where it is not known, or where
+    """Start time of a process, in ticks since its machine's; None where it is not known, or where
     the process has ended."""
     try:
         # The name before them is in brackets and may hold anything.

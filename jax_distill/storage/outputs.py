@@ -18,9 +18,9 @@ class Stopped(RuntimeError):
 
 @contextlib.contextmanager
 def made_whole(folder: Path) -> Iterator[Path]:
-    """A folder that is there once the block has ended well, and not before.
+    """Makes a folder that appears once the block has ended well, and not before.
 
-    What a dead process left of it is removed first.
+    Remains of a dead process are removed first.
 
     Args:
       folder: to make; its parent is made if it is missing.

@@ -1,4 +1,4 @@
-"""Text of strangers in programs and in Markdown: as what it is, and never as code or markup."""
+"""Untrusted text in programs and in Markdown: shown as it is, never taken as code or markup."""
 
 import math
 import re
@@ -26,12 +26,12 @@ def literal(name: str, value: Any) -> str:
             f"{name}: {shown(value)} is no number that a program can be written with; mend it in"
             " the configuration of what is exported"
         )
-    # What numpy and others derive from numbers may write itself in another way.
+    # Number types of numpy and others may be printed in another way.
     return repr(int(value) if isinstance(value, int) else float(value))
 
 
 def shown(value: Any) -> str:
-    """A value for a message: in one line, and not all of a long one."""
+    """A value for a message: in one line, shortened if it is long."""
     try:
         text = repr(value).replace("\n", " ")
     except (ValueError, RecursionError):  # a whole number of thousands of digits
@@ -40,7 +40,7 @@ def shown(value: Any) -> str:
 
 
 def one_line(text: str, longest: int = _LENGTH) -> str:
-    """Text without what breaks lines, moves the cursor or turns its direction around.
+    """Text without characters that break lines, move the cursor or reverse its direction.
 
     Args:
       text: of a stranger.

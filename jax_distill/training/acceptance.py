@@ -1,12 +1,11 @@
 """What a workdir keeps of a run beside checkpoints; of a run that is there, once it is accepted.
 
 config.json     the configuration
-data.json       which data `data.path` holds; the size of batches that old positions count
+data.json       which data `data.path` holds
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from ml_collections import ConfigDict
 
@@ -23,12 +22,9 @@ class Kept(TypedDict, total=False):
 
     Attributes:
       records: the data set at `data.path`, when the run began.
-      batch_size: of the run when the first versions saved the positions of its input pipeline,
-        which counted batches; there once the batch size has changed.
     """
 
     records: Identity
-    batch_size: int
 
 
 def note_data(config: ConfigDict, workdir: Path) -> None:
@@ -43,11 +39,7 @@ def accept(config: ConfigDict, workdir: Path) -> None:
         return
     if read_text(path) == configuration.to_json(config):
         return
-    kept = _with_records(known(workdir), config)
-    before = configuration.load(workdir).batch_size
-    if before != config.batch_size:
-        kept = {"batch_size": before, **kept}
-    _keep(workdir, kept)  # first: whoever sees the new batch size finds the old one
+    _keep(workdir, _with_records(known(workdir), config))
     configuration.save(config, workdir)
 
 
@@ -61,25 +53,6 @@ def known(workdir: Path) -> Kept:
         return read_json(workdir / DATA, Kept)
     except FileNotFoundError:
         return {}
-
-
-def in_examples(
-    position: Mapping[str, Any], workdir: Path, batch_size: int, rows_per_example: int
-) -> dict[str, int]:
-    """The position of the input pipeline in examples; the first versions counted batches.
-
-    Args:
-      position: that a checkpoint holds.
-      workdir: of the run.
-      batch_size: of the run now.
-      rows_per_example: of its objective.
-    """
-    if "next_index" not in position:
-        return dict(position)
-    if (workdir / "config.json").exists():
-        batch_size = configuration.load(workdir).batch_size
-    batch_size = known(workdir).get("batch_size", batch_size)
-    return {"examples": position["next_index"] * batch_size // rows_per_example}
 
 
 def _with_records(kept: Kept, config: ConfigDict) -> Kept:

@@ -100,14 +100,14 @@ class Checkpoints:
         found = _described(self.directory / str(step))
         if difference := damage.difference(_flat(found), _flat(target)):
             raise damage.Other(difference)
-        items = {"state": ocp.args.StandardRestore(target), "data": ocp.args.JsonRestore()}
-        if _has_progress(self.directory / str(step)):
-            items["progress"] = ocp.args.JsonRestore()
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        state, position = restored["state"], restored["data"]
-        progress = restored.get("progress", {"metrics": {}, "checksums": {}})
-        found = checksums(state, position)
-        if not progress["checksums"].items() <= found.items():
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(target),
+            data=ocp.args.JsonRestore(),
+            progress=ocp.args.JsonRestore(),
+        )
+        restored = self._manager.restore(step, args=items)
+        state, position, progress = (restored[name] for name in ("state", "data", "progress"))
+        if progress["checksums"] != checksums(state, position):
             raise damage.Changed("its checksums do not fit what it holds")
         return Saved(state, position, progress["metrics"])
 
@@ -143,7 +143,7 @@ class Checkpoints:
         folder = self.directory / str(step)
         fields = _restore(folder, _described(folder))
         position = ocp.JsonCheckpointHandler().restore(folder / "data")
-        if not _saved_sums(folder).items() <= _sums(parts(fields), position).items():
+        if _saved_sums(folder) != _sums(parts(fields), position):
             raise damage.Changed("its checksums do not fit what it holds")
 
     def wait(self) -> None:
@@ -222,8 +222,7 @@ def load_averaged(workdir: Path, mesh: Mesh | None = None, *, from_step: int = 0
         average = _described(folder)["players"][STUDENT]["ema"]
         found = {"players": {STUDENT: {"ema": average}}}
         restored = _restore(folder, found, None if mesh is None else shard_state(found, mesh))
-        expected = _saved_sums(folder)
-        if expected and not bit_sums(parts(restored)).items() <= expected.items():
+        if not bit_sums(parts(restored)).items() <= _saved_sums(folder).items():
             raise damage.Changed("its checksums do not fit what it holds")
         return restored["players"][STUDENT]["ema"]
 
@@ -264,18 +263,8 @@ def _restore(folder: Path, found: dict[str, Any], places: Any = None) -> dict[st
 
 
 def _saved_sums(folder: Path) -> dict[str, int]:
-    """The checksums of a checkpoint; the first versions saved none."""
-    if not _has_progress(folder):
-        return {}
+    """The checksums of a checkpoint."""
     return read_json(folder / "progress" / "metadata", Progress)["checksums"]
-
-
-def _has_progress(folder: Path) -> bool:
-    """Whether a checkpoint was saved with what the first versions did not save; not: is whole."""
-    described = folder / "_CHECKPOINT_METADATA"
-    if (folder / "progress").exists() or not described.exists():
-        return (folder / "progress").exists()
-    return "progress" in (read_json(described).get("item_handlers") or {})
 
 
 def _set_aside(folder: Path) -> None:

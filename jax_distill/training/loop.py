@@ -117,10 +117,7 @@ def fit(
             del params
         else:
             start, (state, position, window) = found
-            per_example = objective.rows_per_example
-            iterator.set_state(
-                acceptance.in_examples(position, workdir, config.batch_size, per_example)
-            )
+            iterator.set_state(position)
         acceptance.accept(config, workdir)
         if start >= config.total_steps:
             if found is None:  # a stage of no steps: what it starts from is what comes of it

@@ -1,9 +1,9 @@
-"""Worlds: what pictures and captions are, and what reads and draws them.
+"""Worlds: kinds of pictures and captions, with the networks that encode and decode them.
 
-shapes.py   captioned shapes; all that it needs ships with the package
-flux.py     FLUX: text encoders and autoencoder of a folder that `jax_distill.port` made
+shapes/   captioned shapes; everything it needs is bundled with the package
+flux/     FLUX: text encoders and autoencoder of a folder that `jax_distill.port` made
 
-`world.py` says what a world is. A configuration names its own as `world`.
+`world.py` is their interface. A configuration names its own as `world`, which only this file reads.
 """
 
 from ml_collections import ConfigDict
@@ -12,11 +12,16 @@ from jax_distill.worlds.flux.world import Flux
 from jax_distill.worlds.shapes.world import Shapes
 from jax_distill.worlds.world import Source, World
 
-__all__ = ["WORLDS", "Source", "World", "of"]
+__all__ = ["WORLDS", "Source", "World", "name", "of"]
 
 WORLDS = {"shapes": Shapes, "flux": Flux}
 
 
+def name(config: ConfigDict) -> str:
+    """The name of a run's world; the first versions did not write it down."""
+    return config.get("world", "shapes")
+
+
 def of(config: ConfigDict) -> World:
-    """The world that a run lives in; nothing is read before it is asked for."""
-    return WORLDS[config.get("world", "shapes")](config)  # the first versions had no such key
+    """The world of a run; nothing is read from disk until it is needed."""
+    return WORLDS[name(config)](config)

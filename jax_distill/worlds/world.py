@@ -1,11 +1,14 @@
-"""What a world is: the interface between the program and the pictures and captions of a kind."""
+"""The interface between the program and one kind of pictures and captions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from ml_collections import ConfigDict
 
 from jax_distill.data.records import LatentRecords
 from jax_distill.flow import Batch, Text
+from jax_distill.interop.parts import StoredPart
 from jax_distill.models.latents import LatentCodec
 
 
@@ -25,16 +28,21 @@ class World(Protocol):
 
     Attributes:
       resolution: height and width of its pictures in pixels.
-      batch_size: pictures that are drawn at a time, where nothing else is said.
+      batch_size: pictures drawn at a time by default.
       scored: whether pictures can be judged: `scoring` knows this world's prompts.
-      plain_guidance: "cfg" or "none": what networks that take no guidance scale are taken to be
-        made for, where `teacher.guidance` does not say.
+      plain_guidance: "cfg" or "none": the guidance of networks without an input for the scale,
+        where `teacher.guidance` does not say.
+      distributed: whether a network is read onto all devices where no mesh is given.
+      stores_text: whether captions are embedded when data is prepared, and stored in bfloat16;
+        otherwise they are embedded in float32 as they are read.
     """
 
     resolution: tuple[int, int]
     batch_size: int
     scored: bool
     plain_guidance: str
+    distributed: bool
+    stores_text: bool
 
     @property
     def null(self) -> Text:
@@ -59,17 +67,68 @@ class World(Protocol):
           ValueError: one of them cannot be embedded.
         """
 
+    def encoder(self) -> Callable[[Sequence[str]], Text]:
+        """A function like `encode` for many batches; it keeps the text encoders in memory."""
+
     def time_shift(self, tokens: int) -> float | None:
-        """The shift mu of the sampling schedule; None where objectives are to keep their own."""
+        """The shift mu of the sampling schedule; None where objectives keep their own."""
+
+    @property
+    def scheduler(self) -> Mapping[str, Any] | None:
+        """diffusers' config of that schedule; None where objectives keep their own."""
+
+    @property
+    def assumed(self) -> Sequence[str]:
+        """Sentences about facts that the source of the world's networks did not state."""
+
+    def default_teacher(self) -> ConfigDict:
+        """The configuration of the teacher of runs whose `teacher.checkpoint` is empty.
+
+        Raises:
+          ConfigError: the world has none.
+        """
+
+    def planned_teacher(self) -> ConfigDict:
+        """Like `default_teacher`, for plans, which need no more than the sizes of its network."""
+
+    def part(self, name: str) -> StoredPart | None:
+        """The "autoencoder", "clip" or "t5" of an exported network's pipeline, if there is one."""
+
+    def examples(self, count: int) -> list[str]:
+        """Captions to be exported as embeddings; none where text encoders of PyTorch make them."""
 
     def source(self, workdir: Path) -> Source:
         """The data of a run; may be made, below `workdir`."""
 
+    def pictures(self) -> Sequence[Batch] | None:
+        """Pictures to train an autoencoder on; None in a world that comes with its own."""
+
+    def captions(self, count: int, seed: int) -> list[str] | None:
+        """The first captions of the world's stream `seed`; None where the user must give them."""
+
+    def prepare(
+        self, output: Path, pictures: Path | None = None, *, seed: int | None = None
+    ) -> int:
+        """Encodes pictures and captions into a folder of records.
+
+        Args:
+          output: folder of the records.
+          pictures: folder of pictures with captions, see `data.folder`; None in a world that
+            renders its own, by `data.examples` and `data.seed`.
+          seed: of latents drawn from the autoencoder's posterior; None takes its mean.
+
+        Returns:
+          The number of examples.
+
+        Raises:
+          ValueError: pictures or captions cannot be used.
+        """
+
     def preview(self, source: Source, count: int) -> tuple[list[str], Text]:
-        """`count` captions, always the same, for sample grids, and how they are embedded."""
+        """Captions for sample grids, always the same `count`, as words and embedded."""
 
     def check(self, records: LatentRecords | None) -> None:
-        """Checks what is special about this world before a run begins.
+        """Checks this world's own requirements before a run begins.
 
         Args:
           records: of `data.path`; None where the world makes its data itself.

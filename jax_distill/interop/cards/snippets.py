@@ -129,14 +129,14 @@ def draw(noise, sequence, pooled, steps=$steps, guidance=$guidance, generator=No
     return decode(x)
 """
 
-SCM_SCHEDULE = """
+ANGLES_SCHEDULE = """
     if steps > 2:  # even angles of TrigFlow; the scheduler's shift is undone
         tangents = torch.tan(torch.pi / 2 * torch.tensor(sigmas, dtype=torch.float64)).tolist()
         sigmas = [x / (x + $shift) for x in tangents]"""
 
-IMM_SCHEDULE = """
-    # From $time_max on, at 1 it was not trained; the scheduler's shift is undone.
-    times = [$time_max * $shift * u / (1 + ($shift - 1) * u) for u in sigmas]
+LATE_SCHEDULE = """
+    # From $start on, at 1 it was not trained; the scheduler's shift is undone.
+    times = [$start * $shift * u / (1 + ($shift - 1) * u) for u in sigmas]
     sigmas = [t / ($shift - ($shift - 1) * t) for t in times]"""
 
 INTERVAL = """
@@ -175,7 +175,7 @@ $head
 pipe = DiffusionPipeline.from_pretrained("."$options, dtype=torch.$dtype)
 pictures = pipe(
     $prompt,
-    num_inference_steps=$steps,
+    num_inference_steps=$steps,$sigmas
     guidance_scale=$guidance,
     height=$height,
     width=$width,
@@ -240,7 +240,7 @@ pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")  # n
 pictures = pipe(
     "a red circle above a blue square",
     max_sequence_length=$text_length,
-    num_inference_steps=$steps,
+    num_inference_steps=$steps,$sigmas
     guidance_scale=$guidance,
     height=$height,
     width=$width,

@@ -35,7 +35,7 @@ _NEW_TYPES = {str(dtype): dtype for dtype in FLOAT8.values()}  # PyTorch's names
 
 
 class Refused(Exception):
-    """What a pickle asks for is no part of a state dict."""
+    """A pickle asks for something that is no part of a state dict."""
 
 
 class Storage(NamedTuple):

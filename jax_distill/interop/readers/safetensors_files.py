@@ -37,7 +37,7 @@ _SHARD = re.compile(r"\w[\w.-]*\.safetensors")  # no folder in it
 
 
 class _Index(TypedDict):
-    """What is read of `<stem>.safetensors.index.json`."""
+    """The keys of `<stem>.safetensors.index.json` that are read."""
 
     weight_map: dict[str, str]
 
@@ -175,7 +175,7 @@ def read_folder(folder: Path, stem: str, variant: str = variants.PLAIN) -> Tenso
     for file in files:
         if not _SHARD.fullmatch(file):
             raise ValueError(
-                f"'{path}' names {shown(file)}, which is no file beside it; download it again"
+                f"'{path}' names {shown(file)}, which is not a file beside it; download it again"
             )
     return merged((folder / file, read_file(folder / file)) for file in files)
 

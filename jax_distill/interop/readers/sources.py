@@ -1,4 +1,4 @@
-"""What `port` can read, told apart by what is there."""
+"""The sources that `port` can read, told apart by their files."""
 
 import re
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
     Attributes:
       layout: "diffusers", "t2i_distill" or "bfl".
-      parts: under their names in `ported.PARTS`; "network" alone, or all.
+      parts: under their names in `ported_folder.PARTS`; "network" alone, or all.
       folder: of the pipeline that has all parts; None where there is the network alone.
       told: those of `flux_config.OWN_KEYS` that the files themselves say.
       kind: of the files: "pipeline", "transformer" (its folder), "safetensors" or "torch".
@@ -75,12 +75,12 @@ def locate(source: str | Path) -> Path:
     if path.exists():
         return path
     if not _HUB_ID.fullmatch(str(source)):
-        raise ValueError(f"--source: there is no file or folder '{source}'")
+        raise ValueError(f"--source: no file or folder '{source}'")
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError(
-            f"--source: there is no folder '{source}', and to download it from the hub needs"
+            f"--source: no folder '{source}', and to download it from the hub needs"
             " huggingface_hub; pip install 'jax-distill[flux]'"
         ) from None
     try:
@@ -88,7 +88,7 @@ def locate(source: str | Path) -> Path:
     except Exception as error:  # of the hub, of the network, and of HTTP
         reason = str(error).strip().partition("\n")[0][:200]
         raise ValueError(
-            f"--source: there is no folder '{source}', and it cannot be had from the hub"
+            f"--source: no folder '{source}', and it cannot be had from the hub"
             f" ({type(error).__name__}: {reason}); download it and give the folder"
         ) from None
 
@@ -128,8 +128,8 @@ def _folder(path: Path, dtype: np.dtype | None, variant: str) -> Source:
         kind = "transformer"
     else:
         raise ValueError(
-            f"'{path}' is no diffusers folder: it has no {diffusers_folder.INDEX} (of a pipeline)"
-            " and no config.json (of a transformer)"
+            f"'{path}' is not a diffusers folder: it has neither {diffusers_folder.INDEX} (of a"
+            " pipeline) nor config.json (of a transformer)"
         )
     notes = []
     for name, part in parts.items():
@@ -152,7 +152,7 @@ def _file(path: Path, axes: Any, dtype: np.dtype | None) -> Source:
         wrapped = torch_files.has_key(path)
     else:
         known = ", ".join((*_SAFETENSORS, *_TORCH))
-        raise ValueError(f"'{path}' is of no known kind; files that are read end with {known}")
+        raise ValueError(f"'{path}' is of an unknown kind; known endings: {known}")
     found = single_file.transformer(str(path), tensors, dtype)
     shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
     config = flux_config.from_shapes(str(path), shapes, axes_dims_rope=axes)
@@ -175,6 +175,6 @@ def _told(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
         try:
             told[name] = flux_config.factor(name, told[name])
         except ValueError:
-            message = f"{name} is {shown(told[name])}, no number above 0; mend it there"
+            message = f"{name} is {shown(told[name])}, not a number above 0; correct it there"
             raise ValueError(f"'{where}': {message}") from None
     return told

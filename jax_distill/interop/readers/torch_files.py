@@ -61,7 +61,9 @@ def read_file(path: Path, key: str = "module") -> Tensors:
     tensors = {}
     for name, view in state.items():
         if not (isinstance(name, str) and isinstance(view, View)):
-            raise ValueError(f"'{path}': {shown(name)} is no tensor; the file is no student's")
+            raise ValueError(
+                f"'{path}': {shown(name)} is not a tensor; the file is not a student's"
+            )
         tensors[name] = _tensor(path, name, view, places)
     return tensors
 
@@ -84,7 +86,7 @@ def _open(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
                 name.removeprefix("data/"): place for name, place in places.items()
             }
     except FileNotFoundError:
-        raise ValueError(f"there is no file '{path}'") from None
+        raise ValueError(f"no file '{path}'") from None
     except zipfile.BadZipFile as error:
         raise unread(f"'{path}'", error, disks.raised) or ValueError(
             f"'{path}' is cut short, or no file of torch.save ({error}); download it again"

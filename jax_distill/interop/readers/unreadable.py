@@ -57,7 +57,7 @@ def check_names(where: str, names: Iterable[str]) -> None:
     for name in names:
         if len(name) > _LONGEST_NAME or not name.isprintable():
             raise ValueError(
-                f"'{where}' has a tensor {shown(name)}, which is no tensor's name; download it"
+                f"'{where}' has a tensor {shown(name)}, which is not a tensor's name; download it"
                 " again"
             )
         for pattern, words in _PATTERNS:
@@ -72,7 +72,7 @@ def check_file(path: Path) -> None:
         with named(path), path.open("rb") as file:
             begin = file.read(4)
     except FileNotFoundError:
-        raise ValueError(f"there is no file '{path}'") from None
+        raise ValueError(f"no file '{path}'") from None
     if begin == b"GGUF":
         raise ValueError(
             f"'{path}' is in GGUF's format, quantised for llama.cpp and ComfyUI, which is not read"
@@ -92,7 +92,7 @@ def check_config(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def looks_like(names: Iterable[str]) -> str:
-    """What a file without a transformer seems to be, in words."""
+    """Says what a file without a transformer seems to be."""
     for pattern, words in _OTHERS:
         if any(pattern.fullmatch(name) for name in names):
             return f"it looks like {words}"

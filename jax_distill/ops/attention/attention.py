@@ -1,6 +1,6 @@
-"""Softmax attention that can be differentiated in both modes, fused where the platform can.
+"""Softmax attention with forward- and reverse-mode derivatives, fused where the platform allows.
 
-The maths is in docs/attention.md, the primitives that make it compose in `config/rules.py`.
+The maths is in docs/attention.md; the primitives behind it, and their rules, are in `rules.py`.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax_distill.ops.attention import lowering, rules
 
 IMPLEMENTATIONS = ("auto", "xla", *lowering.IMPLEMENTATIONS)
-# Up to this many scores a head the score matrix costs less than what avoids it.
+# Up to this many scores per head, holding the score matrix is cheaper than avoiding it.
 PLAIN_SCORES = 512 * 512
 
 
@@ -31,7 +31,7 @@ def attention(
       query: (B, N, H, D).
       key: (B, M, H, D).
       value: (B, M, H, E).
-      mask: (B, M), true where a key is kept; at least one of each sample must be.
+      mask: (B, M), true where a key is kept; each sample keeps at least one.
       implementation: "xla", plain code that holds all scores, the reference; "blocked", scans over
         blocks, memory linear in N and M; "pallas_tpu" and "pallas_gpu", fused kernels, interpreted
         (slowly) on other platforms than their own; or "auto": plain code for few tokens, otherwise

@@ -1,7 +1,7 @@
-"""How many queries and keys a kernel works on at once, by kernel, chip and head width.
+"""Block sizes: the queries and keys a kernel works on at once, by kernel, chip and head width.
 
-`python benchmarks/attention.py --tune` measures candidates on the device that it runs on and prints
-rows for the table.
+`python benchmarks/attention.py --tune` measures candidates on its device and prints rows for the
+table.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ KERNELS = ("forward", "forward_tangent", "backward")
 
 
 class Blocks(NamedTuple):
-    """At most this many tokens: of what a program keeps, and of what it loops over.
+    """Upper limits on the tokens that a program keeps, and on those that it loops over at a time.
 
     The forward kernels keep queries and loop over keys; `backward` keeps keys and loops over
     queries, and on GPUs also the other way round.
@@ -24,8 +24,8 @@ class Blocks(NamedTuple):
     stages: int = 2  # of a GPU program's pipeline of loads
 
 
-# (platform, chip or "" for any, head width or 0 for any, kernel): the first match holds, chips
-# before any chip. Rows with "" are starting points that no chip was measured for.
+# (platform, chip or "" for any, head width or 0 for any, kernel): the first match holds, named
+# chips before any chip. Rows with "" are starting points, measured on no chip.
 TABLE: dict[tuple[str, str, int, str], Blocks] = {
     ("tpu", "", 0, "forward"): Blocks(512, 1024),
     ("tpu", "", 0, "forward_tangent"): Blocks(256, 512),
@@ -40,7 +40,7 @@ TABLE: dict[tuple[str, str, int, str], Blocks] = {
 
 
 def block_sizes(platform: str, kernel: str, width: int) -> Blocks:
-    """Blocks for this process's chip; those of any chip where it has no row, or another platform.
+    """Block sizes for this process's chip, or those of any chip if the table does not name it.
 
     Args:
       platform: "tpu" or "cuda".

@@ -1,8 +1,8 @@
 """Attention as scans over blocks of queries and of keys: memory linear in tokens, on any platform.
 
-The three functions that each implementation has (`plain`, `flash_jvp_tpu`, `flash_jvp_gpu`):
-`forward`, `forward_tangent` and `backward`. Arrays are (B, N, H, D); a mask (B, M) is true where a
-key is kept; log-sum-exp, to base two, and its tangent are (B, H, N).
+Each implementation (`flash_jvp_tpu` and `flash_jvp_gpu` too) has two functions, `forward` and
+`backward`. Arrays are (B, N, H, D); a mask (B, M) is true where a key is kept; log-sum-exp, to base
+two, and its tangent are (B, H, N).
 """
 
 import math
@@ -36,7 +36,7 @@ def _accumulator(x):
 
 
 def _blocks(x: jax.Array) -> jax.Array:
-    """(B, N, H, D) -> (blocks, B, H, block, D), zeros behind the last token."""
+    """(B, N, H, D) -> (blocks, B, H, block, D), zeros after the last token."""
     x = jnp.swapaxes(x, 1, 2)
     tokens = x.shape[2]
     count = math.ceil(tokens / BLOCK)
@@ -62,7 +62,7 @@ def _rows(blocks: jax.Array, tokens: int) -> jax.Array:
 
 
 def _bias_blocks(key: jax.Array, mask: jax.Array | None) -> jax.Array | None:
-    """(blocks, B, 1, 1, block), added to scores: `MASKED` where there is no key or a masked one."""
+    """(blocks, B, 1, 1, block), added to scores: `MASKED` for masked keys and padding."""
     batch, tokens = key.shape[:2]
     count = math.ceil(tokens / BLOCK)
     if mask is None and tokens % count == 0:
@@ -78,8 +78,10 @@ def _scores(query, key, bias):
     return scores if bias is None else scores + bias
 
 
-def forward(query, key, value, mask=None):
-    """Output and log-sum-exp."""
+def forward(query, key, value, mask=None, *tangents):
+    """Output and log-sum-exp; given the tangents of query, key and value, theirs as well."""
+    if tangents:
+        return _forward_tangent(query, key, value, mask, *tangents)
     keys = (_blocks(key), _blocks(value), _bias_blocks(key, mask))
 
     def of_queries(query_block):
@@ -98,8 +100,7 @@ def forward(query, key, value, mask=None):
     return _tokens(output, query.shape[1]), _rows(lse, query.shape[1])
 
 
-def forward_tangent(query, key, value, mask, d_query, d_key, d_value):
-    """Output, log-sum-exp, and the tangents of both."""
+def _forward_tangent(query, key, value, mask, d_query, d_key, d_value):
     scale = query.shape[-1] ** -0.5
     keys = (*map(_blocks, (key, value, d_key, d_value)), _bias_blocks(key, mask))
 
@@ -133,17 +134,12 @@ def forward_tangent(query, key, value, mask, d_query, d_key, d_value):
 def backward(query, key, value, mask, lse, delta, cotangent):
     """Cotangents of query, key and value from that of the output.
 
-    Weights are made again from the log-sum-exp. `delta` (B, H, N) is rowsum(output * cotangent),
-    less what the cotangent of log-sum-exp adds.
+    Weights are recomputed from the log-sum-exp. `delta` (B, H, N) is rowsum(output * cotangent)
+    minus the contribution of log-sum-exp's cotangent.
     """
     scale = query.shape[-1] ** -0.5
     keys = (_blocks(key), _blocks(value), _bias_blocks(key, mask))
-    queries = (
-        _blocks(query),
-        _blocks(cotangent),
-        _row_blocks(lse),
-        _row_blocks(delta),
-    )
+    queries = (_blocks(query), _blocks(cotangent), _row_blocks(lse), _row_blocks(delta))
 
     def of_keys(d_query, keys):
         key, value, bias = keys

@@ -1,9 +1,10 @@
 """Fused attention on NVIDIA GPUs: forward, forward with tangent, and backward, in Pallas (Triton).
 
 A program holds a block of queries and loops over the keys of its head; for the gradients of keys
-and values it holds a block of keys and loops over queries. So the backward makes the weights twice,
-seven matrix products in place of five, and needs neither atomics nor partial sums: two runs give
-the same bits. Arrays are read where they lie, (B, N, H, D). The functions are those of `blocked`.
+and values it holds a block of keys and loops over queries. So the backward computes the weights
+twice (seven matrix products instead of five) but needs neither atomics nor partial sums: two runs
+give the same bits. Arrays are read where they lie, (B, N, H, D). The functions are those of
+`blocked`.
 """
 
 import functools
@@ -13,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jax_distill.ops.attention.block_sizes import Blocks, block_sizes
+from jax_distill.ops.attention.block_sizes import Blocks
 from jax_distill.ops.attention.forward_kernels import forward_kernel, forward_tangent_kernel
 from jax_distill.ops.attention.online_softmax import LOG2_E, MASKED, nn, nt, result_of
 
@@ -21,7 +22,7 @@ WIDTHS = (32, 64, 128)
 
 
 def unsupported(query, key, value) -> str | None:
-    """Why the kernels do not take these shapes, or None."""
+    """The reason why the kernels do not take these shapes; None if they do."""
     del key
     width = query.shape[-1]
     if value.shape[-1] != width:
@@ -41,7 +42,7 @@ def _over_blocks(tokens: int, body, carry, *, block: int):
 
 
 def _backward_keys_kernel(*refs, masked: bool, block: int, scale: float):
-    """Scores lie here as (keys, queries), so that no weights have to be transposed."""
+    """Scores lie here as (keys, queries), so that weights need no transpose."""
     query, key, value, *bias, lse, delta, cotangent, d_key, d_value = refs
     k, v = key[...], value[...]
 
@@ -83,17 +84,17 @@ def _padded(tokens: int, blocks: Blocks) -> int:
 
 
 def _pad(x, tokens: int):
-    """(B, N, ...) filled up with zeros to `tokens`."""
+    """Pads (B, N, ...) with zeros to `tokens`."""
     return jnp.pad(x, ((0, 0), (0, tokens - x.shape[1]), *((0, 0),) * (x.ndim - 2)))
 
 
 def _pad_rows(x, tokens: int):
-    """(B, H, N) likewise."""
+    """Pads (B, H, N) likewise."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, tokens - x.shape[2])))
 
 
 def _bias(key, mask, tokens: int):
-    """(B, tokens) added to the scores, or nothing where all keys are kept and none is filler."""
+    """The bias (B, tokens) of the scores; None if no key is masked or padding."""
     if mask is None and tokens == key.shape[1]:
         return None
     mask = jnp.ones(key.shape[:2], bool) if mask is None else mask
@@ -101,17 +102,17 @@ def _bias(key, mask, tokens: int):
 
 
 def _tokens(count: int, width: int, *, walks: bool):
-    """The block of `count` tokens that the grid (block, head, batch) is at, or all `count`."""
+    """The grid's block of `count` tokens, at (block, head, batch); all tokens unless it walks."""
     return pl.BlockSpec((None, count, None, width), lambda i, h, b: (b, i if walks else 0, h, 0))
 
 
 def _column(count: int):
-    """A statistic of the block of rows that the grid is at, from (B, H, N, 1)."""
+    """The statistics (B, H, N, 1) of the grid's block of rows."""
     return pl.BlockSpec((None, None, count, 1), lambda i, h, b: (b, h, i, 0))
 
 
 def _row(count: int):
-    """That of all rows, from (B, H, 1, N)."""
+    """The statistics (B, H, 1, N) of all rows."""
     return pl.BlockSpec((None, None, 1, count), lambda i, h, b: (b, h, 0, 0))
 
 
@@ -129,33 +130,8 @@ def _call(kernel, name, grid, operands, specs, results, blocks: Blocks, interpre
     )(*operands)
 
 
-def _blocks(kernel: str, query, blocks: Blocks | None) -> Blocks:
-    return block_sizes("cuda", kernel, query.shape[-1]) if blocks is None else blocks
-
-
-def forward(query, key, value, mask=None, *, interpret=False, blocks: Blocks | None = None):
-    """Output and log-sum-exp."""
-    return _forward(query, key, value, mask, (), interpret, _blocks("forward", query, blocks))
-
-
-def forward_tangent(
-    query,
-    key,
-    value,
-    mask,
-    d_query,
-    d_key,
-    d_value,
-    *,
-    interpret=False,
-    blocks: Blocks | None = None,
-):
-    """Output, log-sum-exp, and the tangents of both."""
-    blocks = _blocks("forward_tangent", query, blocks)
-    return _forward(query, key, value, mask, (d_query, d_key, d_value), interpret, blocks)
-
-
-def _forward(query, key, value, mask, tangents, interpret, blocks):
+def forward(query, key, value, mask, *tangents, blocks: Blocks, interpret: bool):
+    """Output and log-sum-exp; given the tangents of query, key and value, theirs as well."""
     batch, rows, heads, width = query.shape
     queries, keys = _padded(rows, blocks), _padded(key.shape[1], blocks)
     bias = _bias(key, mask, keys)
@@ -195,20 +171,8 @@ def _forward(query, key, value, mask, tangents, interpret, blocks):
     return tuple(x[:, :rows] if i % 2 == 0 else x[:, :, :rows, 0] for i, x in enumerate(out))
 
 
-def backward(
-    query,
-    key,
-    value,
-    mask,
-    lse,
-    delta,
-    cotangent,
-    *,
-    interpret=False,
-    blocks: Blocks | None = None,
-):
+def backward(query, key, value, mask, lse, delta, cotangent, *, blocks: Blocks, interpret: bool):
     """Cotangents of query, key and value; see `blocked.backward`."""
-    blocks = _blocks("backward", query, blocks)
     batch, _, heads, width = query.shape
     queries, keys = _padded(query.shape[1], blocks), _padded(key.shape[1], blocks)
     bias = _bias(key, mask, keys)

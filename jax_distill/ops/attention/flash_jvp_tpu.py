@@ -16,17 +16,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_distill.ops.attention.block_sizes import Blocks, block_sizes
+from jax_distill.ops.attention.block_sizes import Blocks
 from jax_distill.ops.attention.forward_kernels import forward_kernel, forward_tangent_kernel
 from jax_distill.ops.attention.online_softmax import LOG2_E, MASKED, nn, nt, result_of, tn
 
 LANES = 128
-VMEM_BYTES = 64 * 2**20  # what a kernel may use
-RESIDENT_BYTES = 40 * 2**20  # of them, at most this for one head's tokens
+VMEM_BYTES = 64 * 2**20  # limit of a kernel
+RESIDENT_BYTES = 40 * 2**20  # of which one head's tokens take at most this
 
 
 def unsupported(query, key, value) -> str | None:
-    """Why the kernels do not take these shapes, or None."""
+    """The reason why the kernels do not take these shapes; None if they do."""
     width = query.shape[-1]
     if value.shape[-1] != width:
         return f"needs values as wide as keys, got {value.shape[-1]} and {width}"
@@ -34,8 +34,8 @@ def unsupported(query, key, value) -> str | None:
         return f"takes heads of 64, 128, 192 or 256 channels, not {width}"
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"takes bfloat16 and float32, not {query.dtype}"
-    # Four resident arrays, doubly buffered, are the most that a kernel has; the backward's
-    # gradients of queries are also summed in float32.
+    # A kernel has at most four resident arrays, double buffered; the backward also sums the
+    # gradients of queries in float32.
     tokens = max(query.shape[1], key.shape[1])
     if tokens * max(width, LANES) * (8 * query.dtype.itemsize + 4) > RESIDENT_BYTES:
         return f"holds one head in VMEM, and {tokens} tokens are too many"
@@ -43,7 +43,7 @@ def unsupported(query, key, value) -> str | None:
 
 
 def _as_row(column):
-    """(n, 1) -> (1, n), through a transpose that the hardware has."""
+    """(n, 1) -> (1, n), by a transpose that the hardware supports."""
     return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
 
 
@@ -93,7 +93,7 @@ def _backward_kernel(*refs, masked: bool, chunk: int, scale: float):
 
 
 class _Arrays:
-    """Where the kernels find their arrays: a grid of (batch, head, block)."""
+    """Layout of the kernels' arrays, for a grid of (batch, head, block)."""
 
     def __init__(self, query, key):
         self.batch, self.queries, self.heads, self.width = query.shape
@@ -101,7 +101,7 @@ class _Arrays:
         self.in_lanes = self.width % LANES == 0
 
     def pack(self, x):
-        """(B, N, H, D) as the kernels read it, N filled up with zeros to a multiple of 128."""
+        """(B, N, H, D) as the kernels read it, N padded with zeros to a multiple of 128."""
         x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % LANES), (0, 0), (0, 0)))
         if self.in_lanes:
             return x.reshape(*x.shape[:2], -1)
@@ -115,7 +115,7 @@ class _Arrays:
         return x[:, :tokens]
 
     def pack_rows(self, x):
-        """(B, H, N) -> (B H, 1, N), filled up likewise."""
+        """(B, H, N) -> (B H, 1, N), padded likewise."""
         x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % LANES)))
         return x.reshape(-1, 1, x.shape[2])
 
@@ -123,7 +123,7 @@ class _Arrays:
         return x.reshape(self.batch, self.heads, -1)[:, :, :tokens]
 
     def bias(self, mask):
-        """(B, keys) added to the scores, or nothing where all keys are kept and none is filler."""
+        """The bias (B, keys) of the scores; None if no key is masked or padding."""
         filler = -self.keys % LANES
         if mask is None and not filler:
             return None
@@ -131,7 +131,7 @@ class _Arrays:
         return jnp.where(jnp.pad(mask, ((0, 0), (0, filler))), 0.0, MASKED)
 
     def tokens(self, count: int, *, walks: bool):
-        """The block of `count` tokens that the grid is at, or, not walking, all `count`."""
+        """The grid's block of `count` tokens; all tokens unless it walks."""
 
         def place(b, h, i):
             i = i if walks else 0
@@ -146,7 +146,7 @@ class _Arrays:
 
 
 def _divisor(tokens: int, limit: int) -> int:
-    """The largest multiple of 128 that divides `tokens` and is no more than `limit`."""
+    """The largest multiple of 128 that divides `tokens` and does not exceed `limit`."""
     blocks = tokens // LANES
     return LANES * max(n for n in range(1, max(limit // LANES, 1) + 1) if blocks % n == 0)
 
@@ -156,7 +156,7 @@ def _padded(tokens: int) -> int:
 
 
 def _options(products: int, query, keys: int, semantics: tuple[str, str, str], interpret: bool):
-    """Arguments of every pallas_call, with the arithmetic that XLA should plan with."""
+    """Arguments of every pallas_call, with a cost estimate for XLA's scheduler."""
     batch, queries, heads, width = query.shape
     scores = batch * heads * queries * keys
     return {
@@ -172,35 +172,8 @@ def _options(products: int, query, keys: int, semantics: tuple[str, str, str], i
     }
 
 
-def _blocks(kernel: str, query, blocks: Blocks | None) -> Blocks:
-    return block_sizes("tpu", kernel, query.shape[-1]) if blocks is None else blocks
-
-
-def forward(query, key, value, mask=None, *, interpret=False, blocks: Blocks | None = None):
-    """Output and log-sum-exp."""
-    results = _forward(query, key, value, mask, (), interpret, _blocks("forward", query, blocks))
-    return tuple(results)
-
-
-def forward_tangent(
-    query,
-    key,
-    value,
-    mask,
-    d_query,
-    d_key,
-    d_value,
-    *,
-    interpret=False,
-    blocks: Blocks | None = None,
-):
-    """Output, log-sum-exp, and the tangents of both."""
-    blocks = _blocks("forward_tangent", query, blocks)
-    tangents = (d_query, d_key, d_value)
-    return tuple(_forward(query, key, value, mask, tangents, interpret, blocks))
-
-
-def _forward(query, key, value, mask, tangents, interpret, blocks):
+def forward(query, key, value, mask, *tangents, blocks: Blocks, interpret: bool):
+    """Output and log-sum-exp; given the tangents of query, key and value, theirs as well."""
     arrays = _Arrays(query, key)
     queries, keys = _padded(arrays.queries), _padded(arrays.keys)
     block = _divisor(queries, blocks.kept)
@@ -237,23 +210,11 @@ def _forward(query, key, value, mask, tangents, interpret, blocks):
         **_options(6 if tangents else 2, query, keys, ("parallel",) * 3, interpret),
     )(*operands)
     unpack = (arrays.unpack, arrays.unpack_rows) * copies
-    return [of(x, arrays.queries) for of, x in zip(unpack, out)]
+    return tuple(of(x, arrays.queries) for of, x in zip(unpack, out))
 
 
-def backward(
-    query,
-    key,
-    value,
-    mask,
-    lse,
-    delta,
-    cotangent,
-    *,
-    interpret=False,
-    blocks: Blocks | None = None,
-):
+def backward(query, key, value, mask, lse, delta, cotangent, *, blocks: Blocks, interpret: bool):
     """Cotangents of query, key and value; see `blocked.backward`."""
-    blocks = _blocks("backward", query, blocks)
     arrays = _Arrays(query, key)
     queries, keys = _padded(arrays.queries), _padded(arrays.keys)
     block = _divisor(keys, blocks.kept)

@@ -1,4 +1,4 @@
-"""Derivatives of attention as plain formulas, which hold scores: what kernels do not compute.
+"""Derivatives of attention that no kernel computes, as plain formulas, which hold the scores.
 
 Arrays are (B, N, H, D); log-sum-exp and its tangents are to base two, (B, H, N).
 """
@@ -10,7 +10,7 @@ from jax_distill.ops.attention.online_softmax import LOG2_E
 
 
 def row_delta(output, cotangent, lse_cotangent):
-    """What is taken from the cotangent of every weight of a row: (B, H, N)."""
+    """The term subtracted from the cotangents of a row's weights, (B, H, N)."""
     product = output.astype(lse_cotangent.dtype) * cotangent.astype(lse_cotangent.dtype)
     return jnp.swapaxes(jnp.sum(product, -1), 1, 2) - lse_cotangent * LOG2_E
 
@@ -22,7 +22,7 @@ def _weights(query, key, mask, lse):
 
 
 def tangent(query, key, value, mask, lse, d_query, d_key, d_value):
-    """Tangents of output and log-sum-exp, as a function of log-sum-exp too."""
+    """Tangents of output and log-sum-exp, with log-sum-exp as an argument of its own."""
 
     def product(spec, x, y):
         return jnp.einsum(spec, x, y, preferred_element_type=lse.dtype)
@@ -38,9 +38,9 @@ def tangent(query, key, value, mask, lse, d_query, d_key, d_value):
 
 
 def curvature(query, key, value, mask, lse, *rest):
-    """How `tangent` moves with query, key, value and log-sum-exp.
+    """Derivative of `tangent` with respect to query, key, value and log-sum-exp.
 
-    `rest` are the tangents that `tangent` takes, then the moves of the four.
+    `rest`: the tangents that `tangent` takes, then the directions of the four.
     """
     linear, moves = rest[:3], rest[3:]
 

@@ -1,9 +1,9 @@
-"""The forward kernels of fused attention, the same on TPUs and on GPUs.
+"""Forward kernels of fused attention, the same on TPUs and on GPUs.
 
-A program holds a block of queries and loops over the keys of its head. How it loops, and how a
-statistic of its queries lies in memory, is the hardware's and is passed in:
-`loop(tokens, body, carry)` makes carry = body(slice of tokens, carry), part after part, and
-`stored` turns a column (n, 1) into what the reference of a statistic holds.
+A program holds a block of queries and loops over the keys of its head. The loop, and the
+layout of a query statistic in memory, depend on the hardware and are passed in:
+`loop(tokens, body, carry)` applies carry = body(slice of tokens, carry), part after part, and
+`stored` turns a column (n, 1) into the layout of a statistic.
 """
 
 from collections.abc import Callable

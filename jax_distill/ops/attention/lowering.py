@@ -1,4 +1,4 @@
-"""Which implementation computes a primitive of attention, decided for the platform lowered for."""
+"""Chooses the implementation of attention's primitives for the platform that is lowered for."""
 
 import functools
 import logging
@@ -11,6 +11,7 @@ from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 
 from jax_distill.ops.attention import blocked, flash_jvp_gpu, flash_jvp_tpu, formulas
+from jax_distill.ops.attention.block_sizes import block_sizes
 from jax_distill.ops.attention.signatures import AXES, SIGNATURES, operand_names, split_operands
 
 KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # by platform
@@ -20,27 +21,33 @@ IMPLEMENTATIONS: dict[str, ModuleType] = {
     "pallas_gpu": flash_jvp_gpu,
 }
 
-# Axes of a mesh, by the names that `parallel` gives them, that split batch and heads.
+_KERNEL = {
+    "attention": "forward",
+    "attention_with_tangent": "forward_tangent",
+    "attention_tangent": "forward_tangent",
+    "attention_backward": "backward",
+}
+"""The kernel of a primitive, as `block_sizes` names them."""
+
+# Axes of a mesh, by their names in `devices.sharding`, that split batch and heads.
 MESH_AXES = {"b": ("data", "fsdp"), "h": ("tensor",)}
 
 _logger = logging.getLogger(__name__)
 
 
 def _compute(name: str, module: ModuleType, masked: bool, **options):
-    """The function of an implementation that a primitive stands for."""
+    """The function by which an implementation computes a primitive."""
 
     def function(*operands):
         inputs, rest = split_operands(operands, masked)
         if name == "attention_curvature":
             return formulas.curvature(*inputs, *rest)
-        if name == "attention":
-            return tuple(module.forward(*inputs, **options))
-        if name == "attention_with_tangent":
-            return module.forward_tangent(*inputs, *rest, **options)
-        output, lse, *rest = rest
         if name == "attention_tangent":
-            return module.forward_tangent(*inputs, *rest, **options)[2:]
-        cotangent, lse_cotangent = rest
+            _, _, *tangents = rest
+            return module.forward(*inputs, *tangents, **options)[2:]
+        if name != "attention_backward":
+            return module.forward(*inputs, *rest, **options)
+        output, lse, cotangent, lse_cotangent = rest
         delta = formulas.row_delta(output, cotangent, lse_cotangent)
         return module.backward(*inputs, lse, delta, cotangent, **options)
 
@@ -48,11 +55,11 @@ def _compute(name: str, module: ModuleType, masked: bool, **options):
 
 
 def choose(implementation: str, platform: str, query, key, value) -> tuple[str, bool]:
-    """Which implementation computes, and whether it is interpreted.
+    """Returns the name of the implementation, and whether it is interpreted.
 
     Args:
       implementation: as asked for.
-      platform: that is lowered for.
+      platform: the one that is lowered for.
       query, key, value: anything with shape and dtype.
 
     Raises:
@@ -81,8 +88,11 @@ def lower(name: str, platform: str, ctx, *operands, implementation: str, masked:
     if name == "attention_curvature":
         implementation = "blocked"
     chosen, interpret = choose(implementation, platform, *avals[:3])
-    options = {"interpret": interpret} if chosen != "blocked" else {}
-    wrap = None
+    wrap, options = None, {}
+    if chosen != "blocked":
+        (kernels_of,) = (key for key, value in KERNELS.items() if value == chosen)
+        blocks = block_sizes(kernels_of, _KERNEL[name], avals[0].shape[-1])
+        options = {"interpret": interpret, "blocks": blocks}
     if chosen != "blocked" and not interpret:
         try:
             wrap = _on_each_device(name, masked, avals, ctx.module_context.axis_context)
@@ -97,7 +107,7 @@ def lower(name: str, platform: str, ctx, *operands, implementation: str, masked:
 
 
 def _on_each_device(name: str, masked: bool, avals, context):
-    """How a kernel, which no partitioner can split, is applied over a computation's devices.
+    """Applies a kernel, which no partitioner can split, on each of a computation's devices.
 
     Returns:
       None where it sees one device's arrays already, otherwise a function that puts it under
@@ -114,7 +124,7 @@ def _on_each_device(name: str, masked: bool, avals, context):
         return None
     mesh = context.abstract_mesh
     if mesh is None:
-        raise ValueError("it runs on several devices that no NamedSharding gives a mesh")
+        raise ValueError("it runs on several devices, and no NamedSharding gives their mesh")
     operands, results = operand_names(name, masked), SIGNATURES[name][1]
     sizes = {}
     for operand, aval in zip(operands, avals):

@@ -1,4 +1,4 @@
-"""Softmax attention and its derivatives a block of keys at a time: the maths all kernels share.
+"""Softmax attention and its derivatives, a block of keys at a time: the maths of all kernels.
 
 Scores are kept to base two, `s = log2(e) / sqrt(D) q k'`, since hardware exponentials are. With
 m the running maximum of a query's scores, p = 2^(s - m), l = sum p and O = sum p v, a new block of
@@ -11,8 +11,8 @@ score tangents and T = sum p dv + sum p (ds - c) v. A block that moves the mean 
 large cancels when p (ds - c) is rounded to bfloat16, and c ends as the tangent of log-sum-exp, up
 to the change of base.
 
-Every function works on the last two axes, whatever leads: on blocks within a kernel and on batches.
-A row statistic keeps its axis: (..., n, 1).
+Every function works on the last two axes, on blocks within a kernel and on batches alike. A row
+statistic keeps its axis: (..., n, 1).
 """
 
 import functools
@@ -52,7 +52,7 @@ def result_of(x: jax.Array, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStru
 
 
 class Sums(NamedTuple):
-    """What a query has summed over the keys so far."""
+    """A query's sums over the keys so far."""
 
     maximum: jax.Array  # (..., n, 1): m
     normalizer: jax.Array  # (..., n, 1): l
@@ -78,7 +78,7 @@ def empty_tangent_sums(rows: tuple[int, ...], width: int, dtype) -> TangentSums:
 
 
 def add_keys(sums: Sums, scores: jax.Array, value: jax.Array, dot: Dot) -> Sums:
-    """Sums with a block of keys more.
+    """Adds a block of keys to the sums.
 
     Args:
       sums: over the keys before.
@@ -130,5 +130,5 @@ def finish(sums: Sums) -> tuple[jax.Array, jax.Array]:
 
 
 def finish_tangent(sums: Sums, tangent_sums: TangentSums) -> tuple[jax.Array, jax.Array]:
-    """Their tangents."""
+    """Tangents of `finish`'s results."""
     return tangent_sums.tangent / sums.normalizer, tangent_sums.mean * LOG2_E

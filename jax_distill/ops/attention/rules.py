@@ -1,4 +1,4 @@
-"""The primitives behind `attention`, which know each other.
+"""Primitives behind `attention`, and their derivative rules, which refer to each other.
 
     attention               q, k, v -> output, log-sum-exp to base two
     attention_with_tangent  q, k, v, dq, dk, dv -> output, log-sum-exp and their tangents
@@ -9,15 +9,15 @@ Forward mode turns the first into the second, which needs six matrix products to
 Where only q, k, v are known (reverse mode, and rematerialisation), the second comes apart into the
 first and the third, and where its tangents are not used it is the first again; the third is
 transposed to the fourth. So the gradient of a loss of `jax.jvp`'s output and of its tangent,
-stopped, holds one `attention_with_tangent` and one `attention_backward`. What is left of second
-derivatives is right but not fused: `attention_curvature`, how the tangents move with q, k and v,
+stopped, holds one `attention_with_tangent` and one `attention_backward`. The rest of second
+derivatives is exact but not fused: `attention_curvature`, how the tangents move with q, k and v,
 is linear in those moves, so it waits for them, holds no scores, and is dead code where the tangents
 are stopped.
 """
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def attention(query, key, value, mask, implementation: str) -> jax.Array:
 
 
 def flops(equation: JaxprEqn) -> int | None:
-    """Operations of the matrix products of one of the primitives; None for any other equation."""
+    """Floating point operations of a primitive's matrix products; None for any other equation."""
     signature = SIGNATURES.get(equation.primitive.name)
     if signature is None:
         return None
@@ -247,7 +247,7 @@ ad.primitive_transposes[attention_tangent_p] = _attention_tangent_transpose
 
 
 def _with_tangent_partial_eval(trace, *tracers, masked, **params):
-    """What is known does not wait for its tangents."""
+    """Evaluates known inputs at once, and their unknown tangents later."""
     params["masked"] = masked
     inputs, tangents = tracers[:-3], tracers[-3:]
     known = [tracer.pval.get_known() for tracer in inputs]
@@ -261,28 +261,48 @@ def _with_tangent_partial_eval(trace, *tracers, masked, **params):
 pe.custom_partial_eval_rules[attention_with_tangent_p] = _with_tangent_partial_eval
 
 
+class _Split(NamedTuple):
+    """An equation in two, in the order in which `pe.partial_eval_jaxpr_custom` takes them.
+
+    Attributes:
+      known: computed now, if anything is.
+      later: computed when the unknown operands are there, if anything is.
+      unknown: for each result, whether only `later` gives it.
+      recomputed: for each result, whether `later` gives it (too).
+      needed: variables that are kept for `later`.
+    """
+
+    known: JaxprEqn | None
+    later: JaxprEqn | None
+    unknown: list[bool]
+    recomputed: list[bool]
+    needed: list[Var]
+
+
+# Of the results output, lse, d_output, d_lse.
+_NO_RESULT, _TANGENTS, _ALL_RESULTS = [False] * 4, [False, False, True, True], [True] * 4
+
+
 def _with_tangent_partial_eval_jaxpr(saveable, unknown, instantiated, equation):
     """The same for jaxprs, where a policy says what may be kept for the unknown part."""
-    inputs, results = equation.invars[:-3], equation.outvars
-    if not any(unknown):
-        recompute = not _saved(saveable, attention_with_tangent_p, equation)
-        staged = equation if recompute else None
-        needed = _uninstantiated(equation.invars, instantiated) if recompute else []
-        return equation, staged, [False] * 4, [recompute] * 4, needed
-    if any(unknown[:-3]):
-        needed = _uninstantiated(equation.invars, instantiated)
-        return None, equation, [True] * 4, [True] * 4, needed
-    kept = [Var(x.aval) if isinstance(x, DropVar) else x for x in results[:2]]
-    first = equation.replace(primitive=attention_p, invars=inputs, outvars=kept)
+    inputs, tangents = equation.invars[:-3], equation.invars[-3:]
     needed = _uninstantiated(equation.invars, instantiated)
-    if _saved(saveable, attention_p, first):
-        second = equation.replace(
-            primitive=attention_tangent_p,
-            invars=[*inputs, *kept, *equation.invars[-3:]],
-            outvars=results[2:],
-        )
-        return first, second, [False, False, True, True], [False, False, True, True], needed + kept
-    return first, equation, [False, False, True, True], [True] * 4, needed
+    if not any(unknown):
+        if _saved(saveable, attention_with_tangent_p, equation):
+            return _Split(equation, None, _NO_RESULT, _NO_RESULT, [])
+        return _Split(equation, equation, _NO_RESULT, _ALL_RESULTS, needed)
+    if any(unknown[:-3]):
+        return _Split(None, equation, _ALL_RESULTS, _ALL_RESULTS, needed)
+    kept = [Var(x.aval) if isinstance(x, DropVar) else x for x in equation.outvars[:2]]
+    first = equation.replace(primitive=attention_p, invars=inputs, outvars=kept)
+    if not _saved(saveable, attention_p, first):
+        return _Split(first, equation, _TANGENTS, _ALL_RESULTS, needed)
+    second = equation.replace(
+        primitive=attention_tangent_p,
+        invars=[*inputs, *kept, *tangents],
+        outvars=equation.outvars[2:],
+    )
+    return _Split(first, second, _TANGENTS, _TANGENTS, needed + kept)
 
 
 def _saved(saveable, primitive, equation) -> bool:
@@ -299,13 +319,14 @@ pe.partial_eval_jaxpr_custom_rules[attention_with_tangent_p] = _with_tangent_par
 
 
 def _with_tangent_dead_code(used, equation):
+    """Which operands are needed for the results that are used, and an equation for those alone."""
+    inputs, tangents = equation.invars[:-3], equation.invars[-3:]
     if not any(used):
-        return [False] * len(equation.invars), None
+        return [False for _ in equation.invars], None
     if any(used[2:]):
-        return [True] * len(equation.invars), equation
-    inputs = equation.invars[:-3]
+        return [True for _ in equation.invars], equation
     without = equation.replace(primitive=attention_p, invars=inputs, outvars=equation.outvars[:2])
-    return [True] * len(inputs) + [False] * 3, without
+    return [True for _ in inputs] + [False for _ in tangents], without
 
 
 pe.dce_rules[attention_with_tangent_p] = _with_tangent_dead_code

@@ -1,6 +1,6 @@
-"""What goes into the primitives of attention and what comes out."""
+"""Operands and results of attention's primitives."""
 
-# Axes of what goes in and out: batch, queries n, keys m, heads, channels d and e.
+# Axes of operands and results: batch, queries n, keys m, heads, channels d and e.
 AXES = {
     "query": "bnhd",
     "key": "bmhd",

@@ -1,4 +1,4 @@
-"""Captions to what FLUX is conditioned on: T5's sequence and CLIP's pooled feature."""
+"""Embeds captions as FLUX's conditioning: T5's sequence and CLIP's pooled feature."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,11 +26,11 @@ class TextEncoders:
 
     Args:
       tokenize: captions (B,) to arrays `(clip, t5)` of token ids, (B, 77) and (B, L); see
-        `data.tokenizers.FluxTokenizer.encode`.
+        `FluxTokenizer.encode`.
       clip_part: a `ClipConfig` and parameters.
       t5_part: a `T5Config` and parameters.
       dtype: type of the matrix multiplications; parameters keep their own.
-      mesh: where the parameters lie, if on one: each of its processes gets all features.
+      mesh: of the parameters, if they lie on one: each of its processes gets all features.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TextEncoders:
         self._encode = jax.jit(encode, out_shardings=whole)
 
     def encode(self, captions: Sequence[str]) -> Text:
-        """Embeds captions; what does not fit into the lengths is cut off, with a warning.
+        """Embeds captions; one that is too long is cut off, with a warning.
 
         Returns:
           Sequence (B, L, D) and pooled (B, P) in host memory, float32.

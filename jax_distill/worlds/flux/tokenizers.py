@@ -1,10 +1,8 @@
-"""Captions to the token ids of FLUX's text encoders.
+"""Tokenizes captions for FLUX's text encoders.
 
-The counterpart of `captions.CaptionEncoder` for real text encoders: it turns words into arrays on
-the host and knows no network. The tokenizers are transformers', which does not need PyTorch for
-them.
+The tokenizers are transformers', which does not need PyTorch for them.
 
-Source: diffusers' `FluxPipeline.encode_prompt`, whose ids these are.
+Source: diffusers' `FluxPipeline.encode_prompt`, which makes the same ids.
 """
 
 import contextlib
@@ -67,7 +65,7 @@ class FluxTokenizer:
 
     @classmethod
     def load(cls, folder: Path, t5_length: int = 256) -> "FluxTokenizer":
-        """Reads `tokenizer/` and `tokenizer_2/` of a diffusers folder; asks no network.
+        """Reads `tokenizer/` and `tokenizer_2/` of a diffusers folder, offline.
 
         Args:
           folder: of the pipeline.
@@ -99,21 +97,21 @@ class FluxTokenizer:
                     check_regular(file)
                     if file.stat().st_size > _BYTES:
                         raise ValueError(f"'{file}' is longer than any tokenizer's file")
-            # The class is ours: what a folder names in `auto_map` is not imported, and templates
-            # of chats are not rendered.
-            with _sentence(f"'{path}'", f"holds no {kind.__name__}"):
+            # The class is given: nothing in the folder's `auto_map` is imported, and no chat
+            # template is rendered.
+            with _sentence(f"'{path}'", f"does not hold a {kind.__name__}"):
                 disks.read_all(path)  # transformers would say of a disk's errors that files lack
                 return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
         return cls(read(CLIPTokenizer, CLIP_FOLDER), read(T5TokenizerFast, T5_FOLDER), t5_length)
 
     def encode(self, captions: Sequence[str], *, strict: bool = False) -> TokenIds:
-        """Token ids as diffusers' `FluxPipeline` has them: truncated, then padded to the length.
+        """Tokenizes as diffusers' `FluxPipeline` does: truncates, then pads to the length.
 
         Args:
           captions: B of them.
-          strict: whether a caption that does not fit is an error; otherwise its end is cut off, and
-            a log line says so. FLUX reads the words from T5's ids, and takes from CLIP's a summary.
+          strict: whether a caption that is too long is an error; otherwise its end is cut off, and
+            the log says so. FLUX reads the words from T5's ids, and a summary from CLIP's.
 
         Raises:
           ValueError: `strict`, and a caption has too many tokens.
@@ -129,7 +127,7 @@ class FluxTokenizer:
     def _encode(
         self, name: str, tokenizer: Any, captions: list[str], limit: int, strict: bool
     ) -> np.ndarray:
-        """Ids (B, limit) of one tokenizer; start and end tokens count."""
+        """The ids (B, limit) of one tokenizer, start and end tokens included."""
         with _sentence(f"the {name} tokenizer", "cannot encode captions"):
             whole = tokenizer(captions, truncation=False, verbose=False)["input_ids"]
         for caption, ids in zip(captions, whole):
@@ -154,10 +152,10 @@ class FluxTokenizer:
 
 @contextlib.contextmanager
 def _sentence(where: str, what: str) -> Iterator[None]:
-    """Turns whatever a tokenizer's files make transformers raise into one sentence.
+    """Turns any error that a tokenizer's files cause in transformers into one sentence.
 
     Raises:
-      ValueError: beginning with `where`, and `what` unless they cannot be read for now.
+      ValueError: with `where`, then `what` unless the files cannot be read for now.
     """
     try:
         yield

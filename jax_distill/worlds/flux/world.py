@@ -1,8 +1,9 @@
 """FLUX's world: the text encoders and the autoencoder of a ported folder."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,20 @@ from jax_distill.data.loader import EmbeddedLatents
 from jax_distill.data.records import LatentRecords
 from jax_distill.devices import sharding
 from jax_distill.flow import Text
-from jax_distill.interop import ported_folder
+from jax_distill.interop import ported_folder, scheduler_config
+from jax_distill.interop.orbax_tree import open_tree
+from jax_distill.interop.parts import StoredPart
 from jax_distill.models import clip, t5
 from jax_distill.models.autoencoder import Autoencoder, AutoencoderConfig
 from jax_distill.models.binding import parameters
 from jax_distill.models.latents import LatentCodec
 from jax_distill.storage.quoting import shown
+from jax_distill.worlds.flux.flux_lite import flux_lite
 from jax_distill.worlds.flux.text_encoders import Part, TextEncoders
 from jax_distill.worlds.flux.tokenizers import FluxTokenizer
 
 _LARGEST_SHIFT = 50.0  # of mu: times are shifted by e^mu
-# What diffusers' FlowMatchEulerDiscreteScheduler can also do, and the only value that we follow.
+# Other settings of diffusers' FlowMatchEulerDiscreteScheduler, each with the supported value.
 _FIXED = {
     "num_train_timesteps": 1000,
     "time_shift_type": "exponential",
@@ -45,14 +49,16 @@ _FIXED = {
 class Flux:
     """Pictures and captions as FLUX has them; see `World`.
 
-    The parts come from the ported folder that `teacher.checkpoint` leads to, over as many runs as
-    there are between. Parameters are read when they are needed, in the type that they are stored
-    in; the text encoders are let go of again.
+    The parts come from the ported folder that `teacher.checkpoint` leads to, through any number of
+    runs. Parameters are read when they are needed, in the type they are stored in; the text
+    encoders are released again.
     """
 
     batch_size = 4
     scored = False
     plain_guidance = "none"  # as FLUX.1-schnell
+    distributed = True
+    stores_text = True
 
     def __init__(self, config: ConfigDict):
         self._config = config
@@ -63,7 +69,7 @@ class Flux:
         """The ported folder.
 
         Raises:
-          ConfigError: `teacher.checkpoint` leads to none.
+          ConfigError: `teacher.checkpoint` leads to no such folder.
         """
         return parts_folder(self._config.teacher.checkpoint)
 
@@ -88,7 +94,7 @@ class Flux:
         return parts["t5"]["d_model"], parts["clip"]["hidden_size"]
 
     def text_encoders(self) -> TextEncoders:
-        """The text encoders, on all devices; they take memory for as long as they are held."""
+        """The text encoders, on all devices; they take memory until they are released."""
         tokenizer = FluxTokenizer.load(self.folder, self._config.data.text_length)
         mesh = sharding.make_mesh(sharding.ALL_FSDP)
         parts = []
@@ -101,19 +107,61 @@ class Flux:
         return TextEncoders(tokenizer.encode, *parts, dtype=self._config.dtype, mesh=mesh)
 
     def encode(self, captions: Sequence[str]) -> Text:
-        """Reads the text encoders, embeds, and lets go of them: 10 GB in FLUX's size."""
-        return self.text_encoders().encode(captions)
+        """Reads the text encoders, embeds, and releases them: 10 GB in FLUX's size."""
+        return self.encoder()(captions)
+
+    def encoder(self) -> Callable[[Sequence[str]], Text]:
+        return self.text_encoders().encode
 
     @functools.cached_property
     def null(self) -> Text:
-        """The empty caption: of `data.path`, where there is one, or embedded anew."""
+        """The empty caption, from `data.path` if it is set, otherwise embedded anew."""
         if self._config.data.path:
             return LatentRecords(Path(self._config.data.path)).null
         return self.encode([NULL_CAPTION])
 
     def time_shift(self, tokens: int) -> float:
-        """As the teacher's scheduler has it: by the number of tokens, or constant (schnell)."""
-        return schedule_shift(scheduler_of(self._config.teacher.checkpoint), tokens)
+        """The teacher's scheduler's: by the number of tokens, or constant (schnell)."""
+        return schedule_shift(self.scheduler, tokens)
+
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        """That of the first ported folder that `teacher.checkpoint` leads to."""
+        folder = next(ported_folders(self._config.teacher.checkpoint), None) or self.folder
+        return scheduler_config.followed(ported_folder.describe(folder)["scheduler"])
+
+    @property
+    def assumed(self) -> list[str]:
+        """Those of the first ported folder that `teacher.checkpoint` leads to, if it is there."""
+        with contextlib.suppress(ConfigError):
+            for folder in ported_folders(self._config.teacher.checkpoint):
+                return ported_folder.describe(folder).get("assumed", [])
+        return []
+
+    def part(self, name: str) -> StoredPart | None:
+        try:
+            folder = self.folder
+        except ConfigError:  # a transformer alone
+            return None
+        if name not in self._described["parts"]:
+            return None
+        config, names = (self._described[key][name] for key in ("parts", "names"))
+        tree = ported_folder.open_part(folder, name, config)
+        tokenizer = {"clip": folder / "tokenizer", "t5": folder / "tokenizer_2"}.get(name)
+        return StoredPart(config, tree, names, tokenizer)
+
+    def examples(self, count: int) -> list[str]:
+        return []
+
+    def default_teacher(self) -> ConfigDict:
+        raise ConfigError(
+            "teacher.checkpoint: missing; world='flux' needs a folder that python -m"
+            " jax_distill.port made, or a run that began with one"
+        )
+
+    def planned_teacher(self) -> ConfigDict:
+        """FLUX.1-lite-8B."""
+        return flux_lite(self._config.model.get("remat", "none"), self.resolution)
 
     def source(self, workdir: Path) -> EmbeddedLatents:
         """`data.path`, captions embedded, as `jax_distill.prepare` made it."""
@@ -124,24 +172,17 @@ class Flux:
         """Captions of the data, taken evenly: no text encoder is needed."""
         return source.captions([index * len(source) // count for index in range(count)])
 
-    def prepare(self, source: Path, output: Path, *, seed: int | None = None) -> int:
-        """Encodes a folder of pictures with captions, fitted to the world's height and width.
+    def pictures(self) -> None:
+        return None
 
-        Args:
-          source: the folder, see `data.folder`.
-          output: folder of the records.
-          seed: of latents that are drawn from the posterior; None takes its mean.
+    def captions(self, count: int, seed: int) -> None:
+        return None
 
-        Returns:
-          The number of pictures.
-
-        Raises:
-          ValueError: pictures or captions cannot be used.
-        """
-        pictures = find(source, self.resolution)
-        embed = self.text_encoders().encode
-        encode_folder(output, pictures, self.resolution, self.codec.encode, embed, seed=seed)
-        return len(pictures)
+    def prepare(self, output: Path, pictures: Path, *, seed: int | None = None) -> int:
+        """Encodes a folder of pictures, fitted to the world's height and width."""
+        found = find(pictures, self.resolution)
+        encode_folder(output, found, self.resolution, self.codec.encode, self.encoder(), seed=seed)
+        return len(found)
 
     def check(self, records: LatentRecords | None) -> None:
         config = self._config
@@ -180,7 +221,7 @@ def ported_config(folder: Path) -> ConfigDict:
     """The configuration of a ported folder; its `teacher.checkpoint`, itself, leads to the parts.
 
     Raises:
-      ValueError: it is no ported folder, or an early one that lacks what it must say.
+      ValueError: it is no ported folder, or an early one that lacks required facts.
     """
     described = ported_folder.describe(folder)
     config = load(folder).copy_and_resolve_references()
@@ -202,7 +243,7 @@ def parts_folder(checkpoint: str) -> Path:
       checkpoint: a `teacher.checkpoint`: such a folder, or a run whose own teacher leads to one.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: it leads to no such folder.
     """
     for folder in ported_folders(checkpoint):
         if "autoencoder" in ported_folder.describe(folder)["parts"]:
@@ -218,24 +259,8 @@ def parts_folder(checkpoint: str) -> Path:
     )
 
 
-def scheduler_of(checkpoint: str) -> dict[str, Any] | None:
-    """The scheduler's config of the first ported folder that a teacher leads to.
-
-    Args:
-      checkpoint: as `parts_folder` takes it.
-
-    Returns:
-      diffusers' scheduler_config.json; None for FLUX's own schedule.
-
-    Raises:
-      ConfigError: it leads to none.
-    """
-    folder = next(ported_folders(checkpoint), None) or parts_folder(checkpoint)
-    return ported_folder.describe(folder)["scheduler"]
-
-
 def ported_folders(checkpoint: str) -> Iterator[Path]:
-    """All ported folders that a teacher leads to, its own first."""
+    """The ported folders that a teacher leads to, its own first."""
     passed: list[str] = []
     while checkpoint and checkpoint not in passed:
         if ported_folder.is_ported(Path(checkpoint)):
@@ -247,20 +272,16 @@ def ported_folders(checkpoint: str) -> Iterator[Path]:
             raise ConfigError(f"teacher.checkpoint: {error}") from None
 
 
-def schedule_shift(scheduler: Mapping[str, Any] | None, tokens: int) -> float:
-    """The shift mu of a scheduler's sampling schedule, to be used with `flow.shift_time`.
+def schedule_shift(scheduler: Mapping[str, Any], tokens: int) -> float:
+    """The shift mu of a scheduler's sampling schedule, for `flow.shift_time`.
 
     Args:
-      scheduler: scheduler_config.json of diffusers' `FlowMatchEulerDiscreteScheduler`; FLUX's own
-        if it is None, or of another kind.
+      scheduler: config of diffusers' `FlowMatchEulerDiscreteScheduler`.
       tokens: image tokens of a picture.
 
     Raises:
-      ValueError: the scheduler bends its schedule in another way.
+      ValueError: the scheduler changes its schedule in an unsupported way.
     """
-    euler = "FlowMatchEulerDiscreteScheduler"
-    if not scheduler or scheduler.get("_class_name", euler) != euler:
-        return flow.flux_shift(tokens)
     for key, expected in _FIXED.items():
         if (found := scheduler.get(key, expected)) != expected:
             raise ValueError(
@@ -284,8 +305,8 @@ def schedule_shift(scheduler: Mapping[str, Any] | None, tokens: int) -> float:
 
 
 def load_stored(folder: Path, name: str, like: dict, mesh: Mesh | None = None) -> dict:
-    """As `ported_folder.load_part`, with parameters of the types that they have on disk."""
-    stored = traverse_util.flatten_dict(ported_folder.shapes(folder / name))
+    """Like `ported_folder.load_part`, with parameters of the types they have on disk."""
+    stored = traverse_util.flatten_dict(open_tree(folder / name))
     flat = {
         path: jax.ShapeDtypeStruct(leaf.shape, stored[path].dtype if path in stored else leaf.dtype)
         for path, leaf in traverse_util.flatten_dict(like).items()

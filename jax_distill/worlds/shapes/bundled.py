@@ -1,4 +1,4 @@
-"""The weights that ship with the package: the shapes world's autoencoder and teacher.
+"""The bundled weights: the shapes world's autoencoder and teacher.
 
 They are made by `configs/autoencoder.py` and `configs/teacher.py` and by nothing else, and put here
 by `python -m jax_distill.bundle --run=runs/autoencoder` and `--run=runs/teacher`;
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 from flax import traverse_util
+from ml_collections import ConfigDict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -46,3 +47,8 @@ def load(name: str, folder: Path = FOLDER) -> tuple[dict, dict]:
             f"'{path}' is damaged ({error}); {fix}"
         ) from None
     return traverse_util.unflatten_dict(flat, sep="/"), description
+
+
+def teacher_config() -> ConfigDict:
+    """The configuration of the run that made the teacher; raises as `load`."""
+    return ConfigDict(load("teacher")[1]["config"])

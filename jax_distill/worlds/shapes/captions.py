@@ -10,12 +10,11 @@ import hashlib
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from jax_distill.worlds.shapes.renderer import Request
+from jax_distill.worlds.shapes.requests import Request
 
 T = TypeVar("T")
 
@@ -172,7 +171,7 @@ def write_caption(request: Request, rng: np.random.Generator) -> str:
     """Writes one of the many captions that ask exactly for `request`.
 
     Args:
-        request: what to ask for.
+        request: to be expressed.
         rng: the source of word order, synonyms and framing.
 
     Returns:

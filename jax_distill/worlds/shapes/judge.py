@@ -1,4 +1,4 @@
-"""GenEval for the shape world: finds the objects of a picture and judges what was asked.
+"""GenEval for the shapes world: finds the objects of a picture and judges the request.
 
 The rules are those of GenEval (Ghosh et al., 2023, https://arxiv.org/abs/2310.11513,
 evaluation/evaluate_images.py); its detector is replaced by segmentation and template matching,
@@ -20,12 +20,11 @@ from jax_distill.worlds.shapes.renderer import (
     EXTENT,
     IMAGE_SIZE,
     SHAPES,
-    TASKS,
     Placed,
     Prompt,
-    Request,
     coverage,
 )
+from jax_distill.worlds.shapes.requests import TASKS, Request
 
 # Segmentation, in RGB distance (0..442). The lightest contrast in the world is yellow's, 188.
 _FOREGROUND = 60.0
@@ -84,7 +83,7 @@ class Found:
 
 
 class Located(Protocol):
-    """What the rules need to know of an object, found in a picture or placed in it."""
+    """An object as the rules see it, found in a picture or placed in it."""
 
     shape: str
     color: str
@@ -214,14 +213,14 @@ def _in_relation(first: Located, second: Located, relation: str) -> bool:
 
 
 def satisfied(objects: Sequence[Located], request: Request) -> bool:
-    """Whether a picture that holds `objects` is what `request` asks, by GenEval's rules.
+    """Whether a picture with `objects` fulfils `request`, by GenEval's rules.
 
     Of each shape only the surest objects, as many as asked, are looked at; more objects of a shape
     are an error in counting only.
 
     Args:
         objects: in order of falling confidence.
-        request: what was asked.
+        request: of the caption.
     """
     groups = []
     for shape, color, count in request.objects:
@@ -243,7 +242,7 @@ def satisfied(objects: Sequence[Located], request: Request) -> bool:
 
 
 def judge(image: np.ndarray, request: Request) -> bool:
-    """Whether a picture, (64, 64, 3) uint8, is what `request` asks."""
+    """Whether a picture, (64, 64, 3) uint8, fulfils `request`."""
     return satisfied(find_objects(image), request)
 
 

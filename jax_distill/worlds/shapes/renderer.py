@@ -16,6 +16,7 @@ from itertools import combinations, permutations, product
 import numpy as np
 
 from jax_distill.worlds.shapes.captions import write_caption
+from jax_distill.worlds.shapes.requests import RELATIONS, TASKS, Request
 
 IMAGE_SIZE = 64
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -27,8 +28,6 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "purple": (145, 60, 180),
     "black": (25, 25, 28),
 }
-RELATIONS = ("left", "right", "above", "below")
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 TRAINING_MIX = (0.08, 0.17, 0.22, 0.08, 0.25, 0.20)  # the share of each of TASKS
 _MIX_ENDS = np.cumsum(TRAINING_MIX)
 SPLITS = ("train", "test")
@@ -43,21 +42,6 @@ _LAYOUT_TRIES = 64
 _PROMPTS_PER_TASK = 100
 
 Pair = tuple[str, str]  # (colour, shape)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a caption asks for.
-
-    Attributes:
-        task: one of `TASKS`.
-        objects: (shape, colour or None, count) each; None leaves the colour open.
-        relation: None, or where objects[0] is relative to objects[1]: one of `RELATIONS`.
-    """
-
-    task: str
-    objects: tuple[tuple[str, str | None, int], ...]
-    relation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +65,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Example:
-    """A captioned picture: image (64, 64, 3) uint8 and what is truly in it."""
+    """A captioned picture: image (64, 64, 3) uint8 and the objects in it."""
 
     request: Request
     caption: str
@@ -237,7 +221,7 @@ def picture(request: Request, rng: np.random.Generator) -> tuple[tuple[Placed, .
     """Draws a picture that holds exactly what `request` asks; all else is random.
 
     Args:
-        request: what to draw, seen in training or not.
+        request: to be drawn, seen in training or not.
         rng: the source of open colours, places, sizes and the background.
 
     Returns:
@@ -330,7 +314,7 @@ def held_out_prompts() -> tuple[Prompt, ...]:
     """The fixed prompts of the benchmark: 600, a hundred a task in the order of `TASKS`.
 
     Captions differ from each other and cover a task's requests evenly. A quarter of the colors
-    prompts and two fifths of the color_attr prompts ask for what training never shows.
+    prompts and two fifths of the color_attr prompts ask for combinations never shown in training.
     """
     rng = np.random.default_rng(20240501)
     prompts = []

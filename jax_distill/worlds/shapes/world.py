@@ -1,34 +1,40 @@
-"""The world of captioned shapes, which ships with the package."""
+"""The world of captioned shapes, bundled with the package."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import logging
 from ml_collections import ConfigDict
 
 from jax_distill.config import ConfigError
-from jax_distill.data.encoding import encode_shapes
-from jax_distill.data.loader import CaptionedLatents
 from jax_distill.data.records import DESCRIPTION, LatentRecords
 from jax_distill.flow import Text
+from jax_distill.interop.orbax_tree import StoredLeaf
+from jax_distill.interop.parts import StoredPart
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.latents import LatentCodec
 from jax_distill.storage.files import FileError
 from jax_distill.worlds.shapes import bundled, renderer
 from jax_distill.worlds.shapes.captions import POOLED_DIM, SEQUENCE_DIM, CaptionEncoder
+from jax_distill.worlds.shapes.sources import CaptionedLatents, Pictures, encode_shapes
 
-CAPTIONS_CHECKED = 1000  # of the stream; of a folder, all
+CAPTIONS_CHECKED = 1000  # of the stream; in a folder, all
 
 
 class Shapes:
-    """Pictures that are rendered, captions that a fixed encoder reads; see `World`."""
+    """Rendered pictures, with captions that a fixed encoder reads; see `World`."""
 
     resolution = (renderer.IMAGE_SIZE, renderer.IMAGE_SIZE)
     batch_size = 60
     scored = True
     plain_guidance = "cfg"
+    distributed = False
+    stores_text = False
     text_widths = (SEQUENCE_DIM, POOLED_DIM)
+    scheduler = None
+    assumed = ()
 
     def __init__(self, config: ConfigDict):
         self._config = config
@@ -46,8 +52,26 @@ class Shapes:
     def encode(self, captions: Sequence[str]) -> Text:
         return Text(*self._encoder.encode(captions))
 
+    def encoder(self) -> Callable[[Sequence[str]], Text]:
+        return self.encode
+
     def time_shift(self, tokens: int) -> None:
         return None
+
+    def part(self, name: str) -> StoredPart | None:
+        if name != "autoencoder":
+            return None
+        params, description = bundled.load(name)
+        config = AutoencoderConfig.from_dict(description).to_dict()
+        return StoredPart(config, jax.tree.map(StoredLeaf, params))
+
+    def examples(self, count: int) -> list[str]:
+        return preview_captions(count)
+
+    def default_teacher(self) -> ConfigDict:
+        return bundled.teacher_config()
+
+    planned_teacher = default_teacher
 
     def source(self, workdir: Path) -> CaptionedLatents:
         """`data.path`, or the stream of `data.seed`, encoded once into the workdir."""
@@ -55,11 +79,23 @@ class Shapes:
         path = Path(data.path or workdir / "data")
         if not data.path and not (path / DESCRIPTION).exists():
             logging.info("encoding %d pictures into %s", data.examples, path)
-            encode_shapes(path, data.examples, data.seed, self.codec.encode)
+            self.prepare(path)
         return CaptionedLatents(LatentRecords(path), self._encoder)
 
+    def pictures(self) -> Pictures:
+        return Pictures(self._config.data.examples, self._config.data.seed)
+
+    def captions(self, count: int, seed: int) -> list[str]:
+        return [renderer.sample(seed, index).caption for index in range(count)]
+
+    def prepare(self, output: Path, pictures: None = None, *, seed: None = None) -> int:
+        """Renders and encodes the first `data.examples` of the stream `data.seed`."""
+        data = self._config.data
+        encode_shapes(output, data.examples, data.seed, self.codec.encode)
+        return data.examples
+
     def preview(self, source: CaptionedLatents, count: int) -> tuple[list[str], Text]:
-        """Held-out captions, taken evenly from first to last."""
+        """Held-out captions, evenly spaced from first to last."""
         captions = preview_captions(count)
         return captions, self.encode(captions)
 
@@ -73,8 +109,7 @@ class Shapes:
         if records is not None:
             captions = (records[index].caption for index in range(len(records)))
         else:
-            checked = range(min(data.examples, CAPTIONS_CHECKED))
-            captions = (renderer.sample(data.seed, index).caption for index in checked)
+            captions = self.captions(min(data.examples, CAPTIONS_CHECKED), data.seed)
         try:
             for caption in captions:
                 self._encoder.concepts(caption)
@@ -85,12 +120,12 @@ class Shapes:
 
 
 def preview_captions(count: int) -> list[str]:
-    """`count` of the held-out captions, taken evenly from first to last."""
+    """Held-out captions, `count` of them, evenly spaced from first to last."""
     prompts = renderer.held_out_prompts()
     return [prompts[index * len(prompts) // count].caption for index in range(count)]
 
 
 def embedded_codec() -> LatentCodec:
-    """The autoencoder that ships with the package."""
+    """The bundled autoencoder."""
     params, description = bundled.load("autoencoder")
     return LatentCodec(AutoencoderConfig.from_dict(description), params)

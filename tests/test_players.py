@@ -1,0 +1,286 @@
+"""Several players: who moves when, by which optimizer, and what the others see of it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+from regression import Source, parameters
+from two_players import (
+    TEACHER,
+    Duel,
+    Matching,
+    duel_config,
+    matching_config,
+    never_bad,
+    prepared,
+)
+
+from jax_distill.config import ConfigError, optimizer_of
+from jax_distill.devices.signals import Interrupted
+from jax_distill.flow import Batch
+from jax_distill.objectives.methods import KINDS, OBJECTIVES
+from jax_distill.objectives.objective import View
+from jax_distill.planning import chips, planner, program, table
+from jax_distill.training import checkpoint, loop
+from jax_distill.training.optimizer import learning_rate
+from jax_distill.training.step import init_state, make_optimizers, make_step, moves_of, turns
+
+ROOT = Path(__file__).parents[1]
+DUEL = Duel()
+BOTH, FAKE = ("student", "fake"), ("fake",)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return Batch(np.random.default_rng(3).standard_normal((4, 4, 8)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def walk(batch):
+    """(bad, changes) -> states and metrics of some steps, the initial state first."""
+    compiled = {}
+
+    def steps(count=6, bad=None, **changes):
+        config = duel_config(**changes)
+        optimizers = make_optimizers(DUEL, config)
+        states, metrics = [init_state(DUEL, optimizers, parameters(), 0)], []
+        for step in range(count):
+            turn = DUEL.turn(step)
+            key = (turn, *sorted(changes.items()))
+            if key not in compiled:
+                compiled[key] = jax.jit(make_step(DUEL, optimizers, config, turn))
+            state, found = compiled[key](states[-1], bad or never_bad(), batch)
+            states.append(state)
+            metrics.append(found)
+        return states, metrics
+
+    return steps
+
+
+def same(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in leaves)
+
+
+def test_players_move_at_their_own_cadence(walk):
+    states, metrics = walk()
+    assert [int(s.step) for s in states] == [0, 1, 2, 3, 4, 5, 6]
+    assert [int(s.players["student"].moves) for s in states] == [0, 0, 0, 1, 1, 1, 2]
+    assert [int(s.players["fake"].moves) for s in states] == [0, 1, 2, 3, 4, 5, 6]
+    for before, after, turn in zip(states, states[1:], [FAKE, FAKE, BOTH] * 2):
+        for name in BOTH:
+            assert same(before.players[name], after.players[name]) == (name not in turn)
+    assert "student/loss" not in metrics[0] and {"student/loss", "fake/loss"} < metrics[2].keys()
+    # A loss counts its own player's moves.
+    assert [int(m["student/moves"]) for m in metrics if "student/moves" in m] == [0, 1]
+
+
+def test_the_later_player_of_a_turn_sees_what_the_earlier_has_become(walk, batch):
+    states, metrics = walk(3)
+    before, after = states[2].players, states[3].players
+    draws = DUEL.draw(jax.random.fold_in(jax.random.key(0), 2), batch)
+    losses = {
+        kind: DUEL.fake_loss(
+            before["fake"].params,
+            View(never_bad(), averages={"student": of["student"].ema}),
+            batch,
+            draws,
+            2,
+        )[0]
+        for kind, of in (("old", before), ("new", after))
+    }
+    assert abs(losses["old"] - losses["new"]) > 1e-4
+    np.testing.assert_allclose(metrics[2]["fake/loss"], losses["new"], rtol=1e-5)
+
+
+def test_clipping_and_optimizers_are_a_players_own(walk):
+    """Plain descent would show the gradients; Adam's first moments are what was clipped."""
+    states, metrics = walk(3)
+
+    def first_moment(player):
+        found = [
+            leaf
+            for path, leaf in jax.tree.leaves_with_path(player.opt_state)
+            if ".mu" in jax.tree_util.keystr(path)
+        ]
+        return float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in found)))
+
+    # After one move the first moment is a tenth of the clipped gradient.
+    np.testing.assert_allclose(first_moment(states[1].players["fake"]), 0.1 * 0.05, rtol=1e-3)
+    norm = min(1.0, float(metrics[2]["student/gradient_norm"]))
+    np.testing.assert_allclose(first_moment(states[3].players["student"]), 0.1 * norm, rtol=1e-3)
+
+
+def test_schedules_end_after_a_players_own_moves():
+    config = duel_config(total_steps=10)
+    assert turns(DUEL, 10) == {FAKE: 7, BOTH: 3} and moves_of(DUEL, 10) == {
+        "student": 3,
+        "fake": 10,
+    }
+    assert turns(DUEL, 3 * 10**6) == {FAKE: 2 * 10**6 + 1, BOTH: 10**6 - 1}  # to a millionth
+    assert optimizer_of(config, "").learning_rate == 1e-3
+    assert optimizer_of(config, "fake").learning_rate == 0.01
+    assert optimizer_of(config, "fake").schedule == "cosine"  # as the student's
+    assert float(learning_rate(config.optimizer, 3)(3)) == 0
+
+
+def test_an_average_is_kept_of_those_who_ask(walk):
+    states, _ = walk(3)
+    assert states[3].players["fake"].ema == {}
+    student = states[3].players["student"]
+    expected = jax.tree.map(  # of one move, the average warms up by the player's own count
+        lambda a, p: 0.1 * a + 0.9 * p, states[0].players["student"].params, student.params
+    )
+    for a, b in zip(jax.tree.leaves(student.ema), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("who", ["student", "fake"])
+def test_a_move_that_is_not_finite_holds_back_its_player_alone(walk, who):
+    states, metrics = walk(3, bad=never_bad(**{who: [1]}))
+    other = "fake" if who == "student" else "student"
+    at = 3 if who == "student" else 1  # the step of that move
+    held, moved = states[at].players[who], states[3].players[other]
+    assert same(held[:3], states[at - 1].players[who][:3])
+    assert int(held.skipped) == 1 and int(moved.skipped) == 0
+    assert not same(moved.params, states[2].players[other].params)
+    assert int(metrics[at - 1][f"{who}/skipped"]) == 1
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states[3]))
+
+
+class Killed(Exception):
+    pass
+
+
+def fit(workdir, *, stop=None, die=None, bad=None, **changes):
+    def hook(step, params):
+        del params
+        if step == die:
+            raise Killed
+        if step == stop:
+            os.kill(os.getpid(), 15)
+
+    start = duel_config(**changes), workdir, DUEL, parameters(), bad or never_bad(), Source()
+    return loop.fit(*start, hooks=[(1, hook)])
+
+
+def logged(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k != "time" and "per_sec" not in k} for x in lines]
+
+
+def final_state(workdir):
+    config = duel_config()
+    like = init_state(DUEL, make_optimizers(DUEL, config), parameters(), config.seed)
+    with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+        return checkpoints.restore(12, like).state
+
+
+def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    average = fit(whole)
+    with pytest.raises(Killed):
+        fit(broken, die=6)  # after a checkpoint of the fourth step
+    with pytest.raises(Interrupted):
+        fit(broken, stop=8)  # between two moves of the student
+    assert same(average, fit(broken))
+    assert same(final_state(whole), final_state(broken))
+    assert logged(whole) == logged(broken)
+    line = logged(whole)[-1]
+    assert {"student/loss", "fake/loss", "student/learning_rate", "fake/skipped"} < line.keys()
+    assert line["student/learning_rate"] != line["fake/learning_rate"]
+    assert same(checkpoint.load_averaged(whole), average)
+
+
+def test_a_run_says_whose_loss_is_not_finite(tmp_path, caplog):
+    with pytest.raises(loop.NonFiniteLoss, match="step 5: fake's loss"):
+        fit(tmp_path / "stopped", bad=never_bad(fake=[5]))
+    fit(tmp_path / "skipped", bad=never_bad(fake=[5]), on_nonfinite="skip")
+    assert "fake's move skipped" in caplog.text
+    assert logged(tmp_path / "skipped")[-1]["fake/skipped"] == 1
+
+
+@pytest.mark.parametrize("turn", [(), ("student", "critic"), ("fake", "fake")])
+def test_a_turn_that_cannot_be_is_named(turn):
+    class Odd(Duel):
+        def turn(self, step):
+            return turn
+
+    with pytest.raises(ConfigError, match="is no turn of its players"):
+        make_optimizers(Odd(), duel_config())
+
+
+# With networks.
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    for known in (KINDS, OBJECTIVES):
+        monkeypatch.setitem(known, "matching", Matching)
+
+
+def test_adapters_of_both_players_stand_beside_one_base(registered):
+    config = matching_config(rank=2)
+    objective, params, frozen, batch = prepared(config)
+    made = objective.init(jax.random.key(0), params)
+    flat = {name: traverse_util.flatten_dict(tree, sep="/") for name, tree in made.items()}
+    for name in BOTH:
+        kernels = {path for path in flat[name] if "blocks/" in path}
+        assert kernels and all(path.rpartition("/")[2].startswith("lora_") for path in kernels)
+    assert not same(made["student"]["network"], made["fake"]["network"])
+    # New adapters add nothing: both players begin as the teacher, whose base is not copied.
+    draws, trees = objective.draw(jax.random.key(1), batch), {"network": frozen["teacher"]}
+    plain = {name: {**made[name], **trees} for name in BOTH}
+    averages = {"student": made["student"]}
+    for name in BOTH:
+        rest = View(frozen, made, averages), batch, draws, 0
+        loss, _ = jax.jit(objective.players[name].loss)(made[name], *rest)
+        rest = View(frozen, plain), batch, draws, 0
+        expected, _ = jax.jit(objective.objective.players[name].loss)(plain[name], *rest)
+        np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
+def test_each_turn_is_a_program_of_the_plan(registered, monkeypatch):
+    config = matching_config()
+    stages = [planner.stages.Stage("matching", config, TEACHER, TEACHER)]
+    monkeypatch.setattr(program, "run_stages", lambda config: stages)
+    plan = planner.make_plan(config, chips.parse("cpu"), compiled=False)
+    found = {x.stage: x for x in (plan, *plan.others)}
+    assert {name: x.total_steps for name, x in found.items()} == {
+        "matching, fake": 4,
+        "matching, student and fake": 2,
+    }
+    short, long = found["matching, fake"], found["matching, student and fake"]
+    assert plan is long and long.arithmetic.flops > short.arithmetic.flops
+    mean = (4 * short.step_seconds + 2 * long.step_seconds) / 6
+    np.testing.assert_allclose(plan.mean_step_seconds, mean)
+    assert short.held == long.held
+    assert {"student's parameters", "fake's optimizer", "student's EMA"} < long.held.keys()
+    assert "fake's EMA" not in long.held
+    assert "matching, fake" in table.describe(plan)
+
+
+@pytest.mark.parametrize(
+    "rank", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["whole", "adapters"]
+)
+@pytest.mark.slow
+def test_steps_on_meshes_are_those_of_one_device(rank):
+    done = subprocess.run(
+        [sys.executable, "tests/two_players.py", "8x1x1,1x8x1,2x2x2", str(rank)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert list(report) == ["8x1x1", "1x8x1", "2x2x2"]
+    for mesh, found in report.items():
+        assert found["metrics"] < 2e-5 and found["states"] < 2e-4, (mesh, found)
