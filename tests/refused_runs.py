@@ -141,7 +141,7 @@ def _scores(cell, ask):
     ask(cells.measured, cell)
     (cell / cells.COST).write_text('{"peak_gib": "1"}')
     ask(cells.train, "configs/scm.py", cell, [])
-    (cell / acceptance.DATA).write_text('{"batch_size": "3"}')
+    (cell / acceptance.DATA).write_text('{"records": 3}')
     ask(acceptance.known, cell)
     (cell / scoring.SCORES).write_text('{"x": {}}')
     ask(cells._history, cell / scoring.SCORES)

@@ -42,6 +42,7 @@ def test_every_command_exists_and_has_its_flags(document):
         programs = [PACKAGE / f"{module}.py", PACKAGE / "devices/processes.py"]
         source = "\n".join(program.read_text() for program in programs)
         known = set(re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source))
+        known |= {"config"} if "config_flag.define(" in source else set()
         assert set(re.findall(r"--(\w+)", arguments)) <= known, module
 
 

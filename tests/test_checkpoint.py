@@ -175,7 +175,7 @@ def fewer_arrays(state):
     [
         (
             other_shapes,
-            r"student.ema.network.half has shape \(7,\) there and \(7, 2\) here",
+            r"players.student.ema.network.half has shape \(7,\) there and \(7, 2\) here",
         ),
         (another_ema_dtype, "players.student.ema.network.half is bfloat16 there and float16 here"),
         (more_arrays, "it has no players.student.params.adapters"),

@@ -240,7 +240,8 @@ def test_a_finished_stage_is_read_back_as_its_average_alone(tmp_path, monkeypatc
         config.total_steps = 1
     average = {"network": {"a": jnp.arange(3.0)}}
     with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
-        checkpoints.save(1, Saved(average, {"b": jnp.zeros(4)}), {})
+        player = {"ema": average, "opt_state": {"b": jnp.zeros(4)}}
+        checkpoints.save(1, Saved({"student": player}), {})
     monkeypatch.setattr(checkpoint.Checkpoints, "restore_latest", None)  # the whole state
 
     def never():
@@ -251,5 +252,4 @@ def test_a_finished_stage_is_read_back_as_its_average_alone(tmp_path, monkeypatc
 
 
 class Saved(NamedTuple):
-    ema: dict
-    opt_state: dict
+    players: dict

@@ -116,7 +116,7 @@ def test_the_program_of_a_folder_draws_our_pictures(runs, tmp_path, name, monkey
 def test_the_program_of_a_single_file_draws_our_pictures(runs, tmp_path, name, monkeypatch):
     export(str(runs[name]), tmp_path / "out", layout="safetensors")
     drawing = Drawing(runs[name])
-    for steps in {"scm": (1, 2, 4), "time_rescale": (50,), "flow_matching": (50,)}.get(name, (4,)):
+    for steps in {"scm": (1, 2, 4), "time_rescale": (8,), "flow_matching": (8,)}.get(name, (4,)):
         theirs = drawing.theirs(tmp_path / "out", steps, monkeypatch)
         assert_same_pictures(theirs, drawing.ours(steps))
 

@@ -134,11 +134,16 @@ def test_the_formulas_know_what_each_remat_policy_saves(remat):
     assert widths == pytest.approx(formulas.SAVED_WIDTHS[remat], rel=0.15)
 
 
+def a_byte_short(plan: planner.Plan) -> planner.Plan:
+    """The same plan on a chip with a byte less than its peak."""
+    chip = dataclasses.replace(plan.topology.chip, hbm=plan.peak - 1)
+    topology = dataclasses.replace(plan.topology, chip=chip)
+    return dataclasses.replace(plan, topology=topology, hbm=chip.hbm)
+
+
 def test_what_does_not_fit_says_what_does():
     roomy = chips.parse("gpu:h200x1")
-    peak = planner.make_plan(tiny(), roomy).peak
-    tight = dataclasses.replace(roomy, chip=dataclasses.replace(roomy.chip, hbm=peak - 1))
-    plan = planner.make_plan(tiny(), tight)
+    plan = a_byte_short(planner.make_plan(tiny(), roomy))
     assert not plan.fits
     words, changed = planner.smallest_change(tiny(), plan)
     assert changed.fits and words == "--config.model.remat=full"
@@ -146,9 +151,8 @@ def test_what_does_not_fit_says_what_does():
     smallest = tiny()
     with smallest.unlocked():
         smallest.model.remat, smallest.accumulate = "full", smallest.batch_size
-    peak = planner.make_plan(smallest, roomy).peak
-    tight = dataclasses.replace(roomy, chip=dataclasses.replace(roomy.chip, hbm=peak - 1))
-    words, changed = planner.smallest_change(smallest, planner.make_plan(smallest, tight))
+    plan = a_byte_short(planner.make_plan(smallest, roomy))
+    words, changed = planner.smallest_change(smallest, plan)
     assert changed.fits and "--config.optimizer.moments=bfloat16 --config.ema_dtype" in words
     assert changed.held["optimizer"] < 0.6 * changed.held["parameters"] * 2
 
@@ -204,10 +208,9 @@ def test_a_sweep_compares_the_students_stage():
 
 @pytest.mark.slow
 def test_a_remedy_is_one_that_the_config_takes(tmp_path):
-    config, roomy = preset("scm"), chips.parse("gpu:h200x1")
-    plan = planner.make_plan(config, roomy)
-    tight = dataclasses.replace(roomy, chip=dataclasses.replace(roomy.chip, hbm=plan.peak - 1))
-    words, _ = planner.smallest_change(config, planner.make_plan(config, tight))
+    config = preset("scm")
+    plan = a_byte_short(planner.make_plan(config, chips.parse("gpu:h200x1")))
+    words, _ = planner.smallest_change(config, plan)
     assert words == "--config.model.remat=full"
     command = [sys.executable, "-m", "jax_distill.plan", "--config=configs/scm.py", words]
     ran = subprocess.run(

@@ -212,7 +212,7 @@ def test_a_dropped_sample_leaves_no_trace_in_loss_and_gradient(where, value, wei
 
         objective = SCM(overflowing_network(), velocity, weighting=weighting, drop_nonfinite=True)
         function = jax.value_and_grad(objective.loss, has_aux=True)
-        return function(params, {}, batch, draws, step)
+        return function(params, View({}), batch, draws, step)
 
     spoil = jnp.arange(SHAPE[0]) == (row if where == "teacher" else -1)
     (loss, metrics), found = gradient(spoil, batch, draws)

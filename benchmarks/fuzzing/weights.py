@@ -229,9 +229,9 @@ def _names_of(program: str) -> set[str]:
 
 def _wrong_card(card: str) -> str:
     """What a stranger has put into a model card."""
-    from jax_distill.interop.cards import model_card, snippets
+    from jax_distill.interop.cards import programs, snippets
 
-    ours = "".join(Path(module.__file__).read_text() for module in (model_card, snippets))
+    ours = "".join(Path(module.__file__).read_text() for module in (programs, snippets))
     known = set(re.findall(r"\w+", ours))
     blocks = re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
     if len(blocks) * 2 != len(re.findall("^```", card, re.MULTILINE)):

@@ -107,6 +107,7 @@ def _restored(folder: Path, restore: Callable[[], T]) -> T:
                 found = error
             except Exception as error:  # Orbax and TensorStore raise all kinds
                 found = _without_frames(error)
+            gc.collect()
         if isinstance(found, Other):
             raise found
         if isinstance(found, Changed):
@@ -186,6 +187,5 @@ def _quiet_failures() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # coroutines never awaited
             yield
-            gc.collect()
     finally:
         sys.unraisablehook = previous
