@@ -1,4 +1,4 @@
-"""What a run and the other commands survive: kills, passing errors, a full disk, a second run.
+"""Faults that commands survive: kills, passing errors, a full disk, a second run.
 
     python benchmarks/faults.py [--only=kills,errors,full,two] [--seed=0]
 

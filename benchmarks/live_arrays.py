@@ -1,4 +1,4 @@
-"""What a run keeps alive on each device while it trains, stage by stage, against its plan.
+"""Arrays that a run keeps alive on each device while it trains, stage by stage, against its plan.
 
 python benchmarks/live_arrays.py [--devices=8] [--kinds=full,lora,int8,rescaled]
 

@@ -19,7 +19,6 @@ from jax_distill.devices import processes, sharding
 from jax_distill.flow import Text
 from jax_distill.interop import ported_folder
 from jax_distill.models import finite
-from jax_distill.objectives.objective import Objective
 from jax_distill.storage.files import check_no_partial
 from jax_distill.training import checkpoint
 from jax_distill.worlds import World
@@ -71,11 +70,6 @@ class Pipeline:
     @params.setter
     def params(self, params: dict) -> None:
         self._params = params
-
-    @functools.cached_property
-    def objective(self) -> Objective:
-        """The objective at the world's own resolution, without a teacher."""
-        return build.objective(self.config)
 
     def __call__(
         self,
@@ -152,7 +146,7 @@ class Pipeline:
         resolution: tuple[int, int] | None = None,
         noise: np.ndarray | None = None,
     ) -> np.ndarray:
-        """What `draw` decodes: packed latents (B, N, C) float32."""
+        """Draws the packed latents (B, N, C) float32 that `draw` decodes."""
         count = len(text.pooled)
         settings = self._settings(count, steps, seed, guidance, batch_size, resolution, noise)
         with streams.default_settings():

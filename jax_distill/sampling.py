@@ -8,8 +8,8 @@ with times (B,).
 A method names its sampler as data, `PushForward`, `Restart` or `Solve` of a schedule: `draw` draws
 with it, and exports and cards read it.
 
-What a sample costs, in evaluations of the network: `sample` one a step; `solve` what `evaluations`
-says, and twice that if the velocity is guided by two evaluations.
+A sample costs one evaluation of the network a step; with `solve` those of its `Solver`, and twice
+that if the velocity is guided by two evaluations.
 """
 
 from collections.abc import Callable
@@ -131,7 +131,7 @@ Sampler = PushForward | Restart | Solve
 
 def draw(
     sampler: Sampler,
-    move: Callable[..., jax.Array],
+    motion: Callable[..., jax.Array],
     noise: jax.Array,
     text: flow.Text | None,
     guidance: jax.Array | None,
@@ -142,7 +142,7 @@ def draw(
 
     Args:
       sampler: how.
-      move: a flow map (x, t, s, text, guidance); for `Solve` a velocity (x, t, text, guidance).
+      motion: a flow map (x, t, s, text, guidance); for `Solve` a velocity (x, t, text, guidance).
       noise: (B, N, C).
       text: captions (B, ..).
       guidance: (B,).
@@ -154,9 +154,9 @@ def draw(
     """
     times = sampler.schedule.times(steps, noise.shape[1])
     if isinstance(sampler, Solve):
-        return solve(move, noise, times, text, guidance, solver=SOLVERS[sampler.solver])
+        return solve(motion, noise, times, text, guidance, solver=SOLVERS[sampler.solver])
     key = key if isinstance(sampler, Restart) else None
-    return sample(move, noise, times, text, guidance, renoise_key=key)
+    return sample(motion, noise, times, text, guidance, renoise_key=key)
 
 
 # Students.

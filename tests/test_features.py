@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import random_flux
 from flax import nnx
-from test_mmdit import GUIDED, as_network, inputs, jit, random_parameters, relative_error
+from test_mmdit import GUIDED, as_network, inputs, random_parameters, relative_error
 
 from jax_distill.models import lora, mmdit
 from jax_distill.models.binding import binder
@@ -65,7 +65,7 @@ def reference(point):
 
         return unrolled(params, x, t, text, guidance), derivatives(chosen, params, x, t)
 
-    return jit(evaluate)(*point)
+    return jax.jit(evaluate)(*point)
 
 
 def derivatives(features, params, x, t):
@@ -81,7 +81,7 @@ def derivatives(features, params, x, t):
 
 @functools.cache
 def forward(blocks, with_velocity=False):
-    return jit(
+    return jax.jit(
         functools.partial(as_network(SMALL).features, blocks=blocks, with_velocity=with_velocity)
     )
 
@@ -109,7 +109,7 @@ def test_tangents_and_gradients_are_those_of_the_unrolled_network(remat, point, 
     def features(params, x, t):
         return network.features(params, x, t, text, guidance, blocks=BLOCKS)
 
-    found = jit(functools.partial(derivatives, features))(params, x, t)
+    found = jax.jit(functools.partial(derivatives, features))(params, x, t)
     gradients = found[1][0]
     assert np.any(gradients["image_in"]["kernel"]) and np.any(found[1][1])
     # What follows the last chosen block has no gradient.
@@ -178,7 +178,7 @@ def test_parameters_are_not_copied():
     params = random_flux.shapes(config)
     stack = sum(leaf.size * 4 for leaf in jax.tree.leaves(params["single_blocks"]))
     for function in (loss, jax.grad(loss)):
-        memory = jit(function).lower(params).compile().memory_analysis()
+        memory = jax.jit(function).lower(params).compile().memory_analysis()
         assert memory.temp_size_in_bytes < stack / 2
 
 

@@ -11,6 +11,7 @@ from random_pipeline import DYNAMIC, T5, TRANSFORMER, Sizes, save_random
 from random_text import relative_error
 
 from jax_distill import pipeline
+from jax_distill.assembly import build
 from jax_distill.interop.scheduler_config import followed
 from jax_distill.runs.porting import port
 from jax_distill.worlds.flux import world
@@ -117,8 +118,10 @@ def test_sizes_that_do_not_fit_are_refused(pairs):
 def test_the_folder_decides_schedule_size_and_guidance(pairs):
     _, ours = pairs("dev")
     assert ours.world.resolution == (512, 512) and ours.config.evaluation.guidance == 3.5
-    assert ours.objective.time_shift == pytest.approx(0.5 + 0.65 * (1024 - 256) / 3840)
-    assert pairs("schnell")[1].objective.time_shift == 0.0
+    assert build.objective(ours.config).time_shift == pytest.approx(
+        0.5 + 0.65 * (1024 - 256) / 3840
+    )
+    assert build.objective(pairs("schnell")[1].config).time_shift == 0.0
 
 
 def test_schedules_are_followed_or_refused():

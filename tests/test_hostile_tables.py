@@ -180,7 +180,7 @@ def test_a_table_in_markdown_is_a_table():
     ]
 
 
-# Studies, adapters, what is shipped.
+# Studies, adapters, what is bundled.
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_the_oracles_groups_agree_pathwise():
         oracle = GaussianOracle(np.array([0.3, -0.5, 1.0]), np.array([0.5, 1.2, 0.8]))
         network = GaussianOracle.network()
         errors = {}
-        for gap in (12, 13, 24):
+        for gap in (12, 13, 20):
             objective = IMM(network, teacher.embedded_guidance(network), gap=gap)
             batch = batch_for(np.float64)
             draws = objective.draw(jax.random.key(0), batch)
@@ -135,7 +135,7 @@ def test_the_oracles_groups_agree_pathwise():
             loss, _ = objective.loss(*state, batch, draws, 0)
             assert abs(float(loss)) < 10 * errors[gap]
         assert errors[13] < 0.3 * errors[12] < 1e-3
-        assert errors[24] < 1e-9
+        assert errors[20] < 1e-7
 
 
 def test_an_exact_step_makes_the_oracles_groups_equal():
@@ -174,7 +174,7 @@ def test_loss_written_out_again():
             text = jax.tree.map(lambda leaf, g=group: leaf[4 * g : 4 * g + 1], TEXT)
             t, s, r, w = draws.t[one], draws.s[one], draws.r[one], draws.guidance[one]
             x_t = (1 - t) * batch.x[4 * group] + t * draws.noise[one]
-            v = network.velocity(VIEW["teacher"], x_t, t, text, w)
+            v = network.velocity(VIEW.frozen["teacher"], x_t, t, text, w)
             a.append(np.asarray(jump(x_t, t, s, text, w)).ravel())
             b.append(np.asarray(jump(x_t - (t - r) * v, r, s, text, w)).ravel())
         width = 12 * float(t[0] - s[0])

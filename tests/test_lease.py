@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 RACER = """
 import os, sys
 from pathlib import Path
-from jax_distill import lease
+from jax_distill.storage import lease
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 begin, end = os.pipe(), os.pipe()
 if not any(os.fork() == 0 for _ in range(count)):

@@ -82,7 +82,7 @@ def test_processes_that_never_come_are_said_to_be_missing():
 
 SHORTENED = """
     import os, signal, subprocess, sys
-    from jax_distill import lost_report
+    from jax_distill.devices import lost_report
     lost_report.shorten()
 """
 

@@ -85,7 +85,7 @@ def test_at_equal_times_it_is_flow_matching_on_the_teachers_velocity():
         def matching(params):
             u, v = (
                 network.velocity(p, x_t, draws.t, text, draws.guidance)
-                for p in (params["network"], VIEW["teacher"])
+                for p in (params["network"], VIEW.frozen["teacher"])
             )
             return jnp.mean(squares(u - v))
 
@@ -111,7 +111,7 @@ def test_scms_tangent_vanishes_on_its_exact_map_to_data():
         )
         draws = draws_for(np.float64)
         angles = SCMDraws(flow.linear_to_trig_time(draws.t), draws.noise, draws.guidance)
-        state = {"network": oracle}, {"teacher": oracle}
+        state = {"network": oracle}, View({"teacher": oracle})
         tangent = objective.tangent(*state, batch_for(np.float64), angles, 0).tangent
         assert float(jnp.abs(tangent).max()) <= 1e-10
 
@@ -126,7 +126,7 @@ def test_target_is_the_finite_difference_of_the_network_along_the_flow():
         draws = draws._replace(dropped=jnp.zeros(COUNT, bool))
         _, target = meanflow().target({"network": params}, VIEW, batch, draws, 0)
         network, x_t = smooth_network(), flow.interpolate(batch.x, draws.noise, draws.t)
-        v = network.velocity(VIEW["teacher"], x_t, draws.t, TEXT, draws.guidance)
+        v = network.velocity(VIEW.frozen["teacher"], x_t, draws.t, TEXT, draws.guidance)
 
         def u(change):
             t = draws.t + change
@@ -186,7 +186,7 @@ def test_mixture_of_velocities(at_interval):
     null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), NULL, TEXT)
     text = jax.tree.map(lambda c, n: c.at[lost].set(n[0]), TEXT, NULL)
     w = draws.guidance
-    v = network.velocity(VIEW["teacher"], x_t, draws.t, text, w)
+    v = network.velocity(VIEW.frozen["teacher"], x_t, draws.t, text, w)
     with_caption = network.velocity(params["network"], x_t, draws.t, TEXT, w, h)
     without = network.velocity(params["network"], x_t, draws.t, null, w, h)
     mixed = 0.6 * v + 0.3 * with_caption + 0.1 * without
@@ -205,7 +205,7 @@ def test_velocities_come_from_teacher_or_sample(target, jvp):
     objective = meanflow(target_velocity=target, jvp_velocity=jvp)
     got = objective.velocities({"network": smooth_params()}, VIEW, batch, draws)
     x_t = flow.interpolate(batch.x, draws.noise, draws.t)
-    v = smooth_network().velocity(VIEW["teacher"], x_t, draws.t, TEXT, draws.guidance)
+    v = smooth_network().velocity(VIEW.frozen["teacher"], x_t, draws.t, TEXT, draws.guidance)
     known = {"sample": draws.noise - batch.x, "teacher": v}
     for value, name in zip(got, (target, jvp)):
         np.testing.assert_allclose(value, known[name], rtol=1e-6, atol=1e-6)

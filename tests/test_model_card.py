@@ -58,7 +58,7 @@ class Drawing:
     def ours(self, steps):
         if (self.workdir, steps) not in self.known:
             guidance = jnp.full(len(self.noise), GUIDANCE)
-            sample = jax.jit(self.pipe.objective.sample, static_argnums=6)
+            sample = jax.jit(build.objective(self.pipe.config).sample, static_argnums=6)
             params, null = self.pipe.params, self.pipe.world.null
             tokens = sample(params, self.noise, self.text, null, guidance, self.keys, steps)
             self.known[self.workdir, steps] = codec().decode(tokens, 64, 64)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from jax_distill.flow import Network, interpolate, straight_step
 from jax_distill.objectives.objective import Method
-from jax_distill.objectives.settings import POSITIVE, SCALES, setting
+from jax_distill.objectives.settings import positive, scales
 from jax_distill.objectives.teacher import TeacherVelocity
 from jax_distill.sampling import PushForward, Shifted
 
@@ -40,8 +40,8 @@ class Toy(Method):
 
     network: Network
     teacher: TeacherVelocity
-    guidance_scales: tuple[float, ...] = setting((2.0, 3.0), SCALES)
-    factor: float = setting(1.0, POSITIVE)
+    guidance_scales: tuple[float, ...] = scales(2.0, 3.0)
+    factor: float = positive(1.0)
 
     @property
     def sampled_by(self):
@@ -148,7 +148,7 @@ def test_a_method_is_one_file_and_one_config(tree):
 def test_its_settings_are_checked_by_what_stands_beside_them(tree):
     for setting, words in (
         ("factor=-1", "objective.factor: -1.0 is not positive"),
-        ("factr=2", "objective.factr: there is no such key; did you mean objective.factor?"),
+        ("factr=2", "objective.factr: there is no key 'factr'; did you mean 'factor'?"),
     ):
         code, _, errors = run(
             tree, "main", "--config=configs/toy.py", f"--config.objective.{setting}"

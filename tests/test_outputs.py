@@ -65,7 +65,7 @@ def test_a_signal_leaves_nothing(tmp_path, number):
 KILLED = """
 import os, sys
 from pathlib import Path
-from jax_distill.outputs import made_whole
+from jax_distill.storage.outputs import made_whole
 with made_whole(Path(sys.argv[1])) as partial:
     (partial / "file").touch()
     os.kill(os.getpid(), 9)

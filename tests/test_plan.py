@@ -76,7 +76,7 @@ def test_arithmetic_is_that_of_an_unrolled_program(monkeypatch):
     with config.unlocked():
         config.batch_size = 64
     mesh = program.make_mesh(config, jax.devices()[:1])
-    planned = program.training(program.run_stages(config)[0], mesh)
+    planned = next(program.training(program.run_stages(config)[0], mesh))
     counted = planned.flops()
 
     def unrolled(body, carry, stacked):
@@ -86,7 +86,7 @@ def test_arithmetic_is_that_of_an_unrolled_program(monkeypatch):
 
     monkeypatch.setattr(mmdit.jax.lax, "scan", unrolled)
     analysis = (
-        program.training(program.run_stages(config)[0], mesh)
+        next(program.training(program.run_stages(config)[0], mesh))
         .jitted.lower(*planned.arguments)
         .compile()
     )

@@ -21,12 +21,14 @@ from two_players import (
     prepared,
 )
 
+from jax_distill.assembly import stages
 from jax_distill.config import ConfigError, optimizer_of
 from jax_distill.devices.signals import Interrupted
 from jax_distill.flow import Batch
 from jax_distill.objectives.methods import KINDS, OBJECTIVES
 from jax_distill.objectives.objective import View
 from jax_distill.planning import chips, planner, program, table
+from jax_distill.runs import checks
 from jax_distill.training import checkpoint, loop
 from jax_distill.training.optimizer import learning_rate
 from jax_distill.training.step import init_state, make_optimizers, make_step, moves_of, turns
@@ -128,6 +130,13 @@ def test_schedules_end_after_a_players_own_moves():
     assert optimizer_of(config, "fake").learning_rate == 0.01
     assert optimizer_of(config, "fake").schedule == "cosine"  # as the student's
     assert float(learning_rate(config.optimizer, 3)(3)) == 0
+    # The student's optimizer ends with its third move, though the run goes on.
+    optimizer, params = make_optimizers(DUEL, config)["student"], {"kernel": np.ones(2, np.float32)}
+    state, updates = optimizer.init(params), []
+    for _ in range(4):
+        update, state = optimizer.update(params, state, params)
+        updates.append(float(np.abs(update["kernel"]).max()))
+    assert min(updates[:3]) > 1e-5 and updates[3] < 1e-9
 
 
 def test_an_average_is_kept_of_those_who_ask(walk):
@@ -204,6 +213,8 @@ def test_a_run_says_whose_loss_is_not_finite(tmp_path, caplog):
     fit(tmp_path / "skipped", bad=never_bad(fake=[5]), on_nonfinite="skip")
     assert "fake's move skipped" in caplog.text
     assert logged(tmp_path / "skipped")[-1]["fake/skipped"] == 1
+    with pytest.raises(loop.NonFiniteLoss, match="step 3: fake's and student's loss"):
+        fit(tmp_path / "both", bad=never_bad(student=[1], fake=[3]))
 
 
 @pytest.mark.parametrize("turn", [(), ("student", "critic"), ("fake", "fake")])
@@ -214,6 +225,34 @@ def test_a_turn_that_cannot_be_is_named(turn):
 
     with pytest.raises(ConfigError, match="is no turn of its players"):
         make_optimizers(Odd(), duel_config())
+
+
+def test_a_student_keeps_an_average():
+    class Odd(Duel):
+        @property
+        def players(self):
+            return {name: player._replace(averaged=False) for name, player in DUEL.players.items()}
+
+    with pytest.raises(ConfigError, match="no 'student' whose average is kept"):
+        make_optimizers(Odd(), duel_config())
+
+
+def test_a_pattern_of_the_students_need_not_match_another_player(batch):
+    """Heads have no embedders that are kept frozen; a pattern of their own must match."""
+
+    class Heads(Duel):
+        def init(self, key, params):
+            made = super().init(key, params)
+            return {**made, "fake": {"head": made["fake"]["head"]}}
+
+    config = duel_config(optimizer__frozen="network/bias")
+    heads = Heads()
+    state = init_state(heads, make_optimizers(heads, config), parameters(), 0)
+    assert set(state.players["fake"].params) == {"head"}
+    with config.unlocked():
+        config.optimizers.fake.frozen = "network/bias"
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        init_state(heads, make_optimizers(heads, config), parameters(), 0)
 
 
 # With networks.
@@ -246,10 +285,40 @@ def test_adapters_of_both_players_stand_beside_one_base(registered):
         np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
+def test_a_method_without_guidance_scales_leaves_them_to_the_stage_before(registered):
+    teacher = TEACHER.copy_and_resolve_references()
+    with teacher.unlocked():
+        teacher.model.time_scale = 1000.0
+    before, stage = stages.of(matching_config(), teacher)
+    assert before.config.objective.to_dict() == {"name": "time_rescale"}
+    assert stage.config.objective.name == "matching"
+
+
+def test_mistakes_of_players_are_found_before_a_run(registered, monkeypatch):
+    config = matching_config()
+
+    def check():
+        checks.check_stages([stages.Stage("matching", config, TEACHER, TEACHER)])
+
+    check()
+    with monkeypatch.context() as patch:
+        patch.setattr(Matching, "turn", lambda self, step: ("critic",))
+        with pytest.raises(ConfigError, match="is no turn of its players"):
+            check()
+    with monkeypatch.context() as patch:  # the second player keeps no average
+        patch.setattr(Matching, "fake_loss", lambda self, own, view, *rest: view.averages["fake"])
+        with pytest.raises(KeyError, match="fake"):
+            check()
+    with config.unlocked():
+        config.optimizers.fake.frozen = "critic"
+    with pytest.raises(ConfigError, match="'critic' matches no parameter"):
+        check()
+
+
 def test_each_turn_is_a_program_of_the_plan(registered, monkeypatch):
     config = matching_config()
-    stages = [planner.stages.Stage("matching", config, TEACHER, TEACHER)]
-    monkeypatch.setattr(program, "run_stages", lambda config: stages)
+    stage = stages.Stage("matching", config, TEACHER, TEACHER)
+    monkeypatch.setattr(program, "run_stages", lambda config: [stage])
     plan = planner.make_plan(config, chips.parse("cpu"), compiled=False)
     found = {x.stage: x for x in (plan, *plan.others)}
     assert {name: x.total_steps for name, x in found.items()} == {
@@ -259,7 +328,7 @@ def test_each_turn_is_a_program_of_the_plan(registered, monkeypatch):
     short, long = found["matching, fake"], found["matching, student and fake"]
     assert plan is long and long.arithmetic.flops > short.arithmetic.flops
     mean = (4 * short.step_seconds + 2 * long.step_seconds) / 6
-    np.testing.assert_allclose(plan.mean_step_seconds, mean)
+    np.testing.assert_allclose([x.mean_step_seconds for x in found.values()], mean)
     assert short.held == long.held
     assert {"student's parameters", "fake's optimizer", "student's EMA"} < long.held.keys()
     assert "fake's EMA" not in long.held

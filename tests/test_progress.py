@@ -3,12 +3,15 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 from absl import logging
 
 from jax_distill.training import progress
 from jax_distill.training.progress import Report
+
+RATES = {"learning_rate": 0.1}
 
 
 @pytest.fixture
@@ -38,7 +41,7 @@ def test_lines_are_means_since_the_line_before(tmp_path, told):
         for step, loss in enumerate([1.0, 2.0, 5.0, 9.0], start=1):
             report.add(metrics(loss))
             if step % 2 == 0:
-                report.write(step, learning_rate=0.1)
+                report.write(step, RATES)
     lines = read(tmp_path)
     assert [(line["step"], line["loss"], line["gradient_norm"]) for line in lines] == [
         (2, 1.5, 3.0),
@@ -56,9 +59,9 @@ def test_values_that_are_not_finite_are_left_out_of_means(tmp_path, told):
         report.begin(0, {})
         report.add(metrics(1.0))
         report.add(metrics(math.nan, skipped=1))
-        report.write(2, 0.1)
+        report.write(2, RATES)
         report.add(metrics(math.inf, skipped=2))
-        report.write(3, 0.1)
+        report.write(3, RATES)
     first, second = read(tmp_path)
     assert (first["loss"], first["skipped"]) == (1.0, 1)
     assert (second["loss"], second["skipped"]) == (None, 2)
@@ -71,7 +74,7 @@ def test_a_report_goes_on_within_a_line(tmp_path):
         whole.begin(0, {})
         for loss in (0.1, 0.2, 0.7):
             whole.add(metrics(loss))
-        whole.write(3, 0.1)
+        whole.write(3, RATES)
     (tmp_path / "parts").mkdir()
     first = Report(tmp_path / "parts", total=4, batch_size=8)
     first.add(metrics(0.1))
@@ -80,7 +83,7 @@ def test_a_report_goes_on_within_a_line(tmp_path):
         second.begin(1, window)
         second.add(metrics(0.2))
         second.add(metrics(0.7))
-        second.write(3, 0.1)
+        second.write(3, RATES)
     clock = ("time", "steps_per_sec", "examples_per_sec")
     (a,), (b,) = (read(tmp_path / name) for name in ("whole", "parts"))
     assert {k: v for k, v in a.items() if k not in clock} == {
@@ -95,6 +98,20 @@ def test_lines_of_steps_that_will_be_taken_again_are_dropped(tmp_path):
     with Report(tmp_path, total=9, batch_size=8) as report:
         report.begin(5, {})
     assert path.read_text() == whole
+
+
+def test_the_clock_leaves_out_the_steps_before_a_turn_is_compiled(tmp_path, monkeypatch):
+    """A program that is compiled late makes no step before it faster."""
+    now = iter(range(0, 1000, 10))
+    clock = SimpleNamespace(monotonic=lambda: next(now))
+    monkeypatch.setattr(progress, "time", clock)
+    with Report(tmp_path, 100, 1) as report:
+        report.begin(0, {})
+        report.start_clock(0)
+        report.start_clock(49)  # at the fiftieth step
+        report.write(50, {})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["steps_per_sec"] == 1 / 10
 
 
 def test_a_report_that_never_began_writes_nothing(tmp_path):

@@ -222,12 +222,13 @@ def test_an_interrupted_write_leaves_the_old_report(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["report.html"]
 
 
-def test_a_loss_that_went_wrong_is_drawn_as_far_as_it_goes(tmp_path):
+@pytest.mark.parametrize("name, words", [("loss", "Loss"), ("fake/loss", "Fake: loss")])
+def test_a_loss_that_went_wrong_is_drawn_as_far_as_it_goes(tmp_path, name, words):
     losses = [-1.0, 0.5, float("nan"), float("inf")]
-    lines = [json.dumps({"step": i, "loss": loss}) for i, loss in enumerate(losses)]
+    lines = [json.dumps({"step": i, name: loss}) for i, loss in enumerate(losses)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     page = Page(write_report(tmp_path))
-    assert page.text["figcaption"] == ["Loss (2 values not finite, not drawn)"]
+    assert page.text["figcaption"] == [f"{words} (2 values not finite, not drawn)"]
 
 
 def test_a_very_wide_grid_is_reduced(tmp_path):

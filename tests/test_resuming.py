@@ -147,6 +147,19 @@ def test_what_nothing_reads_may_change(tmp_path, said):
     assert not said
 
 
+def test_a_players_section_that_is_new_was_the_students(tmp_path, said):
+    configuration.save(RUNS["scm"], tmp_path)
+    config = RUNS["scm"].copy_and_resolve_references()
+    with config.unlocked():
+        config.optimizers.fake = {"clip_norm": 0.5}
+    resuming.check(config, tmp_path)
+    assert [line.partition(";")[0] for line in said] == ["optimizers.fake.clip_norm: 1.0 -> 0.5"]
+    with config.unlocked():
+        config.optimizers.fake.moments = "bfloat16"
+    with pytest.raises(ConfigError, match="of optimizers.fake.moments='float32' and not"):
+        resuming.check(config, tmp_path)
+
+
 def state_of(config):
     optimizers = make_optimizers(Regression(), config)
 

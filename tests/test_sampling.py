@@ -330,3 +330,27 @@ def test_schedules_that_do_not_decrease_are_refused(times):
 def test_times_that_are_no_schedule_are_refused(times):
     with pytest.raises(ValueError, match=r"shape \(steps \+ 1,\)"):
         sampling.sample(oracle_map, noise(), np.array(times))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_rollout_is_the_first_steps_of_the_restart_sampler(double_precision, count):
+    """And no gradient passes through it."""
+    times = jnp.asarray(sampling.shifted_times(4, 1024), jnp.float64)
+    noises = jax.random.normal(jax.random.key(3), (3, *SHAPE), jnp.float64)
+
+    def jump(x, t, s, text, guidance):
+        return ORACLE.flow_map(x, t, s)
+
+    def walk(x, count):
+        return sampling.rollout(jump, x, times, count, noises)
+
+    x, t = jax.jit(walk)(noise(), count)
+    expected = noise()
+    for step in range(count):
+        now, following = (jnp.full(SHAPE[0], times[step + ahead]) for ahead in (0, 1))
+        data = ORACLE.flow_map(expected, now, jnp.zeros(SHAPE[0]))
+        expected = flow.interpolate(data, noises[step], following)
+    np.testing.assert_allclose(x, expected, atol=1e-12)
+    np.testing.assert_array_equal(t, times[count])
+    slope = jax.grad(lambda x: walk(x, count)[0].sum())(noise())
+    np.testing.assert_array_equal(slope, 0)

@@ -20,13 +20,17 @@ from jax_distill.training.checkpoint import Checkpoints
 
 class State(NamedTuple):
     step: Any
-    params: dict
+    players: dict
 
 
 def state_of(step: int, size: int = 50_000) -> State:
     rng = np.random.default_rng(step)
     arrays = {f"{i}": jnp.asarray(rng.standard_normal(size).astype(np.float32)) for i in range(9)}
-    return State(jnp.int32(step), arrays)
+    return State(jnp.int32(step), {"student": {"params": arrays}})
+
+
+def arrays_of(state: State) -> np.ndarray:
+    return state.players["student"]["params"]["3"]
 
 
 @pytest.fixture
@@ -57,7 +61,7 @@ def test_a_checkpoint_that_has_no_room(tmp_path, limit, capfd, stage):
         checkpoints.save(2, state_of(2), {"next_index": 2})
     with Checkpoints(folder) as checkpoints:
         step, saved = checkpoints.restore_latest(state_of(0))
-    assert step == 2 and np.array_equal(saved.state.params["3"], state_of(2).params["3"])
+    assert step == 2 and np.array_equal(arrays_of(saved.state), arrays_of(state_of(2)))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])

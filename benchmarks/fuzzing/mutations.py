@@ -151,7 +151,7 @@ def _renamed(table: dict, old: str, new: str) -> dict:
 
 
 def damage_value(rng: Random, value: Any, values: Sequence[Any] = ()) -> Any:
-    """What JSON holds with one place changed; `values` are some that fit, or nearly."""
+    """Changes one place of what JSON holds; `values` are some that fit, or nearly."""
     value = json.loads(json.dumps(value))
     place = rng.choice(_places(value))
     if not place:

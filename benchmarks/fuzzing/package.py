@@ -1,4 +1,4 @@
-"""What is fuzzed: all calls of the package stand here, each reading one input's folder."""
+"""The calls of the package that are fuzzed, each reading one input's folder."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -37,7 +37,7 @@ STACK = "stack"
 
 
 class Outcome(NamedTuple):
-    """What came of one input.
+    """The outcome of one input.
 
     Attributes:
       kind: `REFUSED`, `SAME`, or in which way it failed: "traceback", "unclear", "hang", "memory",

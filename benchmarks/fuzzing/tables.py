@@ -56,7 +56,7 @@ def _make_workdir(root: Path) -> None:
 
 
 def _reported(folder: Path) -> str:
-    """What is wrong with the page of a workdir."""
+    """Faults of the page of a workdir."""
     page = package.report(folder).read_text()
     if "<script>FUZZ" in page or SECRET in page:
         return "the report has raw tags, or a file of another folder"
@@ -83,7 +83,7 @@ def _read_results(rng: Random, folder: Path) -> Any:
 
 
 def _scores(table: Any, name: str) -> dict:
-    """What a table of scores says: (score, tasks) by steps."""
+    """The contents of a table of scores: (score, tasks) by steps."""
     found = {}
     for steps, content in table.items():
         found[int(steps)] = _score(content)
@@ -224,7 +224,7 @@ def _differs_config(value: Any, folder: Path, base: Path) -> str:
 
 
 def _differs_settings(found: Any, said: Any, defaults: Any, name: str = "") -> str:
-    """What a file does not say, as those of older versions, has its default."""
+    """Compares settings; those that an older version's file lacks have their defaults."""
     if not isinstance(found, dict) or not isinstance(said, dict):
         return "" if same(found, said) else f"{name} is read as something else"
     for key in sorted(said.keys() | found.keys()):

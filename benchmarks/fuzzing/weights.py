@@ -198,7 +198,7 @@ def _damage_folder(rng: Random, folder: Path) -> None:
 
 
 def _read_folder(rng: Random, folder: Path) -> Any:
-    """What is read of a folder, and for a share of them what `port` and `export` make of it."""
+    """Reads a folder, and for a share of them what `port` and `export` make of it."""
     output = folder.parent / OUTPUT
     shutil.rmtree(output, ignore_errors=True)
     ported = (folder / "ported.json").exists()
@@ -228,7 +228,7 @@ def _names_of(program: str) -> set[str]:
 
 
 def _wrong_card(card: str) -> str:
-    """What a stranger has put into a model card."""
+    """Finds what a stranger has put into a model card."""
     from jax_distill.interop.cards import programs, snippets
 
     ours = "".join(Path(module.__file__).read_text() for module in (programs, snippets))

@@ -19,8 +19,7 @@ from jax_distill.config import ConfigError
 from jax_distill.devices import processes
 from jax_distill.flow import Batch
 from jax_distill.models import lora
-from jax_distill.objectives.objective import Loss, Objective, Player, View
-from jax_distill.sampling import Sampler
+from jax_distill.objectives.objective import Loss, Method, Player, View
 from jax_distill.storage.files import read_json, write_json
 from jax_distill.training.checkpoint import bit_sums
 
@@ -31,7 +30,7 @@ BASES = ("", "int8")
 
 
 def settings(config: ConfigDict) -> lora.LoRA | None:
-    """What `config.lora` says; None where all of the student is trained.
+    """The settings of `config.lora`; None where all of the student is trained.
 
     Raises:
       ConfigError: a value that cannot be.
@@ -46,8 +45,8 @@ def settings(config: ConfigDict) -> lora.LoRA | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterObjective:
-    """An objective with a teacher, of whose networks adapters are trained; see `Objective`.
+class AdapterObjective(Method):
+    """An objective with a teacher, of whose networks adapters are trained.
 
     Every player that has a network has adapters of its own beside the one frozen copy of the
     teacher's; players without one, such as heads, are as they were.
@@ -57,16 +56,12 @@ class AdapterObjective:
       lora: which kernels have adapters.
     """
 
-    objective: Objective
+    objective: Method
     lora: lora.LoRA
 
     @property
     def rows_per_example(self) -> int:
         return self.objective.rows_per_example
-
-    @property
-    def sampled_by(self) -> Sampler:
-        return self.objective.sampled_by
 
     @property
     def players(self) -> Mapping[str, Player]:
@@ -99,10 +94,6 @@ class AdapterObjective:
             for trees in (view.nets, view.averages)
         )
         return loss(whole(own), View(view.frozen, nets, averages), batch, draws, moves)
-
-    def sample(self, params, noise, text, null, guidance, key, steps):
-        """As the method's own: `params` are whole, see `attached`."""
-        return self.objective.sample(params, noise, text, null, guidance, key, steps)
 
 
 def attached(adapters: lora.LoRA, teacher: Mapping[str, Any], params: dict) -> dict:

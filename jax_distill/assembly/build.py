@@ -18,7 +18,7 @@ from jax_distill.config.rules import MOST_PIXELS, PATCH
 from jax_distill.flow import Batch, Network, Text
 from jax_distill.models import mmdit
 from jax_distill.objectives.methods import KINDS, OBJECTIVES
-from jax_distill.objectives.objective import Method, Objective, View
+from jax_distill.objectives.objective import Method, View
 from jax_distill.objectives.settings import settings_of
 from jax_distill.objectives.teacher import (
     TeacherVelocity,
@@ -70,7 +70,7 @@ def objective(
     teacher: ConfigDict | None = None,
     *,
     resolution: tuple[int, int] | None = None,
-) -> Objective:
+) -> Method:
     """The objective that `config.objective` names.
 
     Args:
@@ -119,7 +119,7 @@ def without_networks(config: ConfigDict) -> Method:
 
 
 def objective_settings(name: str, **settings: Any) -> dict[str, Any]:
-    """What `config.objective` holds: an objective's defaults, and what is set otherwise.
+    """Makes `config.objective`: an objective's defaults, and what is set otherwise.
 
     With all of them there, the command line can change each; a default of None waits for a number.
     """
@@ -208,7 +208,8 @@ def abstract_losses(
         if teacher is not None:
             frozen["teacher"] = frozen_network(config, initial_parameters(teacher))
         batch = Batch(jnp.zeros((size, *token_shape(config))), text)
-        return trees, View(frozen, trees, trees), batch, key
+        averaged = {name: trees[name] for name, x in method.players.items() if x.averaged}
+        return trees, View(frozen, trees, averaged), batch, key
 
     trees, *others = jax.eval_shape(arguments)
     for name, player in method.players.items():

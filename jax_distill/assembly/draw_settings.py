@@ -1,4 +1,4 @@
-"""What is asked of a pipeline, checked before anything is read or computed for it."""
+"""Requests to a pipeline, checked before anything is read or computed for them."""
 
 import math
 from typing import Any

@@ -150,9 +150,9 @@ def _student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
         resolved.teacher.checkpoint = absolute(config.teacher.checkpoint)
         if stages.changes(resolved, teacher, GUIDANCE):
             # Its ramps are as steep as the time embedder's, see `refit_embedder`.
-            resolved.optimizer.frozen = stages.frozen_too(
-                config.optimizer.frozen, GUIDANCE.embedder
-            )
+            for section in (resolved.optimizer, *resolved.optimizers.values()):
+                if section.get("frozen") is not None:
+                    section.frozen = stages.frozen_too(section.frozen, GUIDANCE.embedder)
     own, source = build.network_config(resolved), build.network_config(teacher)
     for key in _SHARED:
         if getattr(own, key) != getattr(source, key):

@@ -69,10 +69,9 @@ def rescale_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
     stage = config.copy_and_resolve_references()
     with stage.unlocked():
         stage.name = f"{config.name}/time_rescale"
-        stage.objective = {
-            "name": "time_rescale",
-            "guidance_scales": build.objective(config).guidance_scales,
-        }
+        scales = build.without_networks(config).guidance_scales
+        settings = {"guidance_scales": scales} if scales else {}
+        stage.objective = {"name": "time_rescale", **settings}
         stage.model.interval_embeds = build.network_config(teacher).interval_embeds
         stage.ema_dtype = "float32"  # what the student starts from
         stage.total_steps = config.rescale.total_steps

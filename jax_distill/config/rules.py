@@ -16,7 +16,12 @@ from jax_distill.storage.quoting import shown
 Rule = tuple[Sequence[str], Callable[[Any], bool], str]
 """Keys, a condition on their values, and the condition in words."""
 
-_PLAYER = re.compile(r"^optimizers\.\w+\.")  # such keys have the rules of `optimizer`
+_PLAYER = re.compile(r"^optimizers\.\w+\.")
+
+
+def general(key: str) -> str:
+    """The key of `optimizer` whose rules a key of a player's optimizer has; others as they are."""
+    return _PLAYER.sub("optimizer.", key)
 
 
 def check(values: Mapping[str, Any], rules: Iterable[Rule]) -> None:
@@ -29,10 +34,9 @@ def check(values: Mapping[str, Any], rules: Iterable[Rule]) -> None:
     Raises:
       ConfigError: naming the key, its value, and what it must be.
     """
-    ruled = {key: _PLAYER.sub("optimizer.", key) for key in values}
     for keys, holds, words in rules:
         for key, value in values.items():
-            if ruled[key] in keys and value is not None and not holds(value):
+            if general(key) in keys and value is not None and not holds(value):
                 raise ConfigError(f"{key}: {shown(value)} is not {words}")
     for key, value in values.items():
         if not _is_moderate(value):

@@ -18,7 +18,7 @@ from jax_distill.evaluation.results import Results, Score, parse_results, read_r
 from jax_distill.storage.files import FileError, read_json
 from jax_distill.storage.quoting import one_line
 
-MAX_SAMPLES = 4
+MAX_SAMPLES = MAX_LOSSES = 4
 MAX_STAGES, MAX_PLOTS, MAX_SETTINGS = 8, 24, 1000  # more than runs have; a page must be done once
 
 _TIMES = ("step", "time")  # of metrics.jsonl, which no plot shows
@@ -254,7 +254,7 @@ def _stage(heading: str, metrics: Metrics) -> Stage:
     drawn = [x for x in names if x == speed or not (x in _TIMES or x.endswith("_per_sec"))]
     for name in drawn:
         steps, values = metrics.series(name)
-        is_large = name in ("loss", speed)
+        is_large = name == speed or _is_loss(name) and len(stage.large) < MAX_LOSSES
         if not len(values):
             continue
         if not is_large and values.min() == values.max():
@@ -262,7 +262,7 @@ def _stage(heading: str, metrics: Metrics) -> Stage:
         elif not is_large and len(stage.small) >= MAX_PLOTS:
             stage = stage._replace(others=stage.others + 1)
         else:
-            contrast = 1 if name == "loss" else 100
+            contrast = 1 if _is_loss(name) else 100
             log = name != speed and 0 < contrast * values.min() < values.max()
             draw = plots.curve(steps, values, log=bool(log), from_zero=name == speed)
             size = (4.6, 2.6) if is_large else (3.3, 2.1)
@@ -272,12 +272,17 @@ def _stage(heading: str, metrics: Metrics) -> Stage:
     return stage
 
 
+def _is_loss(name: str) -> bool:
+    """Whether a metric is a loss: the run's, or a player's, whose name stands before it."""
+    return name.rpartition("/")[2] == "loss"
+
+
 def _caption(name: str, values: np.ndarray, metrics: Metrics) -> str:
     """The caption of a metric's plot, whose finite values are given."""
-    if name == "loss":
+    if _is_loss(name):
         lost = sum(name in line for line in metrics.lines) - len(values)
         words = f" ({lost} {page.plural('value', lost)} not finite, not drawn)"
-        return "Loss" + words * bool(lost)
+        return name.capitalize().replace("/", ": ") + words * bool(lost)
     if not name.endswith("_per_sec"):
         return name
     median = np.median(values)

@@ -192,7 +192,7 @@ class LoRA:
         return found
 
     def split(self, key: jax.Array, params: Mapping[str, Any]) -> dict[str, Any]:
-        """What is trained of a network: adapters, and the student's own embedders.
+        """The trained part of a network: adapters, and the student's own embedders.
 
         Args:
           key: of the adapters that are new. A is uniform in +-1/sqrt(in), B zero.

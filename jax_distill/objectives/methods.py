@@ -17,7 +17,7 @@ def _found() -> Iterator[type[Method]]:
 
 
 KINDS = {kind.name: kind for kind in _found()}
-"""What `objective.name` may be."""
+"""By `objective.name`."""
 
 OBJECTIVES = {
     name: kind

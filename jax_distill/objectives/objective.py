@@ -8,7 +8,7 @@ function, `motion`. Adding a method is adding one file beside this one, and a co
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ STUDENT = "student"
 
 
 class View(NamedTuple):
-    """What a loss may read beside its own player's parameters; no gradient reaches it.
+    """All that a loss reads beside its own player's parameters; no gradient reaches it.
 
     Attributes:
       frozen: "teacher", a network's parameters, and "null", the `Text` of the empty caption with a
@@ -57,84 +57,44 @@ class Player(NamedTuple):
     optimizer: str = ""
 
 
-class Objective(Protocol):
-    """A distillation method, or any other training objective, as pure functions.
-
-    Attributes:
-      rows_per_example: how many rows of a (micro-)batch in turn are one example, each with draws of
-        its own; the loader reads it once.
-      players: by name, `STUDENT` among them.
-      sampled_by: how the student is drawn from.
-    """
-
-    rows_per_example: int
-
-    @property
-    def players(self) -> Mapping[str, Player]: ...
-
-    @property
-    def sampled_by(self) -> Sampler: ...
-
-    def init(self, key: jax.Array, params: dict) -> dict[str, Any]:
-        """A tree for each player, made from a network's parameters.
-
-        Those of networks have them as "network".
-        """
-
-    def draw(self, key: jax.Array, batch: Batch) -> Any:
-        """All randomness of one step, as a NamedTuple of arrays with leading axis B."""
-
-    def turn(self, step: int) -> tuple[str, ...]:
-        """The players that move at a step, counted from 0, in their order; the later ones of a turn
-        see what the earlier ones have become. Every distinct turn is a program of its own."""
-
-    def sample(
-        self,
-        params: dict,
-        noise: jax.Array,
-        text: Text,
-        null: Text,
-        guidance: jax.Array,
-        key: jax.Array,
-        steps: int,
-    ) -> jax.Array:
-        """Data from noise (B, N, C) in `steps` steps.
-
-        Args:
-          params: the student's tree.
-          noise: (B, N, C).
-          text: (B, ..).
-          null: with a leading axis of length one, as in `View.frozen`.
-          guidance: (B,).
-          key: of noise that is drawn on the way, one or (B,).
-          steps: of the schedule.
-        """
-
-
 class Method:
-    """The base of objectives: settings that are checked, and a student that learns alone.
+    """The base of distillation methods, and of all other training objectives: pure functions.
+
+    Settings are dataclass fields and are checked. By default a student learns alone, by `loss`.
 
     Attributes:
       name: that `objective.name` has in a configuration.
       summary: the words of a model card.
       from_scratch: whether it learns from data alone, without a teacher.
       card_steps: sampling steps in a model card's program; 0 for those of a teacher.
+      guidance_scales: those that are drawn, which the stage before learns too; () for its own.
+      rows_per_example: how many rows of a (micro-)batch in turn are one example, each with draws of
+        its own; the loader reads it once.
+      sampled_by: how the student is drawn from.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     from_scratch: ClassVar[bool] = False
     card_steps: ClassVar[int] = 0
+    guidance_scales: tuple[float, ...] = ()
     rows_per_example = 1
+    sampled_by: Sampler
+    loss: Loss
 
     def __post_init__(self):
         settings.check(self)
 
     @property
     def players(self) -> Mapping[str, Player]:
+        """By name, `STUDENT` among them."""
         return {STUDENT: Player(self.loss, averaged=True)}
 
     def init(self, key: jax.Array, params: dict) -> dict[str, Any]:
+        """A tree for each player, made from a network's parameters.
+
+        Those of networks have them as "network".
+        """
         return {STUDENT: self.init_student(key, params)}
 
     def init_student(self, key: jax.Array, params: dict) -> dict[str, Any]:
@@ -142,7 +102,16 @@ class Method:
         del key
         return {"network": params}
 
+    def draw(self, key: jax.Array, batch: Batch) -> Any:
+        """All randomness of one step, as a NamedTuple of arrays."""
+        raise NotImplementedError
+
     def turn(self, step: int) -> tuple[str, ...]:
+        """The players that move at a step, counted from 0, in their order.
+
+        The later ones of a turn see what the earlier ones have become. Every distinct turn is a
+        program of its own.
+        """
         del step
         return (STUDENT,)
 
@@ -162,8 +131,27 @@ class Method:
         """The flow map, or for `Solve` the velocity, of the student's tree, see `sampling.draw`."""
         raise NotImplementedError
 
-    def sample(self, params, noise, text, null, guidance, key, steps):
-        """As `Objective.sample`."""
+    def sample(
+        self,
+        params: dict,
+        noise: jax.Array,
+        text: Text,
+        null: Text,
+        guidance: jax.Array,
+        key: jax.Array,
+        steps: int,
+    ) -> jax.Array:
+        """Data from noise (B, N, C), see `sampling.draw`.
+
+        Args:
+          params: the student's tree.
+          noise: (B, N, C).
+          text: (B, ..).
+          null: with a leading axis of length one, as in `View.frozen`.
+          guidance: (B,).
+          key: of noise that is drawn on the way, one or (B,).
+          steps: of the schedule.
+        """
         return draw(self.sampled_by, self.motion(params, null), noise, text, guidance, key, steps)
 
 

@@ -39,7 +39,7 @@ class SCMDraws(NamedTuple):
 
 
 class Tangent(NamedTuple):
-    """What one forward-mode pass through the student gives."""
+    """The result of one forward-mode pass through the student."""
 
     output: jax.Array  # (B, N, C): F, TrigFlow's network output
     tangent: jax.Array  # (B, N, C): g, before normalisation, no gradient

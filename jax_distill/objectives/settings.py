@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Rule(NamedTuple):
-    """What must hold of a value.
+    """A condition on a value.
 
     Attributes:
       holds: of values of the default's type.

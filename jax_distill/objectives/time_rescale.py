@@ -213,7 +213,7 @@ class TimeRescale(Method):
 
 
 class Comparison(NamedTuple):
-    """What a rescaled network has kept, and what it has gained."""
+    """How far a rescaled network is from the old one, and how smooth both are in time."""
 
     velocity_error: jax.Array  # rms(v_new - v_old) / rms(v_old)
     time_derivative: jax.Array  # rms of d(net)/dt of the new network, x held

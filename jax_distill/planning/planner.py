@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +68,8 @@ class Plan:
       roofline: seconds by part.
       total_steps: of the run; None for a sampler.
       compile_seconds: time that the compiler took.
-      others: plans of the run's other stages, which need no more memory.
+      mean_step_seconds: over all turns of the stage, as often as each comes.
+      others: plans of the run's other stages and turns, which need no more memory.
     """
 
     stage: str
@@ -87,6 +88,7 @@ class Plan:
     roofline: Roofline
     total_steps: int | None
     compile_seconds: float
+    mean_step_seconds: float = math.nan
     others: tuple["Plan", ...] = ()
 
     @property
@@ -101,14 +103,6 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         return self.roofline.seconds
-
-    @property
-    def mean_step_seconds(self) -> float:
-        """Over all turns of the stage, as often as each comes."""
-        turns = [plan for plan in (self, *self.others) if plan.name == self.name]
-        weights = [plan.total_steps or 1 for plan in turns]
-        seconds = sum(weight * plan.step_seconds for weight, plan in zip(weights, turns))
-        return seconds / sum(weights)
 
     @property
     def mfu(self) -> float:
@@ -211,9 +205,19 @@ def make_plan(
                 compile_seconds=seconds if compiled else 0.0,
             )
         )
+    plans = [
+        dataclasses.replace(plan, mean_step_seconds=_mean_step_seconds(plans, plan.name))
+        for plan in plans
+    ]
     largest = max(reversed(plans), key=lambda plan: plan.peak)
     others = tuple(plan for plan in plans if plan is not largest)
     return dataclasses.replace(largest, others=others)
+
+
+def _mean_step_seconds(plans: Sequence[Plan], stage: str) -> float:
+    """Over the turns of a stage, as often as each comes."""
+    turns = [(plan.total_steps or 1, plan.step_seconds) for plan in plans if plan.name == stage]
+    return sum(count * seconds for count, seconds in turns) / sum(count for count, _ in turns)
 
 
 def _programs(
@@ -364,7 +368,7 @@ def _remedies(config: ConfigDict, plan: Plan) -> Iterator[tuple[dict[str, Any], 
     groups = plan.mesh["data"] * plan.mesh["fsdp"]
     accumulate = 2 * config.accumulate
     batches = [config.batch_size]
-    if plan.others:  # of the rescale stage
+    if any(other.name != plan.name for other in plan.others):  # of the rescale stage
         batches.append(config.rescale.batch_size)
     while all(size % (accumulate * groups) == 0 for size in batches):
         yield {"accumulate": accumulate} | remat, plan.topology
@@ -428,7 +432,7 @@ def sweep(config: ConfigDict, topology: Topology, *, sample: bool = False) -> li
             f"--sweep: no mesh of {topology.name} divides the batches that were tried; ask for one"
             " plan without --sweep"
         )
-    return sorted(plans, key=lambda plan: (not plan.fits, -plan.examples_per_second))
+    return sorted(plans, key=lambda x: (not x.fits, x.mean_step_seconds / x.batch_size))
 
 
 def _changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:

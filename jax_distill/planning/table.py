@@ -37,7 +37,7 @@ def describe(plan: Plan) -> str:
     if plan.hours is not None:
         lines.append(_row("stage", f"{plan.hours:9.1f} hours for {plan.total_steps} steps"))
     if plan.others:
-        lines += ["", "the other stages"]
+        lines += ["", "the other programs"]
         lines += [_row(other.stage, _in_short(other)) for other in plan.others]
         hours = plan.hours + sum(other.hours for other in plan.others)
         lines.append(_row("run", f"{hours:9.1f} hours"))

@@ -206,7 +206,7 @@ def _history(path: Path) -> dict[str, dict]:
 
 
 def _cost(workdir: Path) -> _Cost:
-    """What `train` has noted of a run; raises ValueError when it is not there or damaged."""
+    """Reads the costs that `train` noted; raises ValueError when missing or damaged."""
     path = workdir / COST
     try:
         return read_json(path, _Cost, fix=_AGAIN)

@@ -12,7 +12,7 @@ from jax_distill import config as configuration
 from jax_distill import worlds
 from jax_distill.assembly import adapters, build, resolution
 from jax_distill.assembly.stages import Stage
-from jax_distill.config import ConfigError, optimizer_of
+from jax_distill.config import ConfigError
 from jax_distill.config.settings import flatten
 from jax_distill.data.loader import check_batch_size
 from jax_distill.data.records import LatentRecords
@@ -21,7 +21,7 @@ from jax_distill.evaluation import scoring
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.objectives.methods import FROM_SCRATCH
 from jax_distill.runs import resuming
-from jax_distill.training.optimizer import make_optimizer
+from jax_distill.training.step import make_optimizers
 
 
 def check(config: ConfigDict, workdir: Path) -> None:
@@ -32,8 +32,6 @@ def check(config: ConfigDict, workdir: Path) -> None:
     """
     check_workdir(workdir)
     resolution.validate(config)
-    for name in ("", *config.get("optimizers", {})):
-        make_optimizer(optimizer_of(config, name), config.total_steps)
     name = config.objective.name
     check_objective(config)
     taught = name not in FROM_SCRATCH
@@ -54,7 +52,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
     check_lora(config)
     resuming.check(config, workdir)
     if name != "autoencoder":
-        check_loss(resolved.stages)
+        check_stages(resolved.stages)
 
 
 def check_workdir(workdir: Path) -> None:
@@ -173,11 +171,18 @@ def check_data(config: ConfigDict) -> None:
         check_batches(config, ("rescale.batch_size",), examples)
 
 
-def check_loss(every: Sequence[Stage]) -> None:
-    """Traces each stage's losses, which finds networks and batches that do not fit together."""
+def check_stages(every: Sequence[Stage]) -> None:
+    """Counts each stage's turns, and traces its losses and optimizers.
+
+    That finds players that there are not, networks and batches that do not fit together, and
+    patterns of frozen parameters that match none, before the first stage is trained.
+    """
     for stage in every:
         try:
-            for _, loss, arguments in build.abstract_losses(stage.config, stage.teacher):
+            objective = build.objective(stage.config, stage.teacher)
+            optimizers = make_optimizers(objective, stage.config)
+            for name, loss, arguments in build.abstract_losses(stage.config, stage.teacher):
                 jax.eval_shape(loss, *arguments)
+                jax.eval_shape(optimizers[name].init, arguments[0])
         except ValueError as error:
             raise ConfigError(f"{stage.name}: {error}") from None

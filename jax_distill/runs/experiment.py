@@ -200,7 +200,7 @@ def mesh_of(config: ConfigDict) -> Mesh:
 
 
 def initial_of(stage: stages.Stage, read: Callable[[], dict]) -> loop.Initial:
-    """What a stage starts from: the network that `read` gives, which is called where it begins."""
+    """The start of a stage: the network that `read` gives, which is called where it begins."""
     fresh = functools.partial(build.initial_parameters, stage.config)
     return loop.Initial(jax.eval_shape(fresh), lambda: stages.initial_network(stage, read()))
 

@@ -2,8 +2,7 @@
 
 import fnmatch
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from ml_collections import ConfigDict
 from jax_distill.assembly import build
 from jax_distill.assembly.resolution import EMBEDDED, absolute
 from jax_distill.config import ConfigError, base, load, optimizer_of
+from jax_distill.config.rules import general
 from jax_distill.config.settings import flatten
 from jax_distill.data.identity import Identity, identity
 from jax_distill.data.records import DESCRIPTION
@@ -34,7 +34,7 @@ NETWORKS, FIRST, STUDENTS, ADAPTERS = "networks", "first teachers", "students", 
 
 
 class Row(NamedTuple):
-    """What a change of some settings does to a run that goes on.
+    """The effect of changed settings on a run that goes on.
 
     Attributes:
       keys: names, or patterns of them such as "mesh.*".
@@ -179,7 +179,7 @@ def row_of(key: str, config: ConfigDict) -> Row | None:
         ADAPTERS: config.objective.name not in FROM_SCRATCH and config.lora.rank > 0,
         FIRST: config.objective.name == "flow_matching",
     }
-    key = re.sub(r"^optimizers\.\w+\.", "optimizer.", key)  # another player's
+    key = general(key)
     for row in TABLE:
         if reads[row.runs] and any(fnmatch.fnmatchcase(key, name) for name in row.keys):
             return row
@@ -227,7 +227,8 @@ def steps_taken(workdir: Path) -> int:
 
 def _changes(before: ConfigDict, config: ConfigDict, workdir: Path) -> Iterator[str]:
     """Lines about settings that change, but for `data.path`; see `check`."""
-    old, new = _plain(before), _plain(config)
+    sections = {*before.optimizers, *config.optimizers}
+    old, new = (_plain(run, sections) for run in (before, config))
     changed = [key for key in old.keys() & new.keys() if old[key] != new[key]]
     rows = [(row_of(key, config), key) for key in changed if key != "data.path"]
     known = sorted((TABLE.index(row), key) for row, key in rows if row is not None)
@@ -242,12 +243,17 @@ def _changes(before: ConfigDict, config: ConfigDict, workdir: Path) -> Iterator[
             yield f"{key}: {shown(old[key])} -> {shown(new[key])}; {TABLE[index].effect}"
 
 
-def _plain(config: ConfigDict) -> dict[str, Any]:
-    """The configuration flat and as JSON has it, the objective's defaults filled in."""
+def _plain(config: ConfigDict, optimizers: Iterable[str]) -> dict[str, Any]:
+    """The configuration flat and as JSON has it, with the objective's defaults.
+
+    Args:
+      config: of a run.
+      optimizers: sections of its players' optimizers, whole; one that it lacks is the student's.
+    """
     whole = config.to_dict()
     kind = KINDS.get(whole["objective"]["name"])
     whole["objective"] = {**(settings_of(kind) if kind else {}), **whole["objective"]}
-    whole["optimizers"] = {name: {**optimizer_of(config, name)} for name in config.optimizers}
+    whole["optimizers"] = {name: {**optimizer_of(config, name)} for name in optimizers}
     teacher = absolute(whole["teacher"]["checkpoint"])
     whole["teacher"]["checkpoint"] = teacher or EMBEDDED
     # A network's setting that an older version did not know had today's default.

@@ -1,4 +1,4 @@
-"""What a workdir keeps of a run beside checkpoints; of a run that is there, once it is accepted.
+"""The files that a workdir has beside checkpoints, written once a run is accepted.
 
 config.json     the configuration
 data.json       which data `data.path` holds
@@ -18,7 +18,7 @@ DATA = "data.json"
 
 
 class Kept(TypedDict, total=False):
-    """What `DATA` holds.
+    """The contents of `DATA`.
 
     Attributes:
       records: the data set at `data.path`, when the run began.
@@ -44,7 +44,7 @@ def accept(config: ConfigDict, workdir: Path) -> None:
 
 
 def known(workdir: Path) -> Kept:
-    """What is known of the data of a run; nothing of those that older versions began.
+    """The facts noted about the data of a run; none of one that older versions began.
 
     Raises:
       FileError: the file is damaged.

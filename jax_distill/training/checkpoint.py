@@ -20,7 +20,7 @@ from jax_distill.training import damage
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds."""
+    """The contents of a checkpoint."""
 
     state: Any
     position: dict[str, Any]  # of the input pipeline
@@ -28,7 +28,7 @@ class Saved(NamedTuple):
 
 
 class Progress(TypedDict):
-    """What stands beside the state in a checkpoint."""
+    """Metrics and checksums beside the state in a checkpoint."""
 
     metrics: dict[str, Any]
     checksums: dict[str, int]
@@ -85,7 +85,7 @@ class Checkpoints:
         )
 
     def restore(self, step: int, like: Any) -> Saved:
-        """What was saved at a step.
+        """Reads a checkpoint.
 
         Args:
           step: one that was saved.
@@ -205,7 +205,7 @@ def load_averaged(workdir: Path, mesh: Mesh | None = None, *, from_step: int = 0
 
     Args:
       workdir: of the run.
-      mesh: places them by the rules of `parallel`; without one they are on the default device.
+      mesh: places them as `devices.sharding` does; without one they are on the default device.
       from_step: the earliest that will do.
 
     Raises:
@@ -235,7 +235,7 @@ def _described(folder: Path) -> dict[str, Any]:
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-    """The arrays of a tree by their names, such as "opt_state.1.0.mu.kernel"."""
+    """The arrays of a tree by their names, such as "players.student.params.network.kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 

@@ -90,7 +90,7 @@ def first_whole(
 
 
 def _restored(folder: Path, restore: Callable[[], T]) -> T:
-    """What `restore` makes of a checkpoint; tried again where that may help.
+    """Restores a checkpoint, and tries again where that may help.
 
     Raises:
       Other: as `restore` does.

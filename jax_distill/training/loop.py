@@ -15,7 +15,7 @@ from jax_distill.config import optimizer_of
 from jax_distill.data.loader import Batches, batches, example_of_row
 from jax_distill.devices import processes, sharding
 from jax_distill.devices.signals import Interrupted, Signals
-from jax_distill.objectives.objective import STUDENT, Objective
+from jax_distill.objectives.objective import STUDENT, Method
 from jax_distill.training import acceptance, checkpoint, damage
 from jax_distill.training.checkpoint import Checkpoints
 from jax_distill.training.optimizer import learning_rate
@@ -54,7 +54,7 @@ class Initial(NamedTuple):
 def fit(
     config: ConfigDict,
     workdir: Path,
-    objective: Objective,
+    objective: Method,
     initial: Initial | dict,
     frozen: dict,
     source: Any,
@@ -140,7 +140,7 @@ class _Run:
     def __init__(
         self,
         config: ConfigDict,
-        objective: Objective,
+        objective: Method,
         program: Callable[[tuple[str, ...]], Callable],
         frozen: dict,
         checkpoints: Checkpoints,
@@ -168,7 +168,7 @@ class _Run:
             batch = sharding.shard_batch(next(iterator), state.step.sharding.mesh)
             state, metrics = self._program(turn)(state, self._frozen, batch)
             if turn not in compiled:
-                self._report.start_clock()
+                self._report.start_clock(step - 1)
                 compiled.add(turn)
             moves |= {name: moves[name] + 1 for name in turn}
             self._running.append((step, metrics))
@@ -233,17 +233,16 @@ def check_finite(
 ) -> None:
     """Raises NonFiniteLoss, or warns, if a loss or gradient of the step is not finite.
 
-    With `on_nonfinite="skip"` the player has not moved, which a warning says.
+    With `on_nonfinite="skip"` its players have not moved, which a warning says.
     """
-    bad = list(nonfinite(metrics))
-    if not bad:
+    players = dict.fromkeys(name.rpartition("/")[0] for name in nonfinite(metrics))
+    if not players:
         return
     values = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
-    who = bad[0].rpartition("/")[0]
-    whose = f"{who}'s" if who else "the"
-    what = f"step {step}: {whose} loss or its gradient is not finite ({values})"
+    whose = " and ".join(f"{name}'s" for name in players if name)
+    what = f"step {step}: {whose or 'the'} loss or its gradient is not finite ({values})"
     if config.on_nonfinite == "skip":
-        logging.warning("%s; %s skipped", what, f"{who}'s move" if who else "step")
+        logging.warning("%s; %s skipped", what, f"{whose} move" if whose else "step")
         return
     checkpoints.wait()
     good = checkpoints.latest

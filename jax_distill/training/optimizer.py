@@ -40,7 +40,9 @@ def learning_rate(config: ConfigDict, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([ramp, later], [warmup]) if warmup else later
 
 
-def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict, total_steps: int, *, inherited: bool = False
+) -> optax.GradientTransformation:
     """Clipping by global norm, then the optimizer that `config.name` names.
 
     `muon` orthogonalises the momentum of every matrix inside the blocks, adapters' too (stacked
@@ -48,6 +50,7 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
     `adam_share` of the learning rate. Parameters whose path, such as
     `network/time_embedder/linear_1/bias`, the pattern `frozen` finds a match in stay as they are.
     With `moments` "bfloat16", what the optimizer remembers takes half the memory, see `rounding`.
+    `inherited` is as in `trained`.
 
     Raises:
       ConfigError: unknown name of the optimizer or of its schedule, or no pattern.
@@ -80,13 +83,19 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
 
     def labels(params):
         names = {True: "trained", False: "frozen"}
-        return jax.tree.map(names.get, trained(config, params))
+        return jax.tree.map(names.get, trained(config, params, inherited=inherited))
 
     return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
-def trained(config: ConfigDict, params: dict) -> dict:
+def trained(config: ConfigDict, params: dict, *, inherited: bool = False) -> dict:
     """Whether each parameter is trained, a tree of bools: `config.frozen` has no match in its path.
+
+    Args:
+      config: the optimizer's settings.
+      params: of a player.
+      inherited: whether the pattern is another player's, and need not match: heads have none of
+        the parameters that a network keeps frozen.
 
     Raises:
       ConfigError: no pattern, or it matches no parameter.
@@ -100,7 +109,7 @@ def trained(config: ConfigDict, params: dict) -> dict:
         return not frozen.search("/".join(str(key.key) for key in path))
 
     found = jax.tree_util.tree_map_with_path(is_trained, params)
-    if all(jax.tree.leaves(found)):
+    if all(jax.tree.leaves(found)) and not inherited:
         raise ConfigError(f"optimizer.frozen: {config.frozen!r} matches no parameter")
     return found
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself: the terminal, metrics.jsonl and TensorBoard."""
+"""Progress of a run: the terminal, metrics.jsonl and TensorBoard."""
 
 import json
 import math
@@ -18,7 +18,7 @@ class Report:
     """Progress on the terminal, TensorBoard events, and one line of metrics.jsonl a logged step.
 
     A line holds the means over the steps since the line before, of finite values; null where there
-    are none.
+    are none. It says nothing of a player that has not moved since.
 
     Args:
       workdir: where metrics.jsonl and the event files go.
@@ -39,9 +39,8 @@ class Report:
           window: that of the report that saved them.
         """
         self.window = window
-        self._start = self._last_step = start
         self._begun = time.monotonic()
-        self.start_clock()
+        self.start_clock(start)
         if processes.is_leader():
             from clu import metric_writers  # brings TensorFlow: seconds that only training pays
 
@@ -50,8 +49,9 @@ class Report:
                 str(self._workdir), just_logging=False, asynchronous=True
             )
 
-    def start_clock(self) -> None:
-        """Throughput and the time left count from here."""
+    def start_clock(self, step: int) -> None:
+        """Throughput and the time left count from here, where so many steps are taken."""
+        self._start = self._last_step = step
         self._clock_start = self._last = time.monotonic()
 
     def add(self, metrics: dict[str, float]) -> None:

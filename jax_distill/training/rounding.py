@@ -1,4 +1,4 @@
-"""What a step changes a little, kept in bfloat16: rounded at random, so that nothing stands still.
+"""Stochastic rounding to bfloat16, for running averages and optimizer moments.
 
 A running average moves by a thousandth of itself or less a step, and bfloat16 has 8 bits: rounded
 to nearest it would never move. Rounded up or down at random, with probabilities that keep the

@@ -13,7 +13,7 @@ from jax_distill import streams
 from jax_distill.config import ConfigError, optimizer_of
 from jax_distill.devices import sharding
 from jax_distill.flow import Batch
-from jax_distill.objectives.objective import STUDENT, Objective, View
+from jax_distill.objectives.objective import STUDENT, Method, Player, View
 from jax_distill.training import rounding
 from jax_distill.training.optimizer import make_optimizer, trained
 
@@ -40,12 +40,15 @@ class TrainState(NamedTuple):
     players: dict[str, PlayerState]
 
 
-def turns(objective: Objective, total_steps: int) -> dict[tuple[str, ...], int]:
-    """The distinct turns of a run, with the number of steps of each.
+def turns(objective: Method, total_steps: int) -> dict[tuple[str, ...], int]:
+    """The distinct turns of a run, with the number of steps of each; see `COUNTED`.
 
     Raises:
       ConfigError: a turn without players, or with one that there is not.
     """
+    players = objective.players
+    if STUDENT not in players or not players[STUDENT].averaged:
+        raise ConfigError(f"objective: its players have no {STUDENT!r} whose average is kept")
     if set(objective.players) == {STUDENT}:
         return {(STUDENT,): total_steps}
     counts: dict[tuple[str, ...], int] = {}
@@ -60,7 +63,7 @@ def turns(objective: Objective, total_steps: int) -> dict[tuple[str, ...], int]:
     return {turn: count * total_steps // counted for turn, count in counts.items()}
 
 
-def moves_of(objective: Objective, total_steps: int) -> dict[str, int]:
+def moves_of(objective: Method, total_steps: int) -> dict[str, int]:
     """How often each player moves in a run."""
     counts = dict.fromkeys(objective.players, 0)
     for turn, count in turns(objective, total_steps).items():
@@ -73,17 +76,27 @@ Optimizers = Mapping[str, optax.GradientTransformation]
 """By the players' names."""
 
 
-def make_optimizers(objective: Objective, config: ConfigDict) -> Optimizers:
+def make_optimizers(objective: Method, config: ConfigDict) -> Optimizers:
     """The optimizer of each player, whose schedule counts the player's own moves."""
     moves = moves_of(objective, config.total_steps)
     return {
-        name: make_optimizer(optimizer_of(config, player.optimizer), moves[name])
+        name: make_optimizer(
+            optimizer_of(config, player.optimizer),
+            moves[name],
+            inherited=_inherits_frozen(config, player),
+        )
         for name, player in objective.players.items()
     }
 
 
+def _inherits_frozen(config: ConfigDict, player: Player) -> bool:
+    """Whether `frozen` of a player's optimizer is the student's."""
+    own = config.optimizers.get(player.optimizer, {}) if player.optimizer else config.optimizer
+    return own.get("frozen") is None
+
+
 def init_state(
-    objective: Objective,
+    objective: Method,
     optimizers: Optimizers,
     params: dict,
     seed: int,
@@ -122,7 +135,7 @@ def combine(chosen: Any, others: Any) -> Any:
 
 
 def make_step(
-    objective: Objective,
+    objective: Method,
     optimizers: Optimizers,
     config: ConfigDict,
     turn: tuple[str, ...] = (STUDENT,),
@@ -142,8 +155,12 @@ def make_step(
             {other: state.params for other, state in players.items()},
             {o: players[o].ema for o, x in objective.players.items() if x.averaged},
         )
-        section = optimizer_of(config, player.optimizer)
-        learned, constant = partition(own.params, trained(section, own.params))
+        section, inherited = (
+            optimizer_of(config, player.optimizer),
+            _inherits_frozen(config, player),
+        )
+        is_trained = trained(section, own.params, inherited=inherited)
+        learned, constant = partition(own.params, is_trained)
 
         def loss_and_gradient(batch, key):
             draws = objective.draw(key, batch)
@@ -185,7 +202,7 @@ def make_step(
     return step
 
 
-def metric_name(objective: Objective, player: str, metric: str) -> str:
+def metric_name(objective: Method, player: str, metric: str) -> str:
     """A metric as it is logged: with the player's name, where there are several."""
     return metric if len(objective.players) == 1 else f"{player}/{metric}"
 
@@ -210,7 +227,7 @@ def accumulated(
 
 
 def jit_step(
-    objective: Objective,
+    objective: Method,
     optimizers: Optimizers,
     config: ConfigDict,
     shardings: TrainState,
