@@ -27,7 +27,7 @@ setup(
         "orbax-checkpoint>=0.11.20",  # training/checkpoint.py
         "grain>=0.2.10",  # data/loader.py
         "array-record",  # data/records.py
-        "clu>=0.0.12",  # training/train.py: metric writers
+        "clu>=0.0.12",  # training/progress.py: metric writers
         # clu writes TensorBoard's files through TensorFlow, without declaring either.
         "tensorflow-cpu; platform_machine == 'x86_64' and sys_platform == 'linux'",
         "tensorflow; platform_machine != 'x86_64' or sys_platform != 'linux'",

@@ -76,6 +76,7 @@ def rescale_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
         stage.ema_dtype = "float32"  # what the student starts from
         stage.total_steps = config.rescale.total_steps
         stage.batch_size = config.rescale.batch_size
+        stage.optimizers = {}  # of players that only the student's stage has
         stage.optimizer = configuration.base().optimizer  # the student's suits its own loss
         stage.optimizer.moments = config.optimizer.moments  # but memory is the machine's
         stage.optimizer.learning_rate = config.rescale.learning_rate

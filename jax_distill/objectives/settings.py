@@ -24,10 +24,12 @@ def setting(default: Any, *rules: Rule) -> Any:
 
 
 def positive(default: float, most: float = math.inf) -> Any:
+    """A number above zero, and no larger than `most`."""
     return setting(default, Rule(lambda x: 0 < x < math.inf, "positive"), *_at_most(most))
 
 
 def not_negative(default: float, most: float = math.inf) -> Any:
+    """A number of zero or more, and no larger than `most`."""
     return setting(default, Rule(lambda x: 0 <= x < math.inf, "zero or more"), *_at_most(most))
 
 
@@ -37,10 +39,12 @@ def steps(default: int) -> Any:
 
 
 def share(default: float) -> Any:
+    """A number from 0 to 1."""
     return setting(default, Rule(lambda x: 0 <= x <= 1, "from 0 to 1"))
 
 
 def finite(default: float | None) -> Any:
+    """A finite number; a default of None waits for one."""
     return setting(default, Rule(math.isfinite, "a finite number"))
 
 
