@@ -227,7 +227,7 @@ def rollout(
     Args:
       flow_map: as in `sample`.
       noise: (B, ...).
-      times: (steps + 1,), decreasing.
+      times: (steps + 1,), decreasing, or (steps + 1, B), a schedule a sample.
       count: (), integer, from 0 to steps - 1: the steps that are taken.
       noises: (steps - 1, B, ...), the fresh noise of each.
       text: captions.
@@ -238,7 +238,7 @@ def rollout(
     """
 
     def advance(x, t, s, fresh):
-        t, s = (jnp.full(noise.shape[:1], time) for time in (t, s))
+        t, s = (jnp.broadcast_to(time, noise.shape[:1]) for time in (t, s))
         data = flow_map(x, t, jnp.zeros_like(s), text, guidance)
         return flow.interpolate(data, fresh, s).astype(x.dtype)
 
@@ -249,7 +249,7 @@ def rollout(
     # A scan of fixed length, not a while loop: its arithmetic can be counted, at its most.
     steps = jnp.arange(len(noises)), times[:-2], times[1:-1], noises
     x, _ = jax.lax.scan(step, jax.lax.stop_gradient(noise), steps)
-    return jax.lax.stop_gradient((x, jnp.full(noise.shape[:1], times[count])))
+    return jax.lax.stop_gradient((x, jnp.broadcast_to(times[count], noise.shape[:1])))
 
 
 def _fresh_noise(key: jax.Array, index: jax.Array, x: jax.Array) -> jax.Array:
