@@ -43,11 +43,13 @@ class Network(NamedTuple):
         double-stream blocks are numbered first, from 0, then single-stream blocks. Only the blocks
         up to the last chosen one are computed. With ``with_velocity``, ``(velocity, features)``
         from one pass. None for a network without blocks.
+      grid: rows and columns of its tokens, row-major; None where they are not fixed.
     """
 
     velocity: Callable[..., jax.Array]
     embedding: Callable[..., jax.Array]
     features: Callable[..., Any] | None = None
+    grid: tuple[int, int] | None = None
 
 
 def per_sample(value: ArrayLike, x: jax.Array) -> jax.Array:

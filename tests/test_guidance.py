@@ -80,6 +80,16 @@ def test_velocities_in_fluxs_world_are_guided_as_said(kind):
         empty = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), null, text)
         expected = flow.guided_velocity(expected, network.velocity(params, x, t, empty), w)
     np.testing.assert_allclose(found, expected, atol=2e-5)
+    # From one batch: what guidance adds is the difference to the conditional velocity.
+    one = (jnp.ones(2),) if kind == "embedded" else ()
+    asked = build.teacher_velocity(config)
+    guided, conditional = asked.both({"teacher": params, "null": null}, x, t, text, w)
+    np.testing.assert_allclose(guided, found, atol=2e-5)
+    np.testing.assert_allclose(conditional, network.velocity(params, x, t, text, *one), atol=2e-5)
+    hidden = asked.features({"teacher": params}, x, t, text, w, blocks=(1, 0))
+    scale = (w,) if kind == "embedded" else ()
+    expected = network.features(params, x, t, text, *scale, blocks=(1, 0))
+    jax.tree.map(np.testing.assert_array_equal, hidden, expected)
 
 
 def test_a_guided_teacher_of_fluxs_world_draws_away_from_the_null_caption(monkeypatch):

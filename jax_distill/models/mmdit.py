@@ -342,7 +342,7 @@ def as_network(config: MMDiTConfig, *, dtype: Any = jnp.float32, grid=None) -> N
         )
         return (wide(output[0]), output[1]) if with_velocity else output
 
-    return Network(velocity, embedding, features)
+    return Network(velocity, embedding, features, grid)
 
 
 def initial_parameters(config: MMDiTConfig, rngs: nnx.Rngs, param_dtype: Any = jnp.float32) -> dict:

@@ -28,7 +28,7 @@ def mean_of_sample(x: jax.Array) -> jax.Array:
 
 
 def predicted_data(x_t: jax.Array, t: jax.Array, velocity: jax.Array) -> jax.Array:
-    """The data ``x_t - t v`` that a velocity (B, ...) at time t (B,) points to, float32 at least."""
+    """The data ``x_t - t v`` that a velocity (B, ...) at time t (B,) points to, in float32."""
     dtype = jnp.promote_types(x_t.dtype, jnp.float32)
     return flow.straight_step(x_t.astype(dtype), t, jnp.zeros_like(t), velocity.astype(dtype))
 
@@ -84,6 +84,31 @@ def velocity_loss(
     )
     square = jnp.square(error if predicts == "velocity" else per_sample(t, error) * error)
     return jnp.mean(square, tuple(range(1, x.ndim)))
+
+
+class ScoreTimes(NamedTuple):
+    """The times that samples are noised to: moved by a shift, then within [low, high].
+
+    Attributes:
+      kind: "uniform" or "logit_normal".
+      mean, std: of the latter, before the sigmoid.
+      shift: mu of `flow.shift_time`.
+      low, high: the times that 0 and 1 become.
+    """
+
+    kind: str = "uniform"
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 0.0
+    low: float = 0.02
+    high: float = 0.98
+
+    def draw(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if self.kind == "uniform":
+            t = flow.uniform(key, shape)
+        else:
+            t = flow.logit_normal(key, shape, self.mean, self.std)
+        return self.low + flow.shift_time(t, self.shift) * (self.high - self.low)
 
 
 class RolloutDraws(NamedTuple):
@@ -166,6 +191,13 @@ class Matching(Method):
     ) -> jax.Array:
         """The data that the guided teacher predicts of x at t."""
         return predicted_data(x, t, self.teacher(view.frozen, x, t, text, guidance))
+
+    def real_of_both(
+        self, view: View, x: jax.Array, t: jax.Array, text: Text, guidance: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `real`, and what the teacher predicts without guidance."""
+        guided, plain = self.teacher.both(view.frozen, x, t, text, guidance)
+        return predicted_data(x, t, guided), predicted_data(x, t, plain)
 
     def motion(self, params: dict, null: Text | None = None) -> Callable[..., jax.Array]:
         """The map x - (t - s) net(x, t): to data for s = 0, an Euler step for others."""

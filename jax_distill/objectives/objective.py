@@ -50,11 +50,14 @@ class Player(NamedTuple):
       loss: see `Loss`.
       averaged: whether a running average is kept.
       optimizer: a name under `optimizers` in the configuration; "" for `optimizer` itself.
+      follows: the share of the way to the student's network that its own goes, each time that the
+        student has moved.
     """
 
     loss: Loss
     averaged: bool = False
     optimizer: str = ""
+    follows: float = 0.0
 
 
 class Method:

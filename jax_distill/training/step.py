@@ -195,11 +195,30 @@ def make_step(
         key = jax.random.fold_in(streams.key(config.seed), state.step)
         players, metrics = dict(state.players), {}
         for name in turn:
+            before = players[name].skipped
             players[name], found = move(name, players, frozen, batch, key)
             metrics |= {metric_name(objective, name, kind): x for kind, x in found.items()}
+            if name == STUDENT:
+                moved = players[name].skipped == before
+                players |= followed(objective, players, moved)
         return TrainState(state.step + 1, players), metrics
 
     return step
+
+
+def followed(
+    objective: Method, players: Mapping[str, PlayerState], moved: jax.Array
+) -> dict[str, PlayerState]:
+    """The players that follow the student, after it has moved, each nearer to it by its share."""
+    network = players[STUDENT].params["network"]
+    found = {}
+    for name, player in objective.players.items():
+        if player.follows:
+            own = players[name].params
+            share = jnp.where(moved, player.follows, 0.0)
+            nearer = optax.incremental_update(network, own["network"], share)
+            found[name] = players[name]._replace(params={**own, "network": nearer})
+    return found
 
 
 def metric_name(objective: Method, player: str, metric: str) -> str:

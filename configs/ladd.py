@@ -1,0 +1,40 @@
+"""LADD: a student taught by heads on the frozen teacher's features, bundled or FLUX's.
+
+python -m jax_distill.main --config=configs/ladd.py
+
+MINUTES
+
+python -m jax_distill.main --config=configs/ladd.py:flux_lite
+    --config.teacher.checkpoint=PORTED --config.data.path=PREPARED
+
+FLUX.1-lite-8B at 512 px on a pod, with a head on every fourth block; not run at that size yet. The
+presets `:lora` and `:flux_lite_lora` train adapters, as those of configs/scm.py do.
+
+The published method learns from pictures that the teacher has drawn; a student that learns from
+others can be held to the teacher by `objective.distillation_weight`.
+"""
+
+from jax_distill.assembly.build import objective_settings
+from jax_distill.config import overrides, shorten, student
+
+
+def get_config(preset: str = ""):
+    config = student(preset)
+    config.name = "ladd_lora" if preset == "lora" else "ladd"
+    config.optimizers.heads = overrides(
+        config.optimizer, name="adamw", learning_rate=1e-5, frozen="", b1=0.0
+    )
+    if preset.startswith("flux_lite"):
+        config.name = f"ladd_{preset}"
+        config.objective = objective_settings("ladd", blocks=tuple(range(3, 46, 4)))
+        config.optimizers.heads.clip_norm = 1.0
+        return config.lock()
+    config.total_steps = 600
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.b1 = 0.0
+    config.optimizers.heads.learning_rate = 1e-3
+    config.objective = objective_settings("ladd", guidance_scales=(2.0, 2.5, 3.0), share_warmup=0)
+    if preset == "smoke":
+        shorten(config)
+    return config.lock()

@@ -1,0 +1,199 @@
+"""DMD2: a student whose samples are distributed as the teacher's, by the difference of two scores.
+
+Source: Yin et al., arXiv:2405.14867. The terms that others have added are switches: heads with
+FastGen's settings; f-distill, arXiv:2502.15681; decoupled terms, arXiv:2511.22677; a fake score
+that follows the student, SenseFlow, arXiv:2506.00523.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jax_distill.flow import Batch, interpolate, per_sample
+from jax_distill.objectives import adversarial
+from jax_distill.objectives.matching import (
+    FAKE,
+    WHOLE,
+    RolloutDraws,
+    ScoreTimes,
+    draw_rollout,
+    pulled,
+    score_difference,
+    velocity_loss,
+)
+from jax_distill.objectives.matching_with_heads import HeadDraws, MatchingWithHeads
+from jax_distill.objectives.objective import STUDENT, Player, View
+from jax_distill.objectives.settings import choice, finite, not_negative, scales, setting, share
+from jax_distill.sampling import Restart, Shifted
+
+
+class DMD2Draws(NamedTuple):
+    rollout: RolloutDraws
+    index: jax.Array  # (B,), which of the times the input has, where data are noised
+    t: jax.Array  # (B,), of the scores
+    noise: jax.Array  # (B, N, C), likewise
+    guidance: jax.Array  # (B,)
+    share: jax.Array  # (B,), in [0, 1): of the input's time, where guidance has a term of its own
+    share_noise: jax.Array  # (B, N, C), likewise
+    heads: HeadDraws
+
+
+class Made(NamedTuple):
+    """Samples of the student."""
+
+    x: jax.Array  # (B, N, C)
+    t: jax.Array  # (B,), of the input that they were made of
+
+
+@dataclasses.dataclass(frozen=True)
+class DMD2(MatchingWithHeads):
+    """Distribution matching with a fake score, on the steps of the sampler.
+
+    The student's data x, made of its input in one step, are noised to x_t at a drawn t. With f and
+    r, the data that the fake score and the guided teacher predict of x_t,
+
+      g = (f - r) / (mean |x - r| + c),    loss = 1/2 mean (x - sg(x - g))^2,
+
+    means over all elements, but in g over those of a sample. The fake score learns the velocity
+    e - x at x_t, from samples of the student.
+
+    The student's input is that of one step of its sampler, at times of an even schedule under a
+    shift: pure noise, or what the steps before made of it, without gradient.
+
+    Attributes:
+      steps: K, of the sampler that is trained; 1, 2, .. up to K of them can be drawn with.
+      time_shift: mu of the sampler's schedule; None: the world's, or FLUX's for so many tokens.
+      inputs: "simulated", of a rollout of the sampler, or "noised" data (FastGen).
+      guidance_scales: the scales w that are drawn, uniformly.
+      score_times, score_mean, score_std, score_shift, score_from, score_to: of t, see `ScoreTimes`.
+      added: c.
+      fake_predicts: the fake score's error is that of its "velocity", or of its "data".
+      decoupled: two terms, each divided by its own mean: f - r at t for r of the teacher without
+        guidance; and what guidance adds to r, at a time below that of the student's input.
+      divergence: whose weights multiply g, see `adversarial.DIVERGENCES`; not "reverse_kl", which
+        has none, needs heads.
+      follow: the share of the way to the student that the fake score goes after each of its moves.
+    """
+
+    name = "dmd2"
+    summary = "A student by DMD2 (distribution matching distillation, arXiv:2405.14867)"
+    card_steps = 4
+
+    steps: int = setting(4, WHOLE)
+    time_shift: float | None = finite(None)
+    inputs: str = choice("simulated", "noised")
+    guidance_scales: tuple[float, ...] = scales(4.0)
+    score_times: str = choice("uniform", "logit_normal")
+    score_mean: float = finite(0.0)
+    score_std: float = not_negative(1.0)
+    score_shift: float = finite(0.0)
+    score_from: float = share(0.02)
+    score_to: float = share(0.98)
+    added: float = not_negative(1e-6)
+    fake_predicts: str = choice("velocity", "data")
+    decoupled: bool = False
+    divergence: str = choice("reverse_kl", *sorted({*adversarial.DIVERGENCES} - {"reverse_kl"}))
+    follow: float = share(0.0)
+
+    def check_run(self, dtype: str) -> Iterable[str]:
+        if self.divergence != "reverse_kl" and not self.gan_weight:
+            raise ValueError(
+                f"objective.divergence: {self.divergence!r} weighs by heads, and there are none;"
+                " set gan_weight above 0, or divergence=reverse_kl"
+            )
+        return ()
+
+    @property
+    def sampled_by(self) -> Restart:
+        return Restart(Shifted(self.time_shift))
+
+    @property
+    def players(self) -> dict[str, Player]:
+        players = super().players
+        return {**players, FAKE: players[FAKE]._replace(follows=self.follow)}
+
+    @property
+    def score_time(self) -> ScoreTimes:
+        return ScoreTimes(
+            self.score_times,
+            self.score_mean,
+            self.score_std,
+            self.score_shift,
+            self.score_from,
+            self.score_to,
+        )
+
+    def draw(self, key: jax.Array, batch: Batch) -> DMD2Draws:
+        keys = jax.random.split(key, 8)
+        shape, count = batch.x.shape, batch.x.shape[:1]
+        scales = jnp.asarray(self.guidance_scales, jnp.float32)
+        return DMD2Draws(
+            draw_rollout(keys[0], batch, self.steps),
+            jax.random.randint(keys[1], count, 0, self.steps),
+            self.score_time.draw(keys[2], count),
+            jax.random.normal(keys[3], shape),
+            jax.random.choice(keys[4], scales, count),
+            jax.random.uniform(keys[5], count),
+            jax.random.normal(keys[6], shape),
+            self.draw_heads(keys[7], batch),
+        )
+
+    def made(self, params: dict, batch: Batch, draws: DMD2Draws) -> Made:
+        """The student's data, differentiable in the one step that makes them."""
+        times = self.sampled_by.schedule.times(self.steps, batch.x.shape[1])
+        if self.inputs == "simulated":
+            x, t = self.rollout(params, batch, draws.rollout, times, draws.guidance)
+        else:
+            t = times[draws.index]
+            x = interpolate(batch.x, draws.rollout.noise, t)
+        return Made(self.data(params, x, t, batch.text, draws.guidance), t)
+
+    def gradient(self, made: Made, view: View, batch: Batch, draws: DMD2Draws) -> jax.Array:
+        """g, (B, N, C), without f-distill's weights."""
+        x, given = jax.lax.stop_gradient(made.x), (batch.text, draws.guidance)
+        x_t = interpolate(x, draws.noise, draws.t)
+        fake = self.data(view.nets[FAKE], x_t, draws.t, *given)
+        if not self.decoupled:
+            real = self.real(view, x_t, draws.t, *given)
+            return score_difference(x, fake, real, added=self.added)
+        real = self.real_of_both(view, x_t, draws.t, *given)[1]
+        t = jnp.maximum(draws.share * made.t, self.score_from)
+        guided, plain = self.real_of_both(view, interpolate(x, draws.share_noise, t), t, *given)
+        matched = score_difference(x, fake, real, added=self.added)
+        return matched + score_difference(x, plain, guided, added=self.added)
+
+    def student_loss(
+        self, own: dict, view: View, batch: Batch, draws: DMD2Draws, moves: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del moves
+        made = self.made(own, batch, draws)
+        gradient = self.gradient(made, view, batch, draws)
+        metrics = {"score_difference": jnp.sqrt(jnp.mean(jnp.square(gradient)))}
+        if not self.gan_weight:
+            return jnp.mean(pulled(made.x, gradient)) / 2, metrics
+        x_t = interpolate(made.x, draws.noise, draws.t)
+        logits = self.logits(view.nets[FAKE], view, x_t, draws.t, batch.text, draws.guidance)
+        if self.divergence != "reverse_kl":
+            weights = adversarial.divergence_weights(
+                logits, draws.t, self.divergence, time_min=self.score_from, time_max=self.score_to
+            )
+            gradient = per_sample(weights, gradient) * gradient
+        fooled = adversarial.generator_loss(logits)
+        loss = jnp.mean(pulled(made.x, gradient)) / 2 + self.gan_weight * fooled
+        return loss, {**metrics, "gan_loss": fooled}
+
+    def fake_loss(
+        self, own: dict, view: View, batch: Batch, draws: DMD2Draws, moves: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        del moves
+        x = jax.lax.stop_gradient(self.made(view.nets[STUDENT], batch, draws).x)
+        x_t = interpolate(x, draws.noise, draws.t)
+        velocity = self.velocity(own, x_t, draws.t, batch.text, draws.guidance)
+        loss = jnp.mean(velocity_loss(velocity, x, draws.noise, draws.t, self.fake_predicts))
+        if not self.gan_weight:
+            return loss, {}
+        told, metrics = self.head_loss(own, view, x_t, draws.t, batch, draws.guidance, draws.heads)
+        return loss + self.head_weight * told, {"velocity_loss": loss, **metrics}
