@@ -1,14 +1,18 @@
-"""Score: `python -m jax_distill.evaluate --checkpoint=DIR --steps=1,2,4 [--output=FILE]`."""
+"""Score: `python -m jax_distill.evaluate --checkpoint=DIR --steps=1,2,4 [--output=FILE]`.
+
+Diversity and distances are measured too, beside real pictures' (`docs/measures.md`).
+"""
 
 from pathlib import Path
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from jax_distill import pipeline, streams
 from jax_distill.assembly import build, draw_settings
 from jax_distill.assembly.resolution import EMBEDDED
 from jax_distill.devices import processes
-from jax_distill.evaluation import scoring
+from jax_distill.evaluation import report, scoring
 from jax_distill.runs import commands
 from jax_distill.storage.files import check_output, write_json
 
@@ -19,6 +23,14 @@ _STEPS = flags.DEFINE_list("steps", ["1", "2", "4"], "Numbers of sampling steps 
 _OUTPUT = flags.DEFINE_string("output", None, "File to write; default: print only.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.", 0, streams.MOST_SEED)
 _PROMPTS = flags.DEFINE_integer("prompts", 600, "How many of the 600 held-out prompts.")
+_DIVERSITY = flags.DEFINE_integer(
+    "diversity_prompts", 30, "Of how many prompts diversity is measured; 0: measure nothing.", 0
+)
+_PICTURES = flags.DEFINE_integer("diversity_pictures", 8, "Of each of these prompts.", 2)
+_TEACHER = flags.DEFINE_string(
+    "teacher", None, "Its teacher, which is drawn and measured too: as --checkpoint."
+)
+_TEACHER_STEPS = flags.DEFINE_integer("teacher_steps", 50, "Of the teacher.", 1)
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; default: the configuration's.")
 processes.define_flags()
 
@@ -34,26 +46,55 @@ def main(argv: list[str]) -> None:
     for count in steps:
         draw_settings.steps(count)
     prompts = scoring.held_out(_PROMPTS.value)
+    if _DIVERSITY.value:
+        scoring.held_out(_DIVERSITY.value, "diversity_prompts")
     processes.join()
     if _OUTPUT.value is not None and processes.is_leader():
         check_output(_OUTPUT.value)
     pipe = pipeline.load(_CHECKPOINT.value)
-    if not pipe.world.scored:
-        raise ValueError(
-            f"--checkpoint: pictures of '{_CHECKPOINT.value}', of world={pipe.config.world!r}, are"
-            " not scored; draw them with python -m jax_distill.sample"
-        )
+    teacher = None if _TEACHER.value is None else pipeline.load(_TEACHER.value)
+    for flag, source, each in (("checkpoint", _CHECKPOINT, pipe), ("teacher", _TEACHER, teacher)):
+        if each is not None and not each.world.scored:
+            raise ValueError(
+                f"--{flag}: pictures of '{source.value}', of world={each.config.world!r}, are"
+                " not scored; draw them with python -m jax_distill.sample"
+            )
+    for count in steps:
+        draw_settings.steps(count, pipe.config)
     draw_settings.guidance(_GUIDANCE.value, pipe.config)
     scores = scoring.score(pipe, steps, prompts, seed=_SEED.value, guidance=_GUIDANCE.value)
+    kind = "teacher" if pipe.config.objective.name in build.TEACHERS else "student"
+    layout = scoring.results(
+        **{kind: scores},
+        measured=_measured(pipe, teacher, kind, steps) if _DIVERSITY.value else None,
+        config=pipe.config,
+        seed=_SEED.value,
+    )
     if not processes.is_leader():
         return
     for count, entry in scores.items():
         tasks = "  ".join(f"{task} {value:.2f}" for task, value in entry["tasks"].items())
         print(f"{count:>3} steps  score {entry['score']:.3f}  {tasks}")
+    if measures := report.format_measures(layout):
+        print(f"\n{measures}")
     if _OUTPUT.value is not None:
-        kind = "teacher" if pipe.config.objective.name in build.TEACHERS else "student"
-        layout = scoring.results(**{kind: scores}, config=pipe.config, seed=_SEED.value)
         write_json(Path(_OUTPUT.value), layout)
+
+
+def _measured(
+    pipe: pipeline.Pipeline, teacher: pipeline.Pipeline | None, kind: str, steps: list[int]
+) -> dict:
+    """Measures of a network, a teacher at the most steps alone, of real pictures and `teacher`."""
+    settings = ConfigDict({"prompts": _PROMPTS.value, "diversity_prompts": _DIVERSITY.value})
+    settings.diversity_pictures = _PICTURES.value
+    yardstick = scoring.yardstick_of(pipe, settings, _SEED.value, _GUIDANCE.value)
+    found: dict = {"real": yardstick.real()._asdict()}
+    if kind == "teacher":
+        return {**found, "teacher": yardstick.network(pipe, max(steps))._asdict()}
+    if teacher is not None:
+        yardstick.draw_teacher(teacher, _TEACHER_STEPS.value)
+        found["teacher"] = yardstick.teacher(teacher, _TEACHER_STEPS.value)._asdict()
+    return {**found, "student": scoring.measured(yardstick, pipe, steps)}
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ class Pipeline:
             size = streams.whole_number("batch_size", batch_size, 1)
         shape = (count, *build.token_shape(self.config, resolution))
         return _Settings(
-            draw_settings.steps(steps),
+            draw_settings.steps(steps, self.config),
             streams.check_seed(seed),
             draw_settings.guidance(guidance, self.config),
             min(size, count),

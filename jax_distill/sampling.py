@@ -12,7 +12,8 @@ A sample costs one evaluation of the network a step; with `solve` those of its `
 that if the velocity is guided by two evaluations.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -72,6 +73,7 @@ class Shifted(NamedTuple):
 
     shift: float | None = 0.0
     start: float = 1.0
+    most_steps = math.inf
 
     def at(self, tokens: int) -> "Shifted":
         """The schedule for so many tokens, whose shift is a number."""
@@ -90,6 +92,7 @@ class Angles(NamedTuple):
     """
 
     middle: float = 1.3
+    most_steps = math.inf
 
     def at(self, tokens: int) -> "Angles":
         """The schedule for so many tokens: the same for any number."""
@@ -102,16 +105,66 @@ class Angles(NamedTuple):
         return consistency_times(steps, self.middle)
 
 
+class Listed(NamedTuple):
+    """A schedule of listed times, of which a sampler of fewer steps walks the first ones, to 0.
+
+    So a student that was trained on what its own sampler comes to at each of them meets nothing
+    else, in any number of steps.
+
+    Attributes:
+      listed: times in (0, 1], decreasing; so many are the most steps.
+    """
+
+    listed: tuple[float, ...]
+
+    @classmethod
+    def of_angles(cls, angles: Iterable[float]) -> "Listed":
+        """The linear times of TrigFlow's angles, in (0, pi/2], see `flow.trig_to_linear_time`."""
+        return cls(tuple(math.sin(a) / (math.sin(a) + math.cos(a)) for a in angles))
+
+    @property
+    def most_steps(self) -> int:
+        return len(self.listed)
+
+    def at(self, tokens: int) -> "Listed":
+        """The schedule for so many tokens: the same for any number."""
+        del tokens
+        return self
+
+    def times(self, steps: int, tokens: int) -> jax.Array:
+        """(steps + 1,).
+
+        Raises:
+          ValueError: there are not so many.
+        """
+        del tokens
+        check_steps(self, steps)
+        return jnp.array([*self.listed[: _positive(steps)], 0.0])
+
+
+Schedule = Shifted | Angles | Listed
+"""All have `most_steps`, `at` and `times`."""
+
+
+def check_steps(schedule: Schedule, steps: int) -> None:
+    """Raises ValueError when a schedule has fewer steps than are asked for."""
+    if steps > schedule.most_steps:
+        raise ValueError(
+            f"steps: {steps} are more than the {schedule.most_steps} times that the network is"
+            f" sampled at; ask for {schedule.most_steps} or fewer"
+        )
+
+
 class PushForward(NamedTuple):
     """Draws by ``x_s = X(x_t, t -> s)`` along a schedule."""
 
-    schedule: Shifted | Angles
+    schedule: Schedule
 
 
 class Restart(NamedTuple):
     """Draws by a jump to data and fresh noise, ``x_s = (1 - s) X(x_t, t -> 0) + s e'``."""
 
-    schedule: Shifted | Angles
+    schedule: Schedule
 
 
 class Solve(NamedTuple):

@@ -1,6 +1,7 @@
 """diffusers' scheduler walks the schedule of any sampler, whatever method it is of."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from test_hostile_cards import BENIGN
 
 from jax_distill.interop.cards import programs, schedules
-from jax_distill.sampling import Angles, PushForward, Restart, Shifted, Solve
+from jax_distill.sampling import Angles, Listed, PushForward, Restart, Shifted, Solve
 
 SAMPLERS = [
     Restart(Angles(1.3)),
@@ -17,6 +18,8 @@ SAMPLERS = [
     Restart(Shifted(0.3, 0.9)),
     PushForward(Shifted(0.0, 0.994)),
     Solve(Shifted(0.7)),
+    Restart(Listed.of_angles((math.pi / 2, 1.5, 1.4, 1.0))),
+    PushForward(Listed((0.98, 0.9, 0.5, 0.2))),
 ]
 
 
@@ -28,9 +31,17 @@ def test_the_exported_scheduler_walks_the_schedule(sampler, steps):
     assert scheduler.config.stochastic_sampling == isinstance(sampler, Restart)
     given = schedules.sigmas(card, steps)
     even = [1 - step / steps for step in range(steps)]
-    assert schedules.needs_sigmas(card) == (not np.allclose(given, even, atol=1e-5))
+    assert schedules.needs_sigmas(card, steps) == (not np.allclose(given, even, atol=1e-5))
     scheduler.set_timesteps(sigmas=given, mu=schedules.mu(card))
     expected = sampler.schedule.times(steps, tokens=0)
     np.testing.assert_allclose(scheduler.sigmas, expected, atol=2e-6)
     asked = f"sigmas={given}," in programs.program(card)
-    assert asked == schedules.needs_sigmas(card)
+    assert asked == schedules.needs_sigmas(card, steps)
+
+
+def test_a_card_has_no_more_sigmas_than_listed_times():
+    card = dataclasses.replace(BENIGN, sampler=Restart(Listed((1.0, 0.4))), steps=2)
+    assert dict(schedules.steps_with_sigmas(card)) == {1: False, 2: False}
+    with pytest.raises(ValueError, match="^steps: 4 are more than the 2 times that the network"):
+        schedules.sigmas(card, 4)
+    assert "the times 1, 0.4, of which fewer" in schedules.words(card)

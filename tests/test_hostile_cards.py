@@ -19,7 +19,7 @@ from jax_distill.interop.time_scale import Refitted
 from jax_distill.models import mmdit
 from jax_distill.runs.exporting import export
 from jax_distill.runs.porting import port
-from jax_distill.sampling import Angles, PushForward, Restart, Shifted
+from jax_distill.sampling import Angles, Listed, PushForward, Restart, Shifted
 from jax_distill.storage import quoting
 
 PAYLOADS = [
@@ -56,6 +56,7 @@ BENIGN = cards.Card(
 VARIANTS = [
     BENIGN,
     dataclasses.replace(BENIGN, layout="safetensors", sampler=PushForward(Shifted(0.5, 0.9))),
+    dataclasses.replace(BENIGN, layout="safetensors", sampler=Restart(Listed((1.0, 0.4)))),
     dataclasses.replace(BENIGN, layout="t2i_distill", guidance_factor=1.0),
     dataclasses.replace(
         BENIGN, layout="lora", base=cards.Base("a folder", 4, int8=True, same_inputs=True)
@@ -114,6 +115,7 @@ def test_what_is_no_number_is_refused_by_its_name(value):
         {"sampler": Restart(Angles(value))},
         {"sampler": PushForward(Shifted(value))},
         {"sampler": PushForward(Shifted(0.0, value))},
+        {"sampler": Restart(Listed((1.0, value)))},
         {"scores": {2: value}},
     ):
         with pytest.raises(ValueError, match="is no number"):

@@ -6,14 +6,25 @@ import json
 import diffusers.pipelines.flux.pipeline_flux as flux_pipeline
 import diffusers.schedulers.scheduling_flow_match_euler_discrete as euler
 import diffusers.utils.dynamic_modules_utils as dynamic_modules
+import few_step
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from few_step import registered  # noqa: F401
 from safetensors.numpy import save_file
-from tiny_runs import GUIDANCE, RUNS, assert_same_pictures, programs, run_program, save_run
+from tiny_runs import (
+    GUIDANCE,
+    STUDENT,
+    assert_same_pictures,
+    programs,
+    run_program,
+    save_run,
+    settings,
+)
+from tiny_runs import RUNS as OTHERS
 
 from jax_distill import pipeline
 from jax_distill.assembly import build
@@ -22,9 +33,13 @@ from jax_distill.runs.exporting import export
 from jax_distill.worlds.shapes import bundled
 from jax_distill.worlds.shapes.world import embedded_codec
 
+RUNS = OTHERS | {
+    name: settings(objective, **STUDENT) for name, objective in few_step.STUDENTS.items()
+}
+
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, registered):  # noqa: F811
     folder = tmp_path_factory.mktemp("runs")
     return {name: save_run(folder / name, config) for name, config in RUNS.items()}
 
@@ -106,7 +121,7 @@ def test_the_program_of_a_folder_draws_our_pictures(runs, tmp_path, name, monkey
     export(str(runs[name]), tmp_path / "out", shard_bytes=100_000)
     assert len(list((tmp_path / "out/transformer").glob("diffusion*.safetensors"))) > 2
     drawing = Drawing(runs[name])
-    steps = {"scm": 2, "time_rescale": 50, "flow_matching": 50}.get(name, 4)
+    steps = {"scm": 2, "push_forward": 3, "time_rescale": 50, "flow_matching": 50}.get(name, 4)
     assert f"num_inference_steps={steps}," in programs(tmp_path / "out")[0]
     theirs = drawing.of_pipeline(tmp_path / "out", monkeypatch)
     assert_same_pictures(theirs, drawing.ours(steps))
@@ -116,7 +131,9 @@ def test_the_program_of_a_folder_draws_our_pictures(runs, tmp_path, name, monkey
 def test_the_program_of_a_single_file_draws_our_pictures(runs, tmp_path, name, monkeypatch):
     export(str(runs[name]), tmp_path / "out", layout="safetensors")
     drawing = Drawing(runs[name])
-    for steps in {"scm": (1, 2, 4), "time_rescale": (8,), "flow_matching": (8,)}.get(name, (4,)):
+    some = {"scm": (1, 2, 4), "time_rescale": (8,), "flow_matching": (8,)}
+    some |= dict.fromkeys(few_step.STUDENTS, (1, 2, 4))
+    for steps in some.get(name, (4,)):
         theirs = drawing.theirs(tmp_path / "out", steps, monkeypatch)
         assert_same_pictures(theirs, drawing.ours(steps))
 

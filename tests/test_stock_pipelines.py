@@ -3,21 +3,25 @@
 import dataclasses
 import functools
 import json
+import re
 
 import diffusers.schedulers.scheduling_flow_match_euler_discrete as euler
 import diffusers.utils.dynamic_modules_utils as dynamic_modules
+import few_step
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from few_step import registered  # noqa: F401
 from random_pipeline import TRANSFORMER, Sizes, save_random
 from safetensors.torch import load_file
 from tiny_runs import run_program, save_run
 
 from jax_distill import config, pipeline
 from jax_distill.assembly import build
+from jax_distill.assembly.resolution import trained_config
 from jax_distill.runs.exporting import export
 from jax_distill.runs.porting import port
 
@@ -38,6 +42,7 @@ STUDENTS = {
     "meanflow": ({"name": "meanflow"}, PAIR),
     "imm": ({"name": "imm", "time_shift": 0.3}, PAIR | OF_T_AND_W),
     "imm_restart": ({"name": "imm", "sampler": "restart"}, PAIR),
+    **{name: (objective, {}) for name, objective in few_step.STUDENTS.items()},
 }
 
 
@@ -54,7 +59,7 @@ def modules(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory, registered):  # noqa: F811
     """A source that can be exported, and the folder that is made of it."""
     root = tmp_path_factory.mktemp("folders")
 
@@ -145,17 +150,20 @@ def test_the_pictures_are_ours(folders, name, monkeypatch):
     assert ("true_cfg_scale=" in (out / "README.md").read_text()) == bool(guided)
 
 
-def test_four_steps_of_a_consistency_student_need_the_cards_sigmas(folders, monkeypatch):
-    source, out = folders("scm")
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("name", ["scm", *few_step.STUDENTS])
+def test_a_few_steps_are_ours_with_the_sigmas_of_the_card(folders, name, steps, monkeypatch):
+    """And without them where the card gives none."""
+    source, out = folders(name)
     pipe = DiffusionPipeline.from_pretrained(out)
-    card = (out / "README.md").read_text()
-    sigmas = json.loads(card.partition("`sigmas=")[2].partition("`")[0])
+    found = re.findall(r"`sigmas=(.*?)` in (\d)", (out / "README.md").read_text())
+    needed = {int(count): json.loads(sigmas) for sigmas, count in found}
+    assert set(needed) <= ({4} if name in ("scm", "restart_listed") else set())
     renoise(monkeypatch)
-    assert_same(draw(pipe, 4, sigmas=sigmas), ours(source, 4))
-    renoise(monkeypatch)
-    assert np.abs(255 * draw(pipe, 4) - ours(source, 4)).max() > 1
-    renoise(monkeypatch)
-    assert_same(draw(pipe, 1), ours(source, 1))
+    assert_same(draw(pipe, steps, sigmas=needed.get(steps)), ours(source, steps))
+    if steps in needed:
+        renoise(monkeypatch)
+        assert np.abs(255 * draw(pipe, steps) - ours(source, steps)).max() > 1
 
 
 def test_code_of_a_folder_does_not_run_unasked(folders):
@@ -229,13 +237,19 @@ def test_a_narrow_export_is_rounded_but_for_its_embedders(folders, tmp_path, nam
 
 @pytest.mark.parametrize("name", [*TEACHERS, *STUDENTS])
 def test_what_is_ported_again_is_what_was_exported(folders, tmp_path, name):
-    """Bit for bit, embedders and their factors as they were before they were refitted."""
+    """Bit for bit, embedders and their factors as they were before they were refitted.
+
+    And it is drawn from as it was.
+    """
     source, out = folders(name)
-    objective = STUDENTS[name][0]["name"] if name in STUDENTS else ""
-    port(str(out), tmp_path / "ported", objective=objective)
-    before, after = config.load(source).model, config.load(tmp_path / "ported").model
+    port(str(out), tmp_path / "ported")
+    before, after = (trained_config(folder) for folder in (source, tmp_path / "ported"))
     for factor in ("time_scale", "guidance_factor", "interval_embeds"):
-        assert before[factor] == after[factor]
+        assert before.model[factor] == after.model[factor]
+    samplers = (
+        build.objective(of, resolution=(HEIGHT, WIDTH)).sampled_by for of in (before, after)
+    )
+    assert next(samplers) == next(samplers)
     export(str(source), tmp_path / "first", layout="safetensors")
     export(str(tmp_path / "ported"), tmp_path / "second", layout="safetensors")
     first, second = (tmp_path / name / "model.safetensors" for name in ("first", "second"))

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from jax_distill.assembly import build
 from jax_distill.config.rules import MOST_STEPS
 from jax_distill.models import finite
+from jax_distill.sampling import check_steps
 from jax_distill.streams import whole_number
 
 
@@ -37,13 +38,20 @@ def captions(prompts: Any) -> tuple[str, ...]:
     return prompts
 
 
-def steps(value: Any) -> int:
+def steps(value: Any, config: ConfigDict | None = None) -> int:
     """The number of sampling steps.
 
+    Args:
+      value: as it was given.
+      config: of the network, if it is known yet.
+
     Raises:
-      ValueError: it is no whole number from 1 to `MOST_STEPS`.
+      ValueError: it is no whole number from 1 to `MOST_STEPS`, or the network's schedule has fewer.
     """
-    return whole_number("steps", value, 1, MOST_STEPS)
+    number = whole_number("steps", value, 1, MOST_STEPS)
+    if config is not None:
+        check_steps(build.without_networks(config).sampled_by.schedule, number)
+    return number
 
 
 def resolution(height: Any, width: Any, default: tuple[int, int]) -> tuple[int, int]:

@@ -78,6 +78,8 @@ EVALUATION = {
     "student_steps": (1, 2, 4),
     "teacher_steps": (50, 4, 2, 1),
     "guidance": 4.5,
+    "diversity_prompts": 30,  # measured at the end, see docs/measures.md; 0: nothing is
+    "diversity_pictures": 8,  # of each of them
 }
 RUN = {
     "name": "",

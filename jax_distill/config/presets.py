@@ -105,4 +105,5 @@ def shorten(config: ConfigDict) -> None:
     config.samples.prompts = 2
     config.samples.teacher_steps = 4
     config.evaluation.prompts = 12
+    config.evaluation.diversity_prompts, config.evaluation.diversity_pictures = 6, 2
     config.evaluation.teacher_steps = (4, 2)

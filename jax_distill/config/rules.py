@@ -65,6 +65,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     *("samples.every", "evaluation.every", "rescale.total_steps", "evaluation.guidance"),
+    "evaluation.diversity_prompts",
     *("optimizer.warmup_steps", "optimizer.weight_decay", "lora.rank"),
 )
 _SHARES = ("ema_decay", "optimizer.b1", "optimizer.b2")
@@ -105,6 +106,7 @@ _AT_MOST = {
     ),
     10_000: (
         *("samples.prompts", "samples.teacher_steps", "evaluation.prompts", "checkpoint.keep"),
+        *("evaluation.diversity_prompts", "evaluation.diversity_pictures"),
     ),
     8192: ("data.text_length",),
     1024: (
@@ -120,6 +122,7 @@ def of_runs() -> Iterable[Rule]:
     yield _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "zero or more"
     yield _SHARES, lambda value: 0 <= value < 1, "at least 0 and less than 1"
     yield _SEEDS, lambda value: 0 <= value <= streams.MOST_SEED, "at least 0 and less than 2^32"
+    yield ("evaluation.diversity_pictures",), lambda value: value >= 2, "2 or more"
     yield ("optimizer.decay_share",), lambda value: 0 <= value <= 1, "from 0 to 1"
     yield ("name",), _is_name, "a word; it names the default workdir"
     yield ("data.resolution",), _is_resolution, _RESOLUTION

@@ -11,10 +11,13 @@ from jax_distill.config.defaults import base
 from jax_distill.config.settings import ConfigError, flatten
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.mmdit import MMDiTConfig
+from jax_distill.objectives.methods import KINDS
+from jax_distill.objectives.settings import settings_of
 from jax_distill.storage.files import FileError, read_json, write_atomically
 
 LATER = (
     *("world", "ema_dtype", "teacher.guidance", "data.resolution", "evaluation.every"),
+    *("evaluation.diversity_prompts", "evaluation.diversity_pictures"),
     *("lora.rank", "lora.alpha", "lora.targets", "lora.base", "samples.teacher_steps"),
     *("rescale.total_steps", "rescale.batch_size", "rescale.learning_rate"),
     *("model.remat", "model.attention", "model.guidance_factor", "mesh.split_tokens"),
@@ -32,8 +35,15 @@ def save(config: ConfigDict, workdir: Path) -> None:
 
 
 def to_json(config: ConfigDict) -> str:
-    """The text of `config.json`."""
-    return config.to_json_best_effort(indent=2) + "\n"
+    """The text of `config.json`: with the objective's defaults, which may change in later versions.
+
+    How a student was trained, and is drawn from, stays in its own file.
+    """
+    whole = config.copy_and_resolve_references()
+    if (kind := KINDS.get(whole.objective.name)) is not None:
+        with whole.unlocked():
+            whole.objective = {**settings_of(kind), **whole.objective}
+    return whole.to_json_best_effort(indent=2) + "\n"
 
 
 def load(workdir: Path) -> ConfigDict:

@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from jax_distill.evaluation import page, plots
 from jax_distill.evaluation.plots import Theme
+from jax_distill.evaluation.results import MEASURES, Measures, parse_results
 from jax_distill.storage.files import write_atomically
 from jax_distill.storage.quoting import one_line, prose
 
@@ -23,7 +24,11 @@ class Spread(NamedTuple):
     half: float | None
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f}" + (f" ±{self.half:.2f}" if self.half is not None else "")
+        return f"{self:.2f}"
+
+    def __format__(self, form: str) -> str:
+        form = form or ".2f"
+        return f"{self.mean:{form}}" + (f" ±{self.half:{form}}" if self.half is not None else "")
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -183,6 +188,39 @@ def score_by_compute(study: Mapping[str, Any], steps: int) -> Callable[[Axes, Th
     return draw
 
 
+def measures_table(study: Mapping[str, Any]) -> list[list[str]]:
+    """Head and rows: measures of real pictures, of the teacher, and of each method by steps.
+
+    None for a study of an older version, which measured nothing.
+    """
+    known = parse_results({"measures": study.get("measures", {})}).measured
+    if known.teacher is None or known.real is None:
+        return []
+    share = "least share of teacher"
+    lines = [["measure", "steps", *MEASURES.values(), share]]
+
+    def line(name: str, steps: str, found: Sequence[Measures]) -> None:
+        columns = [*zip(*found), [each.diversity_share(known.teacher) for each in found]]
+        cells = ["-" if None in each else f"{spread(each):.3f}" for each in columns]
+        lines.append([name, steps, *cells])
+
+    line("real", "-", [known.real])
+    line("teacher", str(study["teacher"]["nfe"]), [known.teacher])
+    for name, cells in by_row(study).items():
+        measured = [
+            parse_results({"measures": {"student": cell["measures"]}}).measured.student
+            for cell in cells
+            if "measures" in cell
+        ]
+        for steps in measured[0] if measured else ():
+            line(name, str(steps), [each[steps] for each in measured])
+    return lines
+
+
+MEASURES_NOTE = (
+    "How much several pictures of one prompt differ, and Fréchet distances of features; real and"
+    " teacher have beside themselves what two sets of the same kind have."
+)
 PLOT = (4.6, 3.4)  # inches
 
 
@@ -221,6 +259,8 @@ def write(folder: Path, study: Mapping[str, Any], grid: Path | None = None) -> P
         ("Sampling", "Of the transformer, on the machine of the study.", sampling_table(study)),
         ("Tasks", "Scores.", _by_task(study, rows, list(full["tasks"]))),
     ]
+    if measured := measures_table(study):
+        tables.insert(1, ("Diversity and distances", MEASURES_NOTE, measured))
     commands = [str(cell["command"]) for cell in study["cells"]]
     page.write(
         folder / "study.html",

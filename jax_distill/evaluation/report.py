@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_distill.evaluation import page, plots
 from jax_distill.evaluation.metrics import Metrics, read_metrics
-from jax_distill.evaluation.results import Results, Score, parse_results, read_results
+from jax_distill.evaluation.results import Results, parse_results, read_results
 from jax_distill.storage.files import FileError, read_json
 from jax_distill.storage.quoting import one_line
 
@@ -25,7 +25,7 @@ _TIMES = ("step", "time")  # of metrics.jsonl, which no plot shows
 
 
 def format_table(results: Mapping[str, Any]) -> str:
-    """The scores of results.json as a plain-text table, for a terminal.
+    """The scores of results.json as a plain-text table, and its measures, for a terminal.
 
     Args:
       results: as in results.json; missing ones have no column.
@@ -34,12 +34,19 @@ def format_table(results: Mapping[str, Any]) -> str:
       ValueError: it holds something other than scores; the message names it.
     """
     parsed = parse_results(results)
-    columns = parsed.columns()
-    lines = [
-        ("", [who for who, _, _ in columns]),
-        ("steps", [steps for _, steps, _ in columns]),
-        *parsed.rows(),
-    ]
+    measured = format_measures(results)
+    return _text(parsed.columns(), parsed.rows()) + f"\n\n{measured}" * bool(measured)
+
+
+def format_measures(results: Mapping[str, Any]) -> str:
+    """The measures of results.json as `format_table` does its scores; "" where there are none."""
+    parsed = parse_results(results)
+    columns = parsed.measured_columns()
+    return _text(columns, parsed.measured_rows()) if columns else ""
+
+
+def _text(columns: Sequence[tuple], rows: Sequence[tuple[str, list[str]]]) -> str:
+    lines = [("", [who for who, *_ in columns]), ("steps", [each[1] for each in columns]), *rows]
     first = max(len(name) for name, _ in lines) + 1
     return "\n".join(
         name.ljust(first) + "".join(cell.rjust(9) for cell in cells) for name, cells in lines
@@ -85,6 +92,7 @@ def write_report(workdir: str | Path) -> Path:
         sentences=_sentences(results, metrics, config) + notes,
         shares={steps: _percent(share) for steps, share in shares.items()},
         scores=_scores(results),
+        measured=_measured(results),
         samples=_samples(workdir / "samples"),
         stages=_stages(workdir, metrics),
         settings=_settings(config, ""),
@@ -104,7 +112,7 @@ def _percent(share: float) -> str:
 
 
 def _score_sentences(results: Results) -> list[str]:
-    def in_steps(scores: Mapping[int, Score]) -> str:
+    def in_steps(scores: Iterable[int]) -> str:
         return f"in {page.listed(map(str, scores))} {page.plural('step', max(scores))}"
 
     sentences = []
@@ -132,6 +140,18 @@ def _score_sentences(results: Results) -> list[str]:
             f"The teacher itself keeps {page.listed(map(_percent, kept.values()))} of it"
             f" {in_steps(kept)}."
         )
+    measured = results.measured
+    if measured.teacher is not None:
+        diverse = {
+            n: each.diversity_share(measured.teacher) for n, each in measured.student.items()
+        }
+        diverse = {steps: share for steps, share in diverse.items() if share is not None}
+        if diverse:
+            least = page.listed(map(_percent, diverse.values()))
+            sentences.append(
+                f"Its pictures of one prompt are at least {least} as diverse as the teacher's"
+                f" {in_steps(diverse)}."
+            )
     return sentences
 
 
@@ -154,11 +174,11 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**53
 
 
-class Scores(NamedTuple):
-    """The table of scores, and its plots.
+class Table(NamedTuple):
+    """The table of scores or measures, and its plots.
 
     Attributes:
-      groups: "teacher" or "student", and how many columns side by side are its.
+      groups: "teacher", "student" or "real", and how many columns side by side are its.
       steps: of each column.
       rows: a name, and a text for each column.
       figures: plots of the table.
@@ -170,10 +190,23 @@ class Scores(NamedTuple):
     figures: list[page.Figure]
 
 
-def _scores(results: Results | None) -> Scores | None:
+def _table(
+    columns: Sequence[tuple], rows: list[tuple[str, list[str]]], figures: Iterable[page.Figure] = ()
+) -> Table:
+    groups = [(who, len(list(group))) for who, group in groupby(who for who, *_ in columns)]
+    return Table(groups, [steps for _, steps, _ in columns], rows, list(figures))
+
+
+def _measured(results: Results | None) -> Table | None:
+    if results is None or not results.measured_columns():
+        return None
+    return _table(results.measured_columns(), results.measured_rows())
+
+
+def _scores(results: Results | None) -> Table | None:
     if results is None or not results.columns():
         return None
-    columns, teacher = results.columns(), results.teacher
+    teacher = results.teacher
     drawn = []
     if results.student or results.few:
         student, few = (
@@ -188,15 +221,11 @@ def _scores(results: Results | None) -> Scores | None:
         full = teacher.tasks if teacher else None
         draw = plots.bars_by_task(results.tasks, full, results.teacher_name, tasks)
         drawn.append(("Score by task", "", draw))
-    return Scores(
-        groups=[(who, len(list(group))) for who, group in groupby(who for who, _, _ in columns)],
-        steps=[steps for _, steps, _ in columns],
-        rows=results.rows(),
-        figures=[
-            page.Figure(x + y, plots.inline(draw, (4.6, 3.2), f"{x}; the table has the numbers"))
-            for x, y, draw in drawn
-        ],
-    )
+    figures = [
+        page.Figure(x + y, plots.inline(draw, (4.6, 3.2), f"{x}; the table has the numbers"))
+        for x, y, draw in drawn
+    ]
+    return _table(results.columns(), results.rows(), figures)
 
 
 class Sample(NamedTuple):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jax_distill.storage.files import FileError, parse_json, read_text
 from jax_distill.storage.quoting import shown
+
+T = TypeVar("T")
 
 # Limits of a table and a plot; no evaluation here writes as much.
 _MOST_COUNTS, _MOST_TASKS, _MOST_KEYS, _LONGEST_NAME = 16, 32, 1000, 80
@@ -24,14 +26,64 @@ class Score(NamedTuple):
     tasks: dict[str, float]
 
 
+class Measures(NamedTuple):
+    """Diversity of a prompt's pictures and distances of sets of pictures, see `measures`.
+
+    Attributes:
+      latents, place, size, color, twice: as in `measures.Diversity`.
+      to_real, to_teacher: Fréchet distances to the pictures of others, in units of the total
+        variance of real pictures' features.
+    """
+
+    latents: float | None = None
+    place: float | None = None
+    size: float | None = None
+    color: float | None = None
+    twice: float | None = None
+    to_real: float | None = None
+    to_teacher: float | None = None
+
+    def diversity_share(self, teacher: Measures) -> float | None:
+        """The least share of the teacher's diversity, of latents, places, sizes and colours."""
+        pairs = list(zip(self[:4], teacher[:4]))
+        if any(ours is None or not theirs or theirs < _SMALLEST for ours, theirs in pairs):
+            return None
+        return min(ours / theirs for ours, theirs in pairs)
+
+
+MEASURES = {
+    "latents": "latents",
+    "place": "place, px",
+    "size": "size, px",
+    "color": "colour",
+    "twice": "right twice",
+    "to_real": "distance to real",
+    "to_teacher": "distance to teacher",
+}
+"""What tables call them."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measures of a run's networks: a student's by ascending steps, the teacher's at its most."""
+
+    real: Measures | None = None
+    teacher: Measures | None = None
+    student: dict[int, Measures] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Results:
-    """results.json: scores by ascending steps; `teacher` is at its full number of steps, `nfe`."""
+    """results.json: scores by ascending steps; `teacher` is at its full number of steps, `nfe`.
+
+    Files of older versions have no measures.
+    """
 
     teacher: Score | None = None
     nfe: int | None = None
     few: dict[int, Score] = field(default_factory=dict)
     student: dict[int, Score] = field(default_factory=dict)
+    measured: Measured = Measured()
 
     @property
     def tasks(self) -> list[str]:
@@ -69,6 +121,32 @@ class Results:
             rows.append((task.replace("_", " "), cells))
         return rows
 
+    def measured_columns(self) -> list[tuple[str, str, Measures]]:
+        """As `columns`, of measures; real pictures are last."""
+        found, columns = self.measured, []
+        if found.teacher is not None:
+            columns.append(("teacher", str(self.nfe or "full"), found.teacher))
+        columns += [("student", str(steps), each) for steps, each in found.student.items()]
+        if found.real is not None:
+            columns.append(("real", "-", found.real))
+        return columns
+
+    def measured_rows(self) -> list[tuple[str, list[str]]]:
+        """As `rows`, for `measured_columns`."""
+        measured = [each for _, _, each in self.measured_columns()]
+        rows = [
+            (label, [_cell(getattr(each, name), ".3f") for each in measured])
+            for name, label in MEASURES.items()
+        ]
+        if self.measured.teacher is not None:
+            shares = [each.diversity_share(self.measured.teacher) for each in measured]
+            rows.insert(5, ("least share of teacher", [_cell(share, ".1%") for share in shares]))
+        return rows
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
 
 def parse_results(results: Mapping[str, Any]) -> Results:
     """Checks the content of results.json, see `Results`; raises ValueError naming what is wrong."""
@@ -100,13 +178,23 @@ def parse_results(results: Mapping[str, Any]) -> Results:
             {task: number(tasks[task], f"{name}.tasks.{task}") for task in tasks},
         )
 
-    def by_steps(value: Any, name: str) -> dict[int, Score]:
+    def measures(value: Any, name: str) -> Measures:
+        value = mapping(value, name)
+        if unknown := [key for key in value if key not in Measures._fields]:
+            raise ValueError(f"{name} has {shown(unknown[0])} for the name of a measure")
+        known = {key: each for key, each in value.items() if each is not None}
+        return Measures(**{key: number(each, f"{name}.{key}") for key, each in known.items()})
+
+    def by_steps(value: Any, name: str, parse: Callable[[Any, str], T]) -> dict[int, T]:
         table = {}
         for steps, content in mapping(value, name, _MOST_COUNTS).items():
             if not re.fullmatch("[1-9][0-9]{0,6}", steps):
                 raise ValueError(f"{name} has {shown(steps)} for a number of steps")
-            table[int(steps)] = score(content, f"{name}.{steps}")
+            table[int(steps)] = parse(content, f"{name}.{steps}")
         return dict(sorted(table.items()))
+
+    def optional(value: Mapping[str, Any], key: str) -> Measures | None:
+        return measures(value[key], f"measures.{key}") if key in value else None
 
     def count(value: Any, name: str) -> int:
         if number(value, name) != int(value) or not 1 <= value < 10**7:
@@ -114,15 +202,22 @@ def parse_results(results: Mapping[str, Any]) -> Results:
         return int(value)
 
     results = mapping(results, "the content")
-    student = by_steps(results.get("student", {}), "student")
+    student = by_steps(results.get("student", {}), "student", score)
+    others = mapping(results.get("measures", {}), "measures")
+    measured = Measured(
+        real=optional(others, "real"),
+        teacher=optional(others, "teacher"),
+        student=by_steps(others.get("student", {}), "measures.student", measures),
+    )
     if "teacher" not in results:
-        return Results(student=student)
+        return Results(student=student, measured=measured)
     teacher = mapping(results["teacher"], "teacher")
     return Results(
         teacher=score(teacher, "teacher"),
         nfe=count(teacher["nfe"], "teacher.nfe") if "nfe" in teacher else None,
-        few=by_steps(teacher.get("few", {}), "teacher.few"),
+        few=by_steps(teacher.get("few", {}), "teacher.few", score),
         student=student,
+        measured=measured,
     )
 
 

@@ -1,8 +1,9 @@
 """diffusers' config of FLUX's transformer and ours.
 
 `time_scale` and `guidance_factor` are this program's own keys there: what t and the guidance scale
-are multiplied with before they are embedded; `objective` is what the network was trained for. All
-three are there unless they are those of diffusers' own networks: 1000, 1000, "flow_matching".
+are multiplied with before they are embedded; `objective` is what the network was trained for, and
+`objective_settings` how, which its sampler depends on. All are there unless they are those of
+diffusers' own networks: 1000, 1000, "flow_matching".
 """
 
 import dataclasses
@@ -26,14 +27,16 @@ class Purpose(NamedTuple):
     Attributes:
       objective: that it was trained for.
       guidance: "cfg" for teachers under classifier-free guidance, "auto" for all others.
+      objective_settings: of a student, as JSON; "" for teachers, whose scheduler says it all.
     """
 
     objective: str = "flow_matching"
     guidance: str = "auto"
+    objective_settings: str = ""
 
 
-_STOCK = {**FACTORS, **Purpose()._asdict()}
-OWN_KEYS = tuple(_STOCK)
+_STOCK = {**FACTORS, "objective": "flow_matching", "guidance": "auto"}
+OWN_KEYS = (*FACTORS, *Purpose._fields)
 FLUX_AXES = (16, 56, 56)
 _SHARED = (
     "in_channels",
@@ -108,8 +111,9 @@ def to_diffusers(config: MMDiTConfig, purpose: Purpose = Purpose()) -> dict[str,
 
 
 def own_values(config: MMDiTConfig, purpose: Purpose) -> dict[str, Any]:
-    """This program's own keys and their values."""
-    return {name: getattr(config, name) for name in FACTORS} | purpose._asdict()
+    """This program's own keys and their values, without settings where there are none."""
+    own = {name: getattr(config, name) for name in FACTORS} | purpose._asdict()
+    return {name: value for name, value in own.items() if value != ""}
 
 
 def has_interval(names: Iterable[str]) -> bool:

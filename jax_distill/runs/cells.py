@@ -1,5 +1,6 @@
 """A study's cells: the runs that it compares, each in a folder of its own."""
 
+import functools
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ from jax_distill.assembly.resolution import teacher_config
 from jax_distill.config import ConfigError
 from jax_distill.data import records
 from jax_distill.evaluation import comparison, grids, scoring
+from jax_distill.evaluation.measures import Yardstick
 from jax_distill.evaluation.metrics import read_metrics
 from jax_distill.evaluation.results import parse_results, read_results
 from jax_distill.planning.flops import count_flops
@@ -33,6 +35,7 @@ from jax_distill.worlds.shapes.world import preview_captions
 
 RESULTS = "study.json"
 COST = "cost.json"
+MEASURES = "measures.json"
 _AGAIN = "remove the run's folder and run the study again"
 
 
@@ -41,6 +44,13 @@ class _Cost(TypedDict):
 
     command: NotRequired[str]
     peak_gib: Annotated[float, Meta(ge=0, le=1e6)]
+
+
+class _Measured(TypedDict):
+    """measures.json: a cell's command, and its measures by sampling steps."""
+
+    command: str
+    student: dict[str, dict[str, Any]]
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -68,6 +78,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             f"evaluation.student_steps={_word(steps)}",
             "evaluation.teacher_steps=1",  # the teacher is scored once, above
             f"evaluation.every={config.evaluate_every}",
+            "evaluation.diversity_prompts=0",  # measured below, beside the teacher's most steps
         ]
         start = [f"teacher.checkpoint={teacher}", f"seed={seed}"]
         own = [setting.format(workdir=workdir) for setting in own]
@@ -81,6 +92,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
         name: sampling_costs(pipe, config.teacher_steps if name == "teacher" else steps)
         for name, pipe in pipes.items()
     }
+    study["measures"] = _results(teacher).get("measures", {})
+    beside = Beside(pipes["teacher"], study["teacher"]["nfe"])
+    for cell in study["cells"] if study["measures"] else ():
+        cell["measures"] = beside.measured(workdir / folder(cell["row"], cell["seed"]), steps, cell)
     write_json(workdir / RESULTS, study)
     grid = workdir / "samples.png"
     draw_grid(grid, config, pipes)
@@ -212,6 +227,41 @@ def _cost(workdir: Path) -> _Cost:
         return read_json(path, _Cost, fix=_AGAIN)
     except FileNotFoundError:
         raise ConfigError(f"'{path}' is missing; {_AGAIN}") from None
+
+
+class Beside:
+    """Measures students beside a teacher, whose pictures are drawn once, when they are needed."""
+
+    def __init__(self, teacher: pipeline.Pipeline, steps: int):
+        self._teacher, self._steps = teacher, steps
+
+    @functools.cached_property
+    def _yardstick(self) -> Yardstick:
+        config = self._teacher.config
+        yardstick = scoring.yardstick_of(self._teacher, config.evaluation, config.seed)
+        yardstick.draw_teacher(self._teacher, self._steps)
+        return yardstick
+
+    def measured(self, workdir: Path, steps: Sequence[int], cell: Mapping) -> dict[str, dict]:
+        """A finished cell's measures by sampling steps, kept in `measures.json` with its command.
+
+        Raises:
+          ValueError: that file holds something else.
+        """
+        path = workdir / MEASURES
+        if path.exists():
+            known = read_json(path, _Measured, fix=_AGAIN)
+            if known["command"] == cell["command"]:
+                try:
+                    parse_results({"measures": {"student": known["student"]}})
+                except ValueError as error:
+                    message = f"'{path}' does not hold measures ({error}); {_AGAIN}"
+                    raise ConfigError(message) from None
+                return known["student"]
+        logging.info("measuring %s", workdir)
+        found = scoring.measured(self._yardstick, pipeline.load(workdir), steps)
+        write_json(path, {"command": cell["command"], "student": found})
+        return found
 
 
 def step_flops(config: ConfigDict, teacher: ConfigDict) -> int:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from jax_distill import config as configuration
 from jax_distill import worlds
-from jax_distill.assembly import adapters, build, resolution
+from jax_distill.assembly import adapters, build, draw_settings, resolution
 from jax_distill.assembly.stages import Stage
 from jax_distill.config import ConfigError
 from jax_distill.config.settings import flatten
@@ -126,9 +126,16 @@ def check_lora(config: ConfigDict) -> None:
 def check_evaluation(config: ConfigDict) -> None:
     """Checks the evaluation, which would otherwise fail after training."""
     world = worlds.of(config)
+    try:
+        for steps in config.evaluation.student_steps:
+            draw_settings.steps(steps, config)
+    except ValueError as error:
+        raise ConfigError(f"evaluation.student_{error}") from None
     if world.scored:
         try:
             scoring.held_out(config.evaluation.prompts)
+            if config.evaluation.diversity_prompts:
+                scoring.held_out(config.evaluation.diversity_prompts, "diversity_prompts")
         except ValueError as error:
             raise ConfigError(f"evaluation.{error}") from None
     elif config.evaluation.every:

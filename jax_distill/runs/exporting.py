@@ -1,6 +1,7 @@
 """Export: from our networks to PyTorch's weights, with all that is needed to draw with them."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from jax_distill.interop.parts import tensors_of
 from jax_distill.interop.readers.safetensors_files import SHARD_BYTES
 from jax_distill.interop.tensors import CHOICES
 from jax_distill.models.mmdit import MMDiTConfig
+from jax_distill.objectives.settings import settings_of
 from jax_distill.runs.stored_network import StoredNetwork, open_network
 from jax_distill.sampling import Sampler
 from jax_distill.storage.files import write_atomically
@@ -68,7 +70,9 @@ def export(
         settings, world = network.config, worlds.of(network.config)
         own = build.network_config(settings)
         guidance = "cfg" if build.needs_null(settings) else "auto"
-        purpose = flux_config.Purpose(settings.objective.name, guidance)
+        purpose = flux_config.Purpose(
+            settings.objective.name, guidance, _objective_settings(settings)
+        )
         config = dataclasses.replace(own, **layouts.factors(layout, own, scale))
         refits = time_scale.refit_network(own, config, network.tree)
         embedders = {name: refit.embedder for name, refit in refits.items()}
@@ -108,11 +112,22 @@ def export(
         write_atomically(partial / "README.md", model_card.text(card))
 
 
+def _objective_settings(config: ConfigDict) -> str:
+    """A student's settings, for `flux_config.Purpose`."""
+    name = config.objective.name
+    if name in build.TEACHERS:
+        return ""
+    whole = {**settings_of(build.OBJECTIVES[name]), **config.objective}
+    del whole["name"]
+    return json.dumps(whole, sort_keys=True)
+
+
 def _card(network: StoredNetwork, world: worlds.World, config: MMDiTConfig, **more: Any) -> Card:
     """The card of a network that is exported with the embedders of `config`."""
     settings = network.config
-    method = build.OBJECTIVES[settings.objective.name]
+    method = build.without_networks(settings)
     sampler, scheduler, assumed = _sampling(settings, world)
+    steps = method.card_steps or settings.samples.teacher_steps
     return Card(
         name=settings.name or "network",
         method=method.name,
@@ -123,7 +138,7 @@ def _card(network: StoredNetwork, world: worlds.World, config: MMDiTConfig, **mo
         guidance_embeds=config.guidance_embeds,
         guided=build.needs_null(settings),
         interval_embeds=config.interval_embeds,
-        steps=method.card_steps or settings.samples.teacher_steps,
+        steps=min(steps, sampler.schedule.most_steps),
         resolution=tuple(world.resolution),
         patch=build.PATCH,
         channels=config.in_channels,

@@ -9,11 +9,15 @@ and the assumption is kept with the network.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
+from jax_distill import config as configuration
 from jax_distill.assembly import build
 from jax_distill.interop import flux_config
 from jax_distill.interop.readers.sources import Source
 from jax_distill.interop.scheduler_config import EULER, FLUX_DEV
 from jax_distill.models.sizes import LONGEST
+from jax_distill.storage.files import parse_json
 from jax_distill.storage.quoting import shown
 
 TEXT_LENGTH = 256  # of FLUX.1-schnell and lite; dev has 512
@@ -44,7 +48,7 @@ class Settings(NamedTuple):
     """Facts about a network beside its weights.
 
     Attributes:
-      objective: that it was trained for.
+      objective: that it was trained for, the section of a configuration.
       factors: of `flux_config.FACTORS`.
       scheduler: diffusers' config; None for FLUX's own.
       text_length: of T5's sequences.
@@ -52,7 +56,7 @@ class Settings(NamedTuple):
       assumed: sentences about facts that nothing stated.
     """
 
-    objective: str
+    objective: dict[str, Any]
     factors: dict[str, float]
     scheduler: Mapping[str, Any] | None
     text_length: int
@@ -86,7 +90,8 @@ def settle(
     scheduler = _scheduler(source, flags, base, scheduler, assumed)
     length = _text_length(flags, base, assumed)
     guidance = _guidance(where, source, flags, objective, assumed)
-    return Settings(objective, factors, scheduler, length, guidance, assumed)
+    section = _objective_section(where, source, objective)
+    return Settings(section, factors, scheduler, length, guidance, assumed)
 
 
 def _contradiction(flag: str, where: str, told: Any, given: Any) -> ValueError:
@@ -131,6 +136,22 @@ def _objective(
     if scheduler is None:
         assumed.append("the network is a teacher, made by flow matching")
     return "flow_matching"
+
+
+def _objective_section(where: str, source: Source, name: str) -> dict[str, Any]:
+    """The objective with the settings that the files tell, on which its sampler depends."""
+    text = source.told.get("objective_settings")
+    if not isinstance(text, str) or source.told.get("objective") != name:
+        return {"name": name}
+    said = f"'{where}': objective_settings"
+    values = parse_json(text, dict[str, Any], where=said, fix="export it again")
+    section = {**values, "name": name}
+    try:
+        configuration.check_objective(section)
+        build.without_networks(ConfigDict({"objective": section}))
+    except ValueError as error:
+        raise ValueError(f"{said}: {error}; export it again with this version") from None
+    return section
 
 
 def _factors(

@@ -139,7 +139,7 @@ def _configuration(
         config.name = "flux"
         config.dtype = "bfloat16" if np.dtype(ml_dtypes.bfloat16) in stored else "float32"
         config.world = "flux"
-        config.objective.name = settings.objective
+        config.objective = settings.objective
         config.teacher.checkpoint = str(Path(base).resolve()) if base else ""
         for key in config.model:
             config.model[key] = getattr(model, key)
@@ -148,5 +148,5 @@ def _configuration(
         resolution = configuration.load(Path(base)).data.resolution if base else _RESOLUTION
         config.data.resolution = tuple(resolution)
         config.samples.teacher_steps = _TEACHER_STEPS
-        config.evaluation.guidance = _GUIDANCE.get(settings.objective, _EMBEDDED_GUIDANCE)
+        config.evaluation.guidance = _GUIDANCE.get(config.objective.name, _EMBEDDED_GUIDANCE)
     return config

@@ -150,6 +150,8 @@ TABLE = (
             "evaluation.student_steps",
             "evaluation.teacher_steps",
             "evaluation.guidance",
+            "evaluation.diversity_prompts",
+            "evaluation.diversity_pictures",
         ),
         SAID,
         "scores before and after are not of the same pictures",

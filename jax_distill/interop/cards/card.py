@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax_distill.interop.time_scale import Refitted
-from jax_distill.sampling import Sampler
+from jax_distill.sampling import Listed, Sampler
 from jax_distill.storage.quoting import literal
 
 
@@ -89,7 +89,11 @@ class Card:
         names = ("time_scale", "guidance_factor", "guidance", "steps", "patch", "channels")
         numbers = {name: getattr(self, name) for name in (*names, "text_length")}
         numbers |= {"height": self.resolution[0], "width": self.resolution[1]}
-        numbers |= self.sampler.schedule._asdict()
+        schedule = self.sampler.schedule
+        if isinstance(schedule, Listed):
+            numbers |= {f"listed[{index}]": time for index, time in enumerate(schedule.listed)}
+        else:
+            numbers |= schedule._asdict()
         numbers |= {f"score in {steps} steps": score for steps, score in self.scores.items()}
         for name, value in numbers.items():
             literal(name, value)

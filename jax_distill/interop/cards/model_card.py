@@ -79,18 +79,7 @@ def _of_pipelines(card: Card) -> list[str]:
             " embedded in float32.",
             "",
         ]
-    if schedules.in_angles(card):
-        lines += [
-            "The scheduler's shift gives the schedule at one and two steps; at four add"
-            f" `sigmas={schedules.sigmas(card, 4)}`.",
-            "",
-        ]
-    elif schedules.needs_sigmas(card):
-        lines += [
-            f"The program's `sigmas` are those of {card.steps} steps, which begin at"
-            f" {schedules.start(card)}; without them the pipeline begins at 1.",
-            "",
-        ]
+    lines += _sigmas(card)
     if card.refits and not card.interval_embeds:
         lines += [
             "## In bfloat16",
@@ -105,6 +94,18 @@ def _of_pipelines(card: Card) -> list[str]:
             _python(snippets.BFLOAT16.lstrip("\n")),
         ]
     return lines
+
+
+def _sigmas(card: Card) -> list[str]:
+    """The times that the folder's pipeline must be given, if any."""
+    needed = dict(schedules.steps_with_sigmas(card))
+    given = [f"`sigmas={schedules.sigmas(card, n)}` in {n}" for n in needed if needed[n]]
+    alone = " and ".join(str(n) for n in needed if not needed[n])
+    if not given:
+        return []
+    words = f"in {alone} steps" if alone else "in no number of steps: it begins at 1"
+    words = f"By itself the pipeline walks this schedule {words}. Give it {', '.join(given)}."
+    return [words, ""]
 
 
 def _refitted(name: str, refit: Refitted, card: Card) -> str:

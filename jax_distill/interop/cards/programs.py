@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from jax_distill.interop import flux_config
 from jax_distill.interop.cards import schedules, snippets
 from jax_distill.interop.cards.card import Card
+from jax_distill.sampling import Angles, Listed
 from jax_distill.storage.quoting import literal
 
 TEACHER = "FLUX"
@@ -48,9 +49,6 @@ def _own_program(card: Card) -> str:
     if card.interval_embeds:
         load += [snippets.TWO_TIMES, snippets.USE_TWO_TIMES]
     interval = snippets.INTERVAL if card.interval_embeds else ""
-    schedule = snippets.LATE_SCHEDULE if schedules.start(card) < 1 else ""
-    if schedules.in_angles(card):
-        schedule = snippets.ANGLES_SCHEDULE
     null = snippets.NULL if card.guided else ""
     pieces = [
         head,
@@ -60,7 +58,7 @@ def _own_program(card: Card) -> str:
         snippets.NETWORK,
         snippets.GUIDED if card.guided else snippets.PLAIN,
         snippets.DECODE,
-        _assembled(snippets.DRAW, {"schedule": schedule, "interval": interval}),
+        _assembled(snippets.DRAW, {"schedule": _schedule(card), "interval": interval}),
         snippets.DRAW_EXAMPLES
         if card.captions
         else _assembled(snippets.DRAW_PROMPT, {"null": null}),
@@ -74,6 +72,16 @@ def _own_program(card: Card) -> str:
         text = text.replace("from safetensors.torch import load_file\n", "")
     length = "t" if schedules.restarts(card) else "t - s"
     return filled(_assembled(text, {"guidance_input": embeds, "length": length}), card)
+
+
+def _schedule(card: Card) -> str:
+    """Makes the `sigmas` of any number of steps."""
+    match card.sampler.schedule:
+        case Angles():
+            return snippets.EVEN + snippets.ANGLES_SCHEDULE
+        case Listed():
+            return snippets.LISTED_SCHEDULE
+    return snippets.EVEN + (snippets.LATE_SCHEDULE if schedules.start(card) < 1 else "")
 
 
 def _joined(pieces: Sequence[str]) -> str:
@@ -123,8 +131,10 @@ def filled(text: str, card: Card) -> str:
         "vae": 'FOLDER / "vae"' if card.has_autoencoder else f'"{TEACHER}", subfolder="vae"',
     }
     literals = {name: literal(name, value) for name, value in numbers.items()}
-    sigmas = ""
-    if schedules.needs_sigmas(card):
+    sigmas = listed = ""
+    if schedules.needs_sigmas(card, card.steps):
         sigmas = f"\n    sigmas={schedules.sigmas(card, card.steps)},"
-    text = string.Template(text).substitute(**literals, **names, sigmas=sigmas)
+    if isinstance(card.sampler.schedule, Listed):
+        listed = str(schedules.sigmas(card, card.sampler.schedule.most_steps))
+    text = string.Template(text).substitute(**literals, **names, sigmas=sigmas, listed=listed)
     return text.removeprefix("\n")

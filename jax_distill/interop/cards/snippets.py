@@ -119,8 +119,7 @@ def velocity(x, t, sequence, pooled, guidance):
 
 DRAW = """
 @torch.no_grad()
-def draw(noise, sequence, pooled, steps=$steps, guidance=$guidance, generator=None):
-    sigmas = [1 - i / steps for i in range(steps)]$schedule
+def draw(noise, sequence, pooled, steps=$steps, guidance=$guidance, generator=None):$schedule
     scheduler.set_timesteps(sigmas=sigmas, mu=$mu)
     x = noise
     for t, s, timestep in zip(scheduler.sigmas, scheduler.sigmas[1:], scheduler.timesteps):$interval
@@ -128,6 +127,9 @@ def draw(noise, sequence, pooled, steps=$steps, guidance=$guidance, generator=No
         x = scheduler.step(v, timestep, x, generator=generator, return_dict=False)[0]
     return decode(x)
 """
+
+EVEN = """
+    sigmas = [1 - i / steps for i in range(steps)]"""
 
 ANGLES_SCHEDULE = """
     if steps > 2:  # even angles of TrigFlow; the scheduler's shift is undone
@@ -138,6 +140,12 @@ LATE_SCHEDULE = """
     # From $start on, at 1 it was not trained; the scheduler's shift is undone.
     times = [$start * $shift * u / (1 + ($shift - 1) * u) for u in sigmas]
     sigmas = [t / ($shift - ($shift - 1) * t) for t in times]"""
+
+LISTED_SCHEDULE = """
+    listed = $listed  # of the most steps; the scheduler's shift is undone
+    if steps > len(listed):
+        raise ValueError(f"steps: {steps} is more than {len(listed)}")
+    sigmas = listed[:steps]"""
 
 INTERVAL = """
         transformer.time_text_embed.interval = float($length)"""

@@ -212,8 +212,8 @@ def _in_relation(first: Located, second: Located, relation: str) -> bool:
     return bool(along > _POSITION_CONE)
 
 
-def satisfied(objects: Sequence[Located], request: Request) -> bool:
-    """Whether a picture with `objects` fulfils `request`, by GenEval's rules.
+def chosen(objects: Sequence[Located], request: Request) -> list[list[Located]] | None:
+    """The objects that fulfil `request`, by GenEval's rules; None if they do not.
 
     Of each shape only the surest objects, as many as asked, are looked at; more objects of a shape
     are an error in counting only.
@@ -221,24 +221,33 @@ def satisfied(objects: Sequence[Located], request: Request) -> bool:
     Args:
         objects: in order of falling confidence.
         request: of the caption.
+
+    Returns:
+        As many objects as asked for each entry of `request.objects`.
     """
     groups = []
     for shape, color, count in request.objects:
         asked = sum(n for s, _, n in request.objects if s == shape)
         present = [obj for obj in objects if obj.shape == shape]
         if request.task == "counting" and len(present) != asked:
-            return False
+            return None
         # Asking all objects of a shape to exist keeps two attributes off one object.
         if len(present) < asked:
-            return False
+            return None
         group = [obj for obj in present[:asked] if color in (None, obj.color)]
         if len(group) < count:
-            return False
+            return None
         groups.append(group)
-    if request.relation is None:
-        return True
-    first, second = groups
-    return all(_in_relation(a, b, request.relation) for a in first for b in second)
+    if request.relation is not None:
+        first, second = groups
+        if not all(_in_relation(a, b, request.relation) for a in first for b in second):
+            return None
+    return [group[:count] for group, (_, _, count) in zip(groups, request.objects)]
+
+
+def satisfied(objects: Sequence[Located], request: Request) -> bool:
+    """Whether a picture with `objects` fulfils `request`, see `chosen`."""
+    return chosen(objects, request) is not None
 
 
 def judge(image: np.ndarray, request: Request) -> bool:
