@@ -57,6 +57,7 @@ SMALL = {
     "model.num_single_layers": 1,
     "model.num_attention_heads": 1,
     "evaluation.prompts": 12,
+    "evaluation.diversity_prompts": 0,
     "evaluation.teacher_steps": 1,
 }
 ERRORS = ("EIO", "EACCES", "EMFILE", "ESTALE", "ENOMEM", "ETIMEDOUT")

@@ -35,6 +35,7 @@ SMALL = {
     "samples.prompts": 1,
     "samples.teacher_steps": 1,
     "evaluation.prompts": 6,
+    "evaluation.diversity_prompts": 0,
     "evaluation.student_steps": 1,
     "evaluation.teacher_steps": 1,
 }

@@ -36,6 +36,7 @@ SMALL = {
     "samples.prompts": 1,
     "samples.teacher_steps": 1,
     "evaluation.prompts": 6,
+    "evaluation.diversity_prompts": 0,
     "evaluation.teacher_steps": 1,
 }
 KILLED_AFTER = 6  # steps

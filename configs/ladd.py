@@ -2,7 +2,7 @@
 
 python -m jax_distill.main --config=configs/ladd.py
 
-MINUTES
+About 13 minutes on two CPU cores by its operations; not run to its end yet.
 
 python -m jax_distill.main --config=configs/ladd.py:flux_lite
     --config.teacher.checkpoint=PORTED --config.data.path=PREPARED

@@ -78,4 +78,5 @@ def get_config(preset: str = ""):
         config.student_steps, config.teacher_steps, config.grid_steps = (1, 2), (10, 1), (1,)
         config.prompts, config.evaluate_every, config.examples, config.grid_prompts = 12, 2, 256, 2
         config.teacher.settings = ("total_steps=4", "batch_size=16", "optimizer.learning_rate=1e-5")
+        config.teacher.settings += ("evaluation.diversity_prompts=6",)
     return config.lock()

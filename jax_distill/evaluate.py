@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("--steps: none given; give numbers of steps such as --steps=1,2,4")
     for count in steps:
         draw_settings.steps(count)
+    draw_settings.steps(_TEACHER_STEPS.value)
     prompts = scoring.held_out(_PROMPTS.value)
     if _DIVERSITY.value:
         scoring.held_out(_DIVERSITY.value, "diversity_prompts")
@@ -62,8 +63,12 @@ def main(argv: list[str]) -> None:
     for count in steps:
         draw_settings.steps(count, pipe.config)
     draw_settings.guidance(_GUIDANCE.value, pipe.config)
-    scores = scoring.score(pipe, steps, prompts, seed=_SEED.value, guidance=_GUIDANCE.value)
     kind = "teacher" if pipe.config.objective.name in build.TEACHERS else "student"
+    if kind == "teacher" and teacher is not None:
+        raise ValueError(
+            f"--teacher: '{_CHECKPOINT.value}' is a teacher itself; leave --teacher out"
+        )
+    scores = scoring.score(pipe, steps, prompts, seed=_SEED.value, guidance=_GUIDANCE.value)
     layout = scoring.results(
         **{kind: scores},
         measured=_measured(pipe, teacher, kind, steps) if _DIVERSITY.value else None,
@@ -90,8 +95,13 @@ def _measured(
     yardstick = scoring.yardstick_of(pipe, settings, _SEED.value, _GUIDANCE.value)
     found: dict = {"real": yardstick.real()._asdict()}
     if kind == "teacher":
-        return {**found, "teacher": yardstick.network(pipe, max(steps))._asdict()}
+        return {
+            **found,
+            "nfe": max(steps),
+            "teacher": yardstick.network(pipe, max(steps))._asdict(),
+        }
     if teacher is not None:
+        found["nfe"] = _TEACHER_STEPS.value
         yardstick.draw_teacher(teacher, _TEACHER_STEPS.value)
         found["teacher"] = yardstick.teacher(teacher, _TEACHER_STEPS.value)._asdict()
     return {**found, "student": scoring.measured(yardstick, pipe, steps)}

@@ -101,6 +101,19 @@ def straight_step(x: jax.Array, t: ArrayLike, s: ArrayLike, velocity: jax.Array)
     return x - per_sample(jnp.asarray(t) - s, x) * velocity
 
 
+def velocity_map(network: Network, params: dict) -> Callable[..., jax.Array]:
+    """The map x - (t - s) net(x, t): to data for s = 0, Euler's step for others.
+
+    Returns:
+      ``(x, t, s, text, guidance) -> x_s``; x (B, ...), t and s (B,).
+    """
+
+    def jump(x, t, s, text=None, guidance=None):
+        return straight_step(x, t, s, network.velocity(params, x, t, text, guidance))
+
+    return jump
+
+
 def average_velocity_map(network: Network, params: dict) -> Callable[..., jax.Array]:
     """The flow map X(x, t -> s) = x - (t - s) net(x, t, t - s) of a network of average velocities.
 

@@ -129,7 +129,13 @@ def _scores(cell, ask):
     ask(write_report, cell)
     cell.mkdir()
     path = cell / "results.json"
-    for text in ('{"student": {"2": {"score": "high"}}}', '{"student": {"two": {}}}', "{"):
+    measured = '{"measures": {"student": {"2": {"place": "far"}}}}'
+    for text in (
+        '{"student": {"2": {"score": "high"}}}',
+        '{"student": {"two": {}}}',
+        measured,
+        "{",
+    ):
         path.write_text(text)
         ask(read_results, path)
     path.unlink()
@@ -145,3 +151,5 @@ def _scores(cell, ask):
     ask(acceptance.known, cell)
     (cell / scoring.SCORES).write_text('{"x": {}}')
     ask(cells._history, cell / scoring.SCORES)
+    (cell / cells.MEASURES).write_text('{"command": "x", "student": {"2": 1}}')
+    ask(cells.Beside(None, 50).measured, cell, (2,), {"command": "x"})

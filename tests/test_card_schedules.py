@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from test_hostile_cards import BENIGN
 
 from jax_distill.interop.cards import programs, schedules
+from jax_distill.interop.scheduler_config import FLUX_DEV
 from jax_distill.sampling import Angles, Listed, PushForward, Restart, Shifted, Solve
 
 SAMPLERS = [
@@ -45,3 +46,13 @@ def test_a_card_has_no_more_sigmas_than_listed_times():
     with pytest.raises(ValueError, match="^steps: 4 are more than the 2 times that the network"):
         schedules.sigmas(card, 4)
     assert "the times 1, 0.4, of which fewer" in schedules.words(card)
+
+
+@pytest.mark.parametrize("kind", [PushForward, Restart])
+def test_a_schedule_of_the_world_leaves_the_kind_to_the_method(kind):
+    for theirs in ({}, {"stochastic_sampling": False}, {"stochastic_sampling": True}):
+        scheduler = FLUX_DEV | theirs
+        card = dataclasses.replace(BENIGN, sampler=kind(Shifted(0.6)), scheduler=scheduler)
+        config = schedules.scheduler_config(card)
+        assert config.pop("stochastic_sampling", False) == (kind is Restart)
+        assert config == FLUX_DEV

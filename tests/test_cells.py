@@ -208,6 +208,30 @@ def test_a_pictures_cost_stands_where_it_is_known():
     assert lines[2] == ["sCM", "0.10 GFLOP, 1.0 ms", "0.40 GFLOP, 4.0 ms", "-"]
 
 
+def test_measures_have_the_teachers_and_real_ones_beside_them():
+    one = {"latents": 1.0, "place": 16.0, "size": 2.0, "color": 0.8, "twice": 1.0}
+    half = {**one, "place": 8.0, "to_real": 0.02}
+    first, second, other = STUDY["cells"]
+    study = {
+        **STUDY,
+        "measures": {"real": one, "teacher": one},
+        "cells": [
+            {**first, "measures": {"1": one}},
+            {**second, "measures": {"1": half}},
+            {**other, "measures": {"1": half}},
+        ],
+    }
+    lines = comparison.measures_table(study)
+    assert [line[:3] for line in lines[1:]] == [
+        ["real", "-", "1.000"],
+        ["teacher", "50", "1.000"],
+        ["sCM", "1", "0.750 ±0.250"],
+        ["IMM", "1", "0.500"],
+    ]
+    assert lines[3][4] == "12.000 ±4.000" and lines[3][-2:] == ["-", "-"]
+    assert comparison.measures_table(STUDY) == []
+
+
 @pytest.mark.parametrize("file", ["scm", "imm", "time_rescale"])
 def test_a_picture_costs_an_evaluation_a_step(file):
     """A step of a student is one forward; the teacher's, its guidance being embedded, too."""

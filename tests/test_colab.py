@@ -33,6 +33,7 @@ def executed(tmp_path_factory):
         "samples.prompts": 2,
         "samples.teacher_steps": 2,
         "evaluation.prompts": 6,
+        "evaluation.diversity_prompts": 0,
         "evaluation.student_steps": "2,",
         "evaluation.teacher_steps": "2,",
     }

@@ -336,12 +336,12 @@ def test_each_turn_is_a_program_of_the_plan(registered, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "rank", [0, pytest.param(2, marks=pytest.mark.slow)], ids=["whole", "adapters"]
+    ("method", "rank"), [("matching", 0), ("matching", 2), ("ladd", 0), ("rcm", 0)], ids=str
 )
 @pytest.mark.slow
-def test_steps_on_meshes_are_those_of_one_device(rank):
+def test_steps_on_meshes_are_those_of_one_device(method, rank):
     done = subprocess.run(
-        [sys.executable, "tests/two_players.py", "8x1x1,1x8x1,2x2x2", str(rank)],
+        [sys.executable, "tests/two_players.py", "8x1x1,1x8x1,2x2x2", str(rank), method],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -265,6 +265,28 @@ def test_the_page_has_the_numbers_of_the_table(full):
     assert page.text["td"][: len(cells)] == cells
 
 
+def test_measures_have_a_table_and_a_sentence_of_their_own(tmp_path):
+    known = {"latents": 1.2, "place": 16.0, "size": 2.0, "color": 0.8, "twice": 1.0}
+    measured = {
+        "real": {**known, "to_real": 0.0123},
+        "teacher": {**known, "to_teacher": 0.25},
+        "student": {"1": {**known, "place": 12.0}},
+    }
+    content = {**RESULTS, "measures": measured}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    page = Page(write_report(tmp_path))
+    assert page.text["h2"] == ["Scores", "Diversity and distances"]
+    assert "are at least 75.0% as diverse as the teacher's in 1 step" in page.words
+    scores, measures = format_table(content).split("\n\n")
+    assert scores == format_table(RESULTS)
+    lines = measures.splitlines()
+    assert lines[0].split() == ["teacher", "student", "real"]
+    assert lines[2].split()[-3:] == ["100.0%", "75.0%", "100.0%"]
+    assert lines[-2].split()[-3:] == ["-", "-", "0.012"]
+    cells = [cell for line in lines[2:] for cell in line.rsplit(maxsplit=3)[1:]]
+    assert page.text["td"][-len(cells) :] == cells
+
+
 def test_the_lines_of_a_table_end_together_and_fit_a_terminal():
     tasks = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
     score = {"score": 1.0, "tasks": dict.fromkeys(tasks, 1.0)}

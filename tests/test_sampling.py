@@ -332,6 +332,30 @@ def test_times_that_are_no_schedule_are_refused(times):
         sampling.sample(oracle_map, noise(), np.array(times))
 
 
+ANGLES = (np.pi / 2, 1.5, 1.4, 1.0)  # rCM's
+
+
+def test_listed_times_are_those_of_angles():
+    schedule = sampling.Listed.of_angles(ANGLES)
+    expected = flow.trig_to_linear_time(jnp.array(ANGLES))
+    np.testing.assert_allclose(schedule.times(4, tokens=0)[:-1], expected, atol=1e-7)
+    assert schedule.listed[0] == 1.0 and schedule.times(4, tokens=0)[-1] == 0
+    with pytest.raises(ValueError, match="steps: 5 are more than the 4 times"):
+        schedule.times(5, tokens=0)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        schedule.times(0, tokens=0)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_fewer_listed_steps_meet_what_the_rollouts_of_training_end_at(steps):
+    schedule, key = sampling.Listed.of_angles(ANGLES), jax.random.key(3)
+    fresh = [jax.random.normal(jax.random.fold_in(key, index), SHAPE) for index in range(3)]
+    times = schedule.times(4, tokens=0)
+    x, t = sampling.rollout(oracle_map, noise(), times, steps - 1, jnp.stack(fresh))
+    drawn = sampling.draw(sampling.Restart(schedule), oracle_map, noise(), None, None, key, steps)
+    np.testing.assert_allclose(drawn, ORACLE.flow_map(x, t, jnp.zeros_like(t)), atol=1e-5)
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_rollout_is_the_first_steps_of_the_restart_sampler(double_precision, count):
     """And no gradient passes through it."""

@@ -251,7 +251,120 @@ def test_the_loss_tells_where_no_sample_is_left_or_none_may_be_dropped(drop):
     assert jnp.isnan(loss) and metrics["dropped_samples"] == (SHAPE[0] if drop else 0)
 
 
-@pytest.mark.parametrize("field", ["warmup", "weighting"])
+def test_finite_differences_come_to_the_derivative():
+    """Their error is O(h): halved where h is."""
+    with jax.enable_x64(True):
+        params = smooth_params(np.float64)
+        batch, draws = batch_for(dtype=np.float64), draws_for(dtype=np.float64)
+        view = View({"teacher": smooth_params(np.float64)["network"]})
+        view.frozen["teacher"]["gain"] = jnp.asarray(-0.4)
+
+        def tangent(**settings):
+            objective = scm(smooth_network(), data_scale=0.7, **settings)
+            return objective.tangent(params, view, batch, draws, 10**6)
+
+        exact = tangent()
+        for kind in ("difference", "mixed"):
+            found = [tangent(derivative=kind, difference=h) for h in (2e-3, 1e-3)]
+            first, second = (jnp.abs(near.tangent - exact.tangent).max() for near in found)
+            assert 1e-4 < first < 3e-2
+            np.testing.assert_allclose(first / second, 2, rtol=0.02)
+            assert (found[0].output == exact.output).all()
+
+
+def test_a_difference_needs_no_forward_mode():
+    """All of a loss by "difference" can be had of a network without a rule for it."""
+
+    @jax.custom_vjp
+    def opaque(x):
+        return jnp.sin(x)
+
+    opaque.defvjp(lambda x: (jnp.sin(x), x), lambda x, slope: (slope * jnp.cos(x),))
+
+    def velocity(params, x, t, text=None, guidance=None, interval=None):
+        return opaque(params["gain"] * x) * flow.per_sample(t, x)
+
+    def gradient(**settings):
+        objective = scm(Network(velocity, smooth_network().embedding), weighting="sum", **settings)
+        view = View({"teacher": smooth_params()["network"]})
+        args = smooth_params(), view, batch_for(), draws_for(), jnp.asarray(0)
+        return jax.grad(lambda *inputs: objective.loss(*inputs)[0])(*args)
+
+    for settings in ({"derivative": "difference"}, {"discrete_steps": 3}):
+        assert jnp.isfinite(gradient(**settings)["network"]["gain"])
+    with pytest.raises((NotImplementedError, TypeError)):
+        gradient()
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.0])
+def test_the_discrete_loss_of_a_known_student(scale):
+    """The teacher of standard normal data stands still, so that z is the same after n steps.
+
+    The exact student of N(m, 1) predicts z + (1 - cos a) m there.
+    """
+    with jax.enable_x64(True):
+        teacher_, student = GaussianOracle(0.0, 1.0), GaussianOracle(0.6, 1.0)
+        objective = SCM(
+            GaussianOracle.consistency_network(),
+            teacher.embedded_guidance(GaussianOracle.network()),
+            discrete_steps=5,
+            data_scale=scale,
+        )
+        batch = batch_for(dtype=np.float64)
+        draws = objective.draw(jax.random.key(0), batch)
+        loss, metrics = objective.loss(
+            {"network": student}, View({"teacher": teacher_}), batch, draws, 0
+        )
+        first = np.asarray(draws.angle)
+        t = np.tan(first) / (1 + np.tan(first))
+        even = t / (5 - 4 * t)
+        last = 5 * (even - 5 / 48) / (1 + 4 * (even - 5 / 48))
+        last = np.arctan2(last, 1 - last)
+        assert (last < first).all() and (last >= 0).all()
+        expected = 12 * (0.6 * (np.cos(last) - np.cos(first))) ** 2
+        np.testing.assert_allclose(loss, expected.mean(), rtol=1e-5)  # angles are drawn in float32
+        assert metrics["dropped_samples"] == 0
+
+
+def test_the_discrete_loss_holds_the_target_and_drops_what_is_not_finite():
+    params, view = smooth_params(), View({"teacher": smooth_params()["network"]})
+    objective = scm(smooth_network(), discrete_steps=4, drop_nonfinite=True)
+    batch = batch_for()
+    draws = objective.draw(jax.random.key(1), batch)
+    target = objective.discrete_target(params, view, batch, draws)
+
+    def fixed(params, rows=slice(None)):
+        t = flow.trig_to_linear_time(draws.angle)
+        x_t = flow.interpolate(batch.x, draws.noise, t)
+        jump = objective.motion(params)
+        data = jump(x_t, t, jnp.zeros_like(t), batch.text, draws.guidance)
+        return jnp.mean(jnp.sum((data - target)[rows] ** 2, (1, 2)))
+
+    def gradient(batch):
+        return jax.value_and_grad(objective.loss, has_aux=True)(params, view, batch, draws, 0)
+
+    kept = jnp.asarray([0, 1, 3, 4, 5])
+    for given, rows in ((batch, slice(None)), (spoilt(batch, 2, "x", np.nan), kept)):
+        (loss, metrics), found = gradient(given)
+        wanted, expected = jax.value_and_grad(fixed)(params, rows)
+        assert metrics["dropped_samples"] == (rows is kept)
+        np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_differences_in_bfloat16_are_warned_of():
+    for settings, words in (
+        ({"derivative": "difference"}, "set objective.derivative=jvp or dtype=float32"),
+        ({"derivative": "jvp"}, ""),
+        ({"derivative": "mixed", "discrete_steps": 2}, ""),
+    ):
+        found = list(scm(smooth_network(), **settings).check_run("bfloat16"))
+        assert len(found) == bool(words) and all(words in text for text in found)
+        assert not list(scm(smooth_network(), **settings).check_run("float32"))
+
+
+@pytest.mark.parametrize("field", ["warmup", "weighting", "derivative"])
 def test_unknown_option_is_named(field):
     with pytest.raises(ValueError, match=f"objective.{field}: 'x' is not one of"):
         scm(smooth_network(), **{field: "x"})

@@ -11,7 +11,7 @@ def scored(monkeypatch):
     """Puts a score in the place of drawing; returns the step counts that were scored."""
     counts = []
 
-    def score(pipe, steps, prompts, *, seed):
+    def score(pipe, steps, prompts, *, seed, seen=None):
         counts.extend(steps)
         return {str(count): {"score": 0.5, "tasks": {"counting": 0.5}} for count in steps}
 
@@ -26,6 +26,7 @@ class Teacher:
 
 def test_a_run_is_scored_again_only_when_its_configuration_changed(scored, tmp_path):
     config = configuration.base()
+    config.evaluation.diversity_prompts = 0
     for steps, scores in ((100, 4), (100, 4), (200, 8)):
         config.total_steps = steps
         configuration.save(config, tmp_path)

@@ -22,7 +22,7 @@ from jax_distill.objectives.objective import View
 from jax_distill.planning.flops import count_flops
 from jax_distill.training import loop
 from jax_distill.training.checkpoint import Checkpoints
-from jax_distill.training.step import init_state, make_optimizers, make_step
+from jax_distill.training.step import init_state, kept_share, make_optimizers, make_step
 
 
 def batch_of(seed, size=4):
@@ -116,6 +116,21 @@ def test_average_follows_its_formula_and_warms_up():
         for a, b in zip(jax.tree.leaves(average), jax.tree.leaves(state.ema)):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     assert decays[0] == 0.1 and decays[-1] == decay
+
+
+@pytest.mark.parametrize("width", [0.05, 0.1])
+def test_an_average_by_a_power_of_the_moves_is_as_wide_as_asked(width):
+    """It weighs the parameters after each move; those weights' standard deviation is s times N."""
+    moves = np.arange(20_000)
+    with jax.enable_x64(True):
+        kept = np.asarray(kept_share(small_config(ema_power=width), jnp.asarray(moves)))
+    assert kept[0] == 0  # nothing of the initial parameters is left
+    after = np.cumprod(kept[:0:-1])[::-1]
+    weights = (1 - kept) * np.append(after, 1)
+    np.testing.assert_allclose(weights.sum(), 1)
+    time = (moves + 1) / len(moves)
+    mean = (weights * time).sum()
+    np.testing.assert_allclose(np.sqrt((weights * (time - mean) ** 2).sum()), width, rtol=1e-3)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():

@@ -226,12 +226,21 @@ SIZES = {"attention_head_dim": 8, "num_attention_heads": 4, "axes_dims_rope": (2
 TEACHER = settings({"name": "time_rescale"}, **SIZES, **STUDENT)
 
 
-def matching_config(rank: int = 0, **changes):
-    config = settings({"name": "matching"}, **SIZES, **STUDENT)
+# The settings of a method, and the name of its second player's optimizer.
+METHODS = {
+    "matching": ({"name": "matching"}, "fake"),
+    "rcm": ({"name": "rcm", "scm_steps": 0, "student_every": 2}, "fake"),
+    "ladd": ({"name": "ladd", "blocks": (0, 2), "head_width": 16, "r1_weight": 1.0}, "heads"),
+}
+
+
+def matching_config(rank: int = 0, method: str = "matching", **changes):
+    objective, second = METHODS[method]
+    config = settings(objective, **SIZES, **STUDENT)
     with config.unlocked():
         config.total_steps, config.batch_size = 6, 8
         config.optimizer.epsilon = 1e-4  # Adam's first step is the gradient's sign, else
-        config.optimizers.fake = {"learning_rate": 2e-3, "clip_norm": 10.0}
+        config.optimizers[second] = {"learning_rate": 2e-3, "clip_norm": 10.0}
         config.lora.rank = rank
         config.update_from_flattened_dict(changes)
     return config
@@ -276,9 +285,9 @@ def apart(a, b) -> float:
     return float(np.linalg.norm(a - b) / max(np.linalg.norm(a), 1e-6))
 
 
-def main(meshes: str, rank: str) -> None:
+def main(meshes: str, rank: str, method: str = "matching") -> None:
     register()
-    config = matching_config(int(rank))
+    config = matching_config(int(rank), method)
     start = config, *prepared(config)
     expected, reference = take((1, 1, 1), *start)
     report = {}

@@ -196,11 +196,11 @@ def measures_table(study: Mapping[str, Any]) -> list[list[str]]:
     known = parse_results({"measures": study.get("measures", {})}).measured
     if known.teacher is None or known.real is None:
         return []
-    share = "least share of teacher"
-    lines = [["measure", "steps", *MEASURES.values(), share]]
+    names = [name.removeprefix("distance ") for name in MEASURES.values()]
+    lines = [["measure", "steps", "least share", *names]]
 
     def line(name: str, steps: str, found: Sequence[Measures]) -> None:
-        columns = [*zip(*found), [each.diversity_share(known.teacher) for each in found]]
+        columns = [[each.diversity_share(known.teacher) for each in found], *zip(*found)]
         cells = ["-" if None in each else f"{spread(each):.3f}" for each in columns]
         lines.append([name, steps, *cells])
 
@@ -218,8 +218,9 @@ def measures_table(study: Mapping[str, Any]) -> list[list[str]]:
 
 
 MEASURES_NOTE = (
-    "How much several pictures of one prompt differ, and Fréchet distances of features; real and"
-    " teacher have beside themselves what two sets of the same kind have."
+    "How much several pictures of one prompt differ, the least share of the teacher's values, and"
+    " Fréchet distances of features to real pictures and to the teacher's: real to real and teacher"
+    " to teacher are what two sets of the same kind have."
 )
 PLOT = (4.6, 3.4)  # inches
 

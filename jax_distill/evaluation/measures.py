@@ -91,9 +91,10 @@ def diversity(
 ) -> Diversity:
     """The diversity of a network in so many sampling steps, from `pictures` noises a prompt."""
     captions = [prompt.caption for prompt in prompts for _ in range(pictures)]
-    text = pipe.world.encode(captions)
-    latents = pipe.latents(text, steps=steps, seed=seed, guidance=guidance)
-    drawn = pipe.world.codec.decode(latents, *pipe.world.resolution)
+    with streams.default_settings():
+        text = pipe.world.encode(captions)
+        latents = pipe.latents(text, steps=steps, seed=seed, guidance=guidance)
+        drawn = pipe.world.codec.decode(latents, *pipe.world.resolution)
     shape = len(prompts), pictures
     return diversity_of(
         latents.reshape(*shape, *latents.shape[1:]),
@@ -140,7 +141,8 @@ def features(codec: LatentCodec, pictures: np.ndarray) -> np.ndarray:
 def _encoded(codec: LatentCodec, pictures: np.ndarray) -> np.ndarray:
     """Latents (B, N, 4c) float64 of pictures, some at a time."""
     starts = range(0, len(pictures), BATCH)
-    parts = [np.asarray(codec.encode(pictures[start : start + BATCH])) for start in starts]
+    with streams.default_settings():
+        parts = [np.asarray(codec.encode(pictures[start : start + BATCH])) for start in starts]
     return np.concatenate(parts).astype(np.float64)
 
 

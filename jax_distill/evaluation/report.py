@@ -149,8 +149,8 @@ def _score_sentences(results: Results) -> list[str]:
         if diverse:
             least = page.listed(map(_percent, diverse.values()))
             sentences.append(
-                f"Its pictures of one prompt are at least {least} as diverse as the teacher's"
-                f" {in_steps(diverse)}."
+                f"The student's pictures of one prompt are at least {least} as diverse as the"
+                f" teacher's {in_steps(diverse)}."
             )
     return sentences
 

@@ -65,10 +65,11 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Measures of a run's networks: a student's by ascending steps, the teacher's at its most."""
+    """Measures of a run's networks: a student's by ascending steps, the teacher's in `nfe`."""
 
     real: Measures | None = None
     teacher: Measures | None = None
+    nfe: int | None = None
     student: dict[int, Measures] = field(default_factory=dict)
 
 
@@ -125,7 +126,7 @@ class Results:
         """As `columns`, of measures; real pictures are last."""
         found, columns = self.measured, []
         if found.teacher is not None:
-            columns.append(("teacher", str(self.nfe or "full"), found.teacher))
+            columns.append(("teacher", str(found.nfe or "full"), found.teacher))
         columns += [("student", str(steps), each) for steps, each in found.student.items()]
         if found.real is not None:
             columns.append(("real", "-", found.real))
@@ -135,12 +136,13 @@ class Results:
         """As `rows`, for `measured_columns`."""
         measured = [each for _, _, each in self.measured_columns()]
         rows = [
-            (label, [_cell(getattr(each, name), ".3f") for each in measured])
-            for name, label in MEASURES.items()
+            (label, [_cell(value, ".3f") for value in values])
+            for label, values in zip(MEASURES.values(), zip(*measured))
+            if any(value is not None for value in values)
         ]
         if self.measured.teacher is not None:
             shares = [each.diversity_share(self.measured.teacher) for each in measured]
-            rows.insert(5, ("least share of teacher", [_cell(share, ".1%") for share in shares]))
+            rows.insert(0, ("least share of teacher's", [_cell(share, ".1%") for share in shares]))
         return rows
 
 
@@ -207,6 +209,7 @@ def parse_results(results: Mapping[str, Any]) -> Results:
     measured = Measured(
         real=optional(others, "real"),
         teacher=optional(others, "teacher"),
+        nfe=count(others["nfe"], "measures.nfe") if "nfe" in others else None,
         student=by_steps(others.get("student", {}), "measures.student", measures),
     )
     if "teacher" not in results:

@@ -102,6 +102,7 @@ def scored(
     if yardstick is None:
         return found
     found["measured"] = {
+        "nfe": most,
         "real": yardstick.real()._asdict(),
         "teacher": yardstick.teacher(teacher, most)._asdict(),
     }

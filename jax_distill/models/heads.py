@@ -15,6 +15,7 @@ from flax import nnx
 
 from jax_distill.models.binding import binder, parameters
 from jax_distill.models.mmdit import TIME_FREQUENCIES, sinusoidal_features
+from jax_distill.ops.placement import constrain
 
 DIRECTIONS = 64
 """Channels of a projected head's output, and of the condition that they are projected on."""
@@ -24,6 +25,11 @@ def _group_norm(width: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
     """Over 32 groups, or fewer so that none has less than 16 channels: tokens may be few."""
     groups = math.gcd(32, max(width // 16, 1), width)
     return nnx.GroupNorm(width, num_groups=groups, epsilon=1e-5, rngs=rngs)
+
+
+def _placed(x: jax.Array) -> jax.Array:
+    """Places a layer's output (B, ...), a sum over devices, before its use, see `blocks.placed`."""
+    return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
 def _activation(x: jax.Array) -> jax.Array:
@@ -43,7 +49,8 @@ class ConvHead(nnx.Module):
 
     def __call__(self, image: jax.Array, condition: jax.Array | None) -> jax.Array:
         del condition
-        return jnp.mean(self.out(_activation(self.norm(self.conv(image)))), (1, 2))
+        x = _activation(self.norm(_placed(self.conv(_placed(image)))))
+        return jnp.mean(_placed(self.out(x)), (1, 2))
 
 
 class ProjectedHead(nnx.Module):
@@ -61,10 +68,11 @@ class ProjectedHead(nnx.Module):
         self.condition = nnx.Linear(TIME_FREQUENCIES + pooled, DIRECTIONS, rngs=rngs)
 
     def __call__(self, image: jax.Array, condition: jax.Array | None) -> jax.Array:
-        x = _activation(self.norm(self.conv(image)))
-        x = (x + _activation(self.residual_norm(self.residual(x)))) / math.sqrt(2)
-        wanted = self.condition(condition) / math.sqrt(DIRECTIONS)
-        return jnp.einsum("brcd,bd->brc", self.out(x), wanted).reshape(len(image), -1)
+        x = _placed(_activation(self.norm(_placed(self.conv(_placed(image))))))
+        residual = _activation(self.residual_norm(_placed(self.residual(x))))
+        found = _placed(self.out(_placed((x + residual) / math.sqrt(2))))
+        wanted = _placed(self.condition(condition)) / math.sqrt(DIRECTIONS)
+        return jnp.einsum("brcd,bd->brc", found, wanted).reshape(len(image), -1)
 
 
 def _create(hidden: int, width: int, pooled: int | None, key: Any = 0) -> nnx.Module:

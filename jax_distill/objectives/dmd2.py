@@ -14,18 +14,10 @@ import jax.numpy as jnp
 
 from jax_distill.flow import Batch, interpolate, per_sample
 from jax_distill.objectives import adversarial
-from jax_distill.objectives.matching import (
-    FAKE,
-    WHOLE,
-    RolloutDraws,
-    ScoreTimes,
-    draw_rollout,
-    pulled,
-    score_difference,
-    velocity_loss,
-)
+from jax_distill.objectives.matching import FAKE, WHOLE, RolloutDraws, draw_rollout
 from jax_distill.objectives.matching_with_heads import HeadDraws, MatchingWithHeads
 from jax_distill.objectives.objective import STUDENT, Player, View
+from jax_distill.objectives.scores import ScoreTimes, pulled, score_difference, velocity_loss
 from jax_distill.objectives.settings import choice, finite, not_negative, scales, setting, share
 from jax_distill.sampling import Restart, Shifted
 
@@ -84,6 +76,7 @@ class DMD2(MatchingWithHeads):
 
     steps: int = setting(4, WHOLE)
     time_shift: float | None = finite(None)
+    time_start: float = share(1.0)
     inputs: str = choice("simulated", "noised")
     guidance_scales: tuple[float, ...] = scales(4.0)
     score_times: str = choice("uniform", "logit_normal")
@@ -97,6 +90,7 @@ class DMD2(MatchingWithHeads):
     decoupled: bool = False
     divergence: str = choice("reverse_kl", *sorted({*adversarial.DIVERGENCES} - {"reverse_kl"}))
     follow: float = share(0.0)
+    proximal: float = not_negative(0.0)
 
     def check_run(self, dtype: str) -> Iterable[str]:
         if self.divergence != "reverse_kl" and not self.gan_weight:
@@ -108,7 +102,7 @@ class DMD2(MatchingWithHeads):
 
     @property
     def sampled_by(self) -> Restart:
-        return Restart(Shifted(self.time_shift))
+        return Restart(Shifted(self.time_shift, self.time_start))
 
     @property
     def players(self) -> dict[str, Player]:
@@ -170,10 +164,18 @@ class DMD2(MatchingWithHeads):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del moves
         made = self.made(own, batch, draws)
-        gradient = self.gradient(made, view, batch, draws)
+        base = made
+        if self.proximal:
+            base = self.made(view.averages[STUDENT], batch, draws)
+        gradient = self.gradient(base, view, batch, draws)
         metrics = {"score_difference": jnp.sqrt(jnp.mean(jnp.square(gradient)))}
+        away = 0
+        if self.proximal:
+            away = jax.lax.stop_gradient(made.x - base.x)
+            metrics["away"] = jnp.sqrt(jnp.mean(away**2))
+            gradient = self.proximal * gradient
         if not self.gan_weight:
-            return jnp.mean(pulled(made.x, gradient)) / 2, metrics
+            return jnp.mean(pulled(made.x, away + gradient)) / 2, metrics
         x_t = interpolate(made.x, draws.noise, draws.t)
         logits = self.logits(view.nets[FAKE], view, x_t, draws.t, batch.text, draws.guidance)
         if self.divergence != "reverse_kl":
@@ -182,14 +184,15 @@ class DMD2(MatchingWithHeads):
             )
             gradient = per_sample(weights, gradient) * gradient
         fooled = adversarial.generator_loss(logits)
-        loss = jnp.mean(pulled(made.x, gradient)) / 2 + self.gan_weight * fooled
+        loss = jnp.mean(pulled(made.x, away + gradient)) / 2 + self.gan_weight * fooled
         return loss, {**metrics, "gan_loss": fooled}
 
     def fake_loss(
         self, own: dict, view: View, batch: Batch, draws: DMD2Draws, moves: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         del moves
-        x = jax.lax.stop_gradient(self.made(view.nets[STUDENT], batch, draws).x)
+        student = (view.averages if self.proximal else view.nets)[STUDENT]
+        x = jax.lax.stop_gradient(self.made(student, batch, draws).x)
         x_t = interpolate(x, draws.noise, draws.t)
         velocity = self.velocity(own, x_t, draws.t, batch.text, draws.guidance)
         loss = jnp.mean(velocity_loss(velocity, x, draws.noise, draws.t, self.fake_predicts))

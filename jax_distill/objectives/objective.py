@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_distill.flow import Batch, Text
+from jax_distill.flow import Batch, Text, per_sample
 from jax_distill.objectives import settings
 from jax_distill.sampling import Sampler, draw
 
@@ -69,17 +69,19 @@ class Method:
       name: that `objective.name` has in a configuration.
       summary: the words of a model card.
       from_scratch: whether it learns from data alone, without a teacher.
-      card_steps: sampling steps in a model card's program; 0 for those of a teacher.
+      card_steps: sampling steps in a model card's program; 0 for those of a teacher. It may be a
+        property of the settings.
       guidance_scales: those that are drawn, which the stage before learns too; () for its own.
       rows_per_example: how many rows of a (micro-)batch in turn are one example, each with draws of
         its own; the loader reads it once.
-      sampled_by: how the student is drawn from.
+      sampled_by: how the student is drawn from. It depends on the settings alone, which are stored
+        with the student; the shift of its schedule may be None for the world's.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     from_scratch: ClassVar[bool] = False
-    card_steps: ClassVar[int] = 0
+    card_steps: int = 0
     guidance_scales: tuple[float, ...] = ()
     rows_per_example = 1
     sampled_by: Sampler
@@ -165,3 +167,20 @@ def drop_text(text: Text, null: Text, dropped: jax.Array) -> Text:
         return jnp.where(dropped.reshape(-1, *[1] * (full.ndim - 1)), empty, full)
 
     return jax.tree.map(choose, text, null)
+
+
+def first_kept_for_dropped(tree: Any, kept: jax.Array) -> Any:
+    """Arrays with the first kept sample in the place of each that is not; zeros if none is.
+
+    Args:
+      tree: arrays (B, ...).
+      kept: (B,) bool.
+    """
+    first = kept & (jnp.cumsum(kept) == 1)
+
+    def replace(leaf):
+        # As a sum, one sample is all that devices send each other.
+        sample = jnp.sum(jnp.where(per_sample(first, leaf), leaf, 0), axis=0, dtype=leaf.dtype)
+        return jnp.where(per_sample(kept, leaf), leaf, sample)
+
+    return jax.tree.map(replace, tree)

@@ -5,73 +5,32 @@ arXiv:2512.13006, whose loss this is; the options marked rCM are those of arXiv:
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jax_distill.flow import (
-    Batch,
-    Network,
-    Text,
-    log_normal_angle,
-    per_sample,
-    straight_step,
-    trig_to_linear,
-    trig_to_linear_time,
-    trig_velocity,
-)
-from jax_distill.objectives.objective import Method, View
-from jax_distill.objectives.settings import Rule, choice, finite, positive, scales, setting, steps
-from jax_distill.objectives.teacher import TeacherVelocity
+from jax_distill.flow import Batch, log_normal_angle, per_sample
+from jax_distill.objectives.consistency import Consistency, SCMDraws
+from jax_distill.objectives.objective import View, first_kept_for_dropped
+from jax_distill.objectives.settings import Rule, choice, finite, positive, setting, steps
+from jax_distill.objectives.trigflow import output_and_change
 from jax_distill.sampling import Angles, Restart
 
 BETWEEN = Rule(lambda angle: 0 < angle < math.pi / 2, "between 0 and pi / 2")
 
 
-class SCMDraws(NamedTuple):
-    angle: jax.Array  # (B,), in (0, pi/2)
-    noise: jax.Array  # (B, N, C)
-    guidance: jax.Array  # (B,)
-
-
 class Tangent(NamedTuple):
-    """The result of one forward-mode pass through the student."""
+    """What the student says at a point, and how its data change along the teacher's path."""
 
     output: jax.Array  # (B, N, C): F, TrigFlow's network output
     tangent: jax.Array  # (B, N, C): g, before normalisation, no gradient
 
 
-def trig_output(
-    velocity: Callable[[jax.Array, jax.Array], jax.Array], z: jax.Array, angle: jax.Array
-) -> jax.Array:
-    """TrigFlow's F of a velocity function (x_t, t), at z = y / s_d (B, N, C) and angle (B,)."""
-    t, x_t = trig_to_linear_time(angle), trig_to_linear(z, angle, 1.0)
-    return trig_velocity(x_t, t, velocity(x_t, t))
-
-
-def first_kept_for_dropped(tree: Any, kept: jax.Array) -> Any:
-    """Arrays with the first kept sample in the place of each that is not; zeros if none is.
-
-    Args:
-      tree: arrays (B, ...).
-      kept: (B,) bool.
-    """
-    first = kept & (jnp.cumsum(kept) == 1)
-
-    def replace(leaf):
-        # As a sum, one sample is all that devices send each other.
-        sample = jnp.sum(jnp.where(per_sample(first, leaf), leaf, 0), axis=0, dtype=leaf.dtype)
-        return jnp.where(per_sample(kept, leaf), leaf, sample)
-
-    return jax.tree.map(replace, tree)
-
-
 @dataclasses.dataclass(frozen=True)
-class SCM(Method):
+class SCM(Consistency):
     """Continuous-time consistency distillation.
 
     With y = s_d (cos(a) x + sin(a) e) and dy/da = s_d F_teacher(y/s_d, a), the student's sample
@@ -79,19 +38,18 @@ class SCM(Method):
 
       g = -cos^2(a) (s_d F - dy/da) - r (cos a sin a y + s_d dF),    r = min(1, step / warmup),
 
-    where dF = cos a sin a (dF/da along the teacher's flow) comes, with F, from one jvp; then
-    g <- g / (|g| + c), the norm over a sample, and
+    where dF = cos a sin a (dF/da along the teacher's flow); then g <- g / (|g| + c), the norm over
+    a sample, and
 
       loss = mean( (1 / (s_d tan a)) exp(-lv) (F - sg(F) - g)^2 + lv ),
 
     lv a learned scalar a sample: a linear function of the network's summed embedding at a.
 
-    Attributes:
-      network: the student.
-      teacher: the velocity it learns from.
-      data_scale: s_d.
+    Attributes, beside those of `Consistency`:
       angle_mean, angle_std: a = atan(exp(mean + std n) / s_d).
-      guidance_scales: the scales w that are drawn, uniformly.
+      derivative: how dF is found: "jvp", which gives F too; or rCM's finite differences, see
+        `trigflow.output_and_change`: "mixed", or "difference", without forward mode.
+      difference: h of those, in radians.
       tangent_warmup: steps until the tangent's second term has full weight; 0 for none.
       warmup: "scm", as above, or "rcm": the first term is
         -cos(a) sqrt(1 - r^2 sin^2 a) (s_d F - dy/da).
@@ -108,12 +66,10 @@ class SCM(Method):
     summary = "A student by sCM (continuous-time consistency distillation, arXiv:2410.11081)"
     card_steps = 2
 
-    network: Network
-    teacher: TeacherVelocity
-    data_scale: float = positive(0.5)
     angle_mean: float = finite(0.2)
     angle_std: float = positive(1.6)
-    guidance_scales: tuple[float, ...] = scales(4.0, 4.5, 5.0)
+    derivative: str = choice("jvp", "difference", "mixed")
+    difference: float = positive(1e-4)
     tangent_warmup: int = steps(4000)
     warmup: str = choice("scm", "rcm")
     normalize_tangent: bool = True
@@ -126,56 +82,35 @@ class SCM(Method):
     def sampled_by(self) -> Restart:
         return Restart(Angles(self.middle_angle))
 
+    def check_run(self, dtype: str) -> Iterable[str]:
+        if dtype == "bfloat16" and self.derivative != "jvp" and not self.discrete_steps:
+            yield (
+                f"derivative: a difference over {self.difference} of numbers in bfloat16 is mostly"
+                " their rounding; set objective.derivative=jvp or dtype=float32"
+            )
+
     def init_student(self, key: jax.Array, params: dict) -> dict:
-        if self.weighting == "sum":
+        if self.weighting == "sum" or self.discrete_steps:
             return {"network": params}
         width = params["pooled_embedder"]["linear_2"]["bias"].shape[0]
         kernel = jax.nn.initializers.xavier_uniform()(key, (width, 1), jnp.float32)
         return {"network": params, "logvar": {"kernel": kernel, "bias": jnp.zeros(1)}}
 
-    def draw(self, key: jax.Array, batch: Batch) -> SCMDraws:
-        key_angle, key_noise, key_guidance = jax.random.split(key, 3)
-        count = batch.x.shape[:1]
-        scales = jnp.asarray(self.guidance_scales, jnp.float32)
-        return SCMDraws(
-            log_normal_angle(key_angle, count, self.angle_mean, self.angle_std, self.data_scale),
-            jax.random.normal(key_noise, batch.x.shape),
-            jax.random.choice(key_guidance, scales, count),
-        )
-
-    def point(self, batch: Batch, draws: SCMDraws) -> jax.Array:
-        """y, (B, N, C)."""
-        angle = per_sample(draws.angle, batch.x)
-        return self.data_scale * (jnp.cos(angle) * batch.x + jnp.sin(angle) * draws.noise)
-
-    def student(
-        self, params: dict, batch: Batch, draws: SCMDraws
-    ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """F of the student as a function of (y / s_d, a)."""
-
-        def velocity(x, t):
-            return self.network.velocity(params["network"], x, t, batch.text, draws.guidance)
-
-        return functools.partial(trig_output, velocity)
+    def draw_angles(self, key: jax.Array, count: tuple[int, ...]) -> jax.Array:
+        return log_normal_angle(key, count, self.angle_mean, self.angle_std, self.data_scale)
 
     def tangent(
         self, params: dict, view: View, batch: Batch, draws: SCMDraws, step: jax.Array
     ) -> Tangent:
-        """The student's output and its un-normalised tangent, from one jvp."""
-        sigma = self.data_scale
-        angle = per_sample(draws.angle, batch.x)
+        """The student's output and its un-normalised tangent."""
+        sigma, angle = self.data_scale, per_sample(draws.angle, batch.x)
         cos, sin = jnp.cos(angle), jnp.sin(angle)
         y = self.point(batch, draws)
-
-        def teacher(x, t):
-            return self.teacher(view.frozen, x, t, batch.text, draws.guidance)
-
-        dy = sigma * jax.lax.stop_gradient(trig_output(teacher, y / sigma, draws.angle))
-        speed = jnp.cos(draws.angle) * jnp.sin(draws.angle)
-        output, d_output = jax.jvp(
-            self.student(params, batch, draws),
-            (y / sigma, draws.angle),
-            (per_sample(speed, dy) * dy / sigma, speed),
+        direction = jax.lax.stop_gradient(self.guide(view, batch, draws)(y / sigma, draws.angle))
+        dy = sigma * direction
+        student = self.student(params, batch, draws)
+        output, d_output = output_and_change(
+            student, y / sigma, draws.angle, direction, self.derivative, self.difference
         )
         fixed, d_output = jax.lax.stop_gradient((output, d_output))
         ratio = jnp.minimum(1.0, step / self.tangent_warmup) if self.tangent_warmup else 1.0
@@ -189,6 +124,8 @@ class SCM(Method):
     def loss(
         self, params: dict, view: View, batch: Batch, draws: SCMDraws, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        if self.discrete_steps:
+            return self.discrete_loss(params, view, batch, draws)
         # What is dropped has no part in the backward pass: there 0 times infinity is not a number.
         differentiated = jax.lax.stop_gradient(params) if self.drop_nonfinite else params
         output, tangent = self.tangent(differentiated, view, batch, draws, step)
@@ -220,13 +157,3 @@ class SCM(Method):
         )
         head = params["logvar"]
         return (jnp.dot(embedding, head["kernel"], precision="highest") + head["bias"])[:, 0]
-
-    def motion(self, params: dict, null: Text | None = None) -> Callable[..., jax.Array]:
-        """The map to s = 0, `x - t net(x, t)`: TrigFlow's cos(a) y - sin(a) s_d F."""
-        del null
-
-        def jump(x, t, s, text, guidance):
-            velocity = self.network.velocity(params["network"], x, t, text, guidance)
-            return straight_step(x, t, s, velocity)
-
-        return jump

@@ -50,7 +50,7 @@ class _Measured(TypedDict):
     """measures.json: a cell's command, and its measures by sampling steps."""
 
     command: str
-    student: dict[str, dict[str, Any]]
+    student: dict[str, Any]
 
 
 def run(config: ConfigDict, workdir: Path) -> None:

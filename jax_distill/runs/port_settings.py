@@ -88,6 +88,8 @@ def settle(
     if source.folder is None and base is not None:
         _check_base(where, source, flags, base)
     scheduler = _scheduler(source, flags, base, scheduler, assumed)
+    if scheduler is not None and objective not in build.TEACHERS:  # restarts are of its method
+        scheduler = {key: x for key, x in scheduler.items() if key != "stochastic_sampling"}
     length = _text_length(flags, base, assumed)
     guidance = _guidance(where, source, flags, objective, assumed)
     section = _objective_section(where, source, objective)

@@ -139,7 +139,7 @@ TABLE = (
         " draw other random numbers",
     ),
     Row(
-        ("ema_decay",),
+        ("ema_decay", "ema_power"),
         SAID,
         "the average forgets at another pace from here on",
     ),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -134,6 +135,21 @@ def combine(chosen: Any, others: Any) -> Any:
     return jax.tree.map(lambda a, b: b if a is None else a, chosen, others, is_leaf=is_none)
 
 
+def kept_share(config: ConfigDict, moves: jax.Array) -> jax.Array:
+    """The share of a running average that stays in it at the move after so many.
+
+    It is `ema_decay`, and less at first. With `ema_power`, s, it follows a power of the moves, so
+    that the average has a standard deviation of s times their number in time.
+
+    Source: Karras et al., arXiv:2312.02696, appendix C.1.
+    """
+    if not config.ema_power:
+        return jnp.minimum(config.ema_decay, (1.0 + moves) / (10.0 + moves))
+    precision = config.ema_power**-2
+    power = np.roots([1, 7, 16 - precision, 12 - precision]).real.max()
+    return (1 - 1 / (moves + 1.0)) ** (power + 1)
+
+
 def make_step(
     objective: Method,
     optimizers: Optimizers,
@@ -179,7 +195,7 @@ def make_step(
         params = optax.apply_updates(own.params, updates)
         ema = own.ema
         if player.averaged:
-            decay = jnp.minimum(config.ema_decay, (1.0 + own.moves) / (10.0 + own.moves))
+            decay = kept_share(config, own.moves)
             ema = optax.incremental_update(params, rounding.widen(own.ema), 1 - decay)
             stream = jax.random.fold_in(key, ROUNDING_STREAM - order.index(name))
             ema = rounding.narrow_as(stream, ema, own.ema)

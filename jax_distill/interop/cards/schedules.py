@@ -25,7 +25,9 @@ def scheduler_config(card: Card) -> dict[str, Any]:
         config = dict(card.scheduler)
     else:
         config = {"_class_name": EULER, "num_train_timesteps": 1000, "shift": shift(card)}
-    return config | ({"stochastic_sampling": True} if restarts(card) else {})
+    if restarts(card) or config.get("stochastic_sampling"):  # which may be that of a base
+        config["stochastic_sampling"] = restarts(card)
+    return config
 
 
 def restarts(card: Card) -> bool:
