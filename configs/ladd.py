@@ -15,7 +15,7 @@ others can be held to the teacher by `objective.distillation_weight`.
 """
 
 from jax_distill.assembly.build import objective_settings
-from jax_distill.config import overrides, shorten, student
+from jax_distill.config import as_teacher, overrides, shorten, student
 
 
 def get_config(preset: str = ""):
@@ -25,6 +25,7 @@ def get_config(preset: str = ""):
         config.optimizer, name="adamw", learning_rate=1e-5, frozen="", b1=0.0
     )
     if preset.startswith("flux_lite"):
+        as_teacher(config)
         config.name = f"ladd_{preset}"
         config.objective = objective_settings("ladd", blocks=tuple(range(3, 46, 4)))
         config.optimizers.heads.clip_norm = 1.0

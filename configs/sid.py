@@ -13,7 +13,7 @@ both players, as those of configs/scm.py do.
 """
 
 from jax_distill.assembly.build import objective_settings
-from jax_distill.config import overrides, shorten, student
+from jax_distill.config import as_teacher, overrides, shorten, student
 
 # The fake score embeds the scale, as the student does: it needs no guidance of its own.
 SETTINGS = {"steps": 4, "learned_scale": 1.0, "compared_scale": 1.0}
@@ -24,6 +24,7 @@ def get_config(preset: str = ""):
     config.name = "sid_lora" if preset == "lora" else "sid"
     config.optimizer.b1, config.optimizer.b2 = 0.0, 0.999
     if preset.startswith("flux_lite"):
+        as_teacher(config)
         config.name = f"sid_{preset}"
         config.evaluation.guidance = 3.5
         config.optimizers.fake = overrides(

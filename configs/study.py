@@ -2,21 +2,31 @@
 
 python -m jax_distill.study --config=configs/study.py
 python -m jax_distill.study --config=configs/study.py:ablations
+python -m jax_distill.study --config=configs/study.py:matching
 
-The second changes one thing of sCM or of MeanFlow a row, in runs of 300 steps: what each
-stabiliser is worth.
+The first gives every run the same network evaluations, the teacher's time rescale among them, from
+which its steps follow; sCM takes about 1000. The second changes one thing of sCM or of MeanFlow a
+row, in runs of 300 steps: what each stabiliser is worth. The third does so with DMD2, at one budget
+in evaluations again; a row that starts from a student has paid for that one's training, too.
 """
 
 from ml_collections import ConfigDict
 
 from jax_distill.config import ConfigError
 
-# A row's name, its config file, and settings of its own as "key=value"; {workdir} is the study's.
+# A row's name, its config file, and settings of its own as "key=value"; {workdir} is the study's
+# and {seed} the cell's. A row's own total_steps is not of the budget.
 METHODS = (
     ("sCM", "configs/scm.py"),
     # 1000 steps are enough for intervals that shrink: better in 4 and 8 steps than the derivative.
     ("MeanFlow", "configs/meanflow.py", "objective.discrete_warmup=950"),
     ("IMM", "configs/imm.py"),
+    ("DMD2", "configs/dmd2.py"),
+    ("rCM", "configs/rcm.py"),
+    ("TDM", "configs/tdm.py"),
+    ("SiD", "configs/sid.py"),
+    ("LADD", "configs/ladd.py"),
+    ("Sprint", "configs/sprint.py"),
 )
 
 SCM, MEANFLOW = "configs/scm.py", "configs/meanflow.py"
@@ -44,17 +54,30 @@ ABLATIONS = (
     ("MeanFlow, kappa 0.5 in a window", MEANFLOW, SHRINKING, *KAPPA, "objective.mix_to=0.75"),
     ("MeanFlow, image-free", MEANFLOW, SHRINKING, "data.path={workdir}/drawn"),
 )
+DMD2 = "configs/dmd2.py"
+MATCHING = (
+    ("sCM", SCM, "total_steps=300"),  # the start of another row
+    ("DMD2", DMD2),
+    ("DMD2 from sCM", DMD2, "start.checkpoint={workdir}/sCM-{seed}"),
+    ("DMD2, heads", DMD2, "objective.gan_weight=0.03"),
+    *((f"DMD2, a move in {n}", DMD2, f"objective.student_every={n}") for n in (1, 2, 10)),
+    ("DMD2, decoupled", DMD2, "objective.decoupled=True"),
+    ("DMD2, noised data", DMD2, "objective.inputs=noised"),
+)
+# As in the students' own runs, not the longer one that is a teacher of many.
+SHORT_RESCALE = ("total_steps=150", "optimizer.warmup_steps=15", "optimizer.learning_rate=3e-4")
 
 
 def get_config(preset: str = ""):
-    if preset not in ("", "ablations", "smoke"):
-        raise ConfigError(f"--config: unknown preset {preset!r}; known: ablations, smoke")
+    if preset not in ("", "ablations", "matching", "smoke"):
+        known = "ablations, matching, smoke"
+        raise ConfigError(f"--config: unknown preset {preset!r}; known: {known}")
     config = ConfigDict(
         {
             "name": "study",
             "rows": METHODS,
             "seeds": (0, 1),
-            "common": {"total_steps": 1000, "batch_size": 64},  # of every cell
+            "common": {"evaluations": 11_000, "batch_size": 64},  # of every cell
             "student_steps": (1, 2, 4, 8),
             "teacher_steps": (50, 8, 4, 2, 1),
             "prompts": 600,
@@ -70,11 +93,14 @@ def get_config(preset: str = ""):
     if preset == "ablations":
         config.name, config.rows, config.seeds = "ablations", ABLATIONS, (0,)
         config.student_steps, config.drawn_steps, config.evaluate_every = (1, 2, 4), 20, 150
-        config.common.total_steps, config.examples = 300, 12_800
+        config.common, config.examples = {"total_steps": 300, "batch_size": 64}, 12_800
+    if preset == "matching":
+        config.name, config.rows, config.seeds = "matching", MATCHING, (0,)
+        config.student_steps, config.teacher.settings = (1, 2, 4), SHORT_RESCALE
     if preset == "smoke":
         config.name = "study_smoke"
         config.seeds = (0,)
-        config.common.update({"total_steps": 4, "batch_size": 16})
+        config.common.update({"evaluations": 60, "batch_size": 16})
         config.student_steps, config.teacher_steps, config.grid_steps = (1, 2), (10, 1), (1,)
         config.prompts, config.evaluate_every, config.examples, config.grid_prompts = 12, 2, 256, 2
         config.teacher.settings = ("total_steps=4", "batch_size=16", "optimizer.learning_rate=1e-5")

@@ -13,7 +13,7 @@ both players, as those of configs/scm.py do.
 """
 
 from jax_distill.assembly.build import objective_settings
-from jax_distill.config import overrides, shorten, student
+from jax_distill.config import as_teacher, overrides, shorten, student
 
 
 def get_config(preset: str = ""):
@@ -21,6 +21,7 @@ def get_config(preset: str = ""):
     config.name = "tdm_lora" if preset == "lora" else "tdm"
     config.optimizer.b1, config.optimizer.b2 = 0.0, 0.95
     if preset.startswith("flux_lite"):
+        as_teacher(config)
         config.name = f"tdm_{preset}"
         config.total_steps = 500
         config.evaluation.guidance = 3.5

@@ -9,7 +9,7 @@ import json
 from absl import flags
 from ml_collections import ConfigDict
 
-from jax_distill.planning import chips, planner, table
+from jax_distill.planning import chips, evaluations, planner, table
 from jax_distill.runs import commands, config_flag
 
 _CONFIG = config_flag.define(
@@ -48,10 +48,13 @@ def main(argv: list[str]) -> None:
     options = {"sample": _SAMPLE.value, "effort": _EFFORT.value}
     plan = planner.make_plan(config, topology, **options)
     change = None if plan.fits else planner.smallest_change(config, plan, **options)
+    spent = {} if _SAMPLE.value else evaluations.summary(config)
     if _JSON.value:
-        print(json.dumps({**plan.to_dict(), "change": change and change[0]}))
+        print(json.dumps({**plan.to_dict(), **spent, "change": change and change[0]}))
         return
     print(table.describe(plan))
+    if spent:
+        print(table.evaluations(**spent))
     if change is not None:
         flags_, changed = change
         print(f"\ndoes not fit; the smallest change that does is {flags_}:\n")

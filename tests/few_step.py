@@ -1,7 +1,7 @@
 """Students without a second time embedder, drawn by restarts or pushed forward.
 
 They are those of distribution matching and of adversaries, whatever their losses; a method of them
-is one line of `STUDENTS`.
+is one line of `STUDENTS`. `FewStep` is a method that is nothing but its sampler.
 """
 
 import dataclasses
@@ -51,11 +51,28 @@ class FewStep(Method):
 
 STUDENTS = {
     "restart": {"name": "few_step"},
-    "restart_shifted": {"name": "few_step", "time_shift": 0.7},
     "restart_listed": {"name": "few_step", "angles": (math.pi / 2, 1.5, 1.4, 1.0)},
-    "push_forward": {"name": "few_step", "kind": "push_forward"},
+    "dmd2": {"name": "dmd2", "time_shift": 0.7, "time_start": 0.87},
+    "tdm": {"name": "tdm", "steps": 3},
+    "rcm": {"name": "rcm"},
+    "sid": {"name": "sid", "steps": 4},
+    "ladd": {"name": "ladd"},
+    "sprint": {"name": "sprint"},
 }
 """Settings of `config.objective`."""
+
+STEPS = {"tdm": 3, "sprint": 2}
+"""Of the cards of those that have not 4."""
+
+SLOW = ("rcm", "sid", "ladd", "sprint")
+NAMES = [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in STUDENTS]
+"""The students as parameters of a test: a few of them stand for the others in quick runs."""
+
+
+def card_sigmas(name: str) -> set[int]:
+    """The numbers of steps, of 1, 2 and 4, whose sigmas diffusers must be given."""
+    late = dict.fromkeys(("dmd2", "rcm"), {1, 2, 4})  # they begin below 1
+    return (late | dict.fromkeys(("scm", "sprint", "restart_listed"), {4})).get(name, set())
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from jax_distill.config import ConfigError
 from jax_distill.config.settings import flatten
 from jax_distill.evaluation import comparison
 from jax_distill.models.mmdit import MMDiTConfig
-from jax_distill.planning import program
+from jax_distill.objectives.scm import SCM
+from jax_distill.planning import evaluations, program
 from jax_distill.runs import cells, study_settings
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +102,7 @@ def test_the_folder_of_a_cell_needs_no_quotes():
     assert cells.folder("sCM, 1000 t", 0) == "sCM_1000_t-0"
 
 
-@pytest.mark.parametrize("preset", ["", "ablations", "smoke"])
+@pytest.mark.parametrize("preset", ["", "ablations", "matching", "smoke"])
 def test_every_row_of_the_studies_is_a_configuration_that_exists(preset):
     """Settings are keys of the row's file, of their type; names, and so folders, differ."""
     config = load_config("study").get_config(preset)
@@ -126,6 +127,9 @@ def test_every_row_of_the_studies_is_a_configuration_that_exists(preset):
         ({"rows": (("sCM",),)}, "rows: each needs a name and a config file"),
         ({"seeds": ("one",)}, "seeds"),
         ({"teacher": {"checkpoint": ""}}, "teacher"),
+        ({"common": {"batch_size": 64}}, "common: give total_steps of every cell, or evaluations"),
+        ({"common": {"evaluations": 9, "total_steps": 9}}, "common: give .*; not both"),
+        ({"common": {"evaluations": -1}}, "common.evaluations: -1 is not a positive number"),
         ({"name": "../study"}, "name: '../study' is not a word"),
     ],
     ids=str,
@@ -157,6 +161,23 @@ def test_cells_are_rows_by_seeds_with_their_own_settings():
     ]
 
 
+def test_steps_follow_from_a_budget_where_a_row_has_none_of_its_own(monkeypatch):
+    read = []
+
+    def of_run(config):
+        read.append((config.seed, config.batch_size))
+        return evaluations.Costs(SCM(None, None), 40.0, {"student": evaluations.Moves(6, 6, 0)})
+
+    monkeypatch.setattr(cells.evaluations, "of_run", of_run)
+    own = ["seed=3", "batch_size=8"]
+    assert cells.within(100, "configs/scm.py", own) == [*own, "total_steps=10"]
+    assert read == [(3, 8)]
+    for budget, settings in ((100, [*own, "total_steps=7"]), (None, own)):
+        assert cells.within(budget, "configs/scm.py", settings) == settings
+    with pytest.raises(ConfigError, match="no_such"):
+        cells.within(100, "configs/scm.py", ["no_such=1"])
+
+
 def entry(score):
     return {"score": score, "tasks": {"counting": score, "colors": score / 2}}
 
@@ -169,6 +190,12 @@ def cell(row, seed, one, four):
         "student": {"1": entry(one), "4": entry(four)},
         "history": {"100": {"1": entry(one / 2), "4": entry(four / 2)}},
         "steps": 200,
+        "spent": {
+            "100": {"evaluations": 700.0, "seconds": 45.0},
+            "200": {"evaluations": 1300.0, "seconds": 90.0},
+        },
+        "evaluations": 1300.0,
+        "evaluations_per_step": 6.0,
         "train_seconds": 90.0 + 60 * seed,
         "flops_per_step": 123_000_000_000,
         "peak_gib": 1.0 + seed,
@@ -193,8 +220,8 @@ STUDY = {
 def test_table_has_shares_with_their_spread_and_costs():
     lines = comparison.table(STUDY)
     assert lines[0][1:3] == ["1 step", "4 steps"]
-    assert lines[1] == ["sCM", "0.60 ±0.10", "0.80 ±0.05", "2.0", "123", "2.0"]
-    assert lines[2] == ["IMM", "0.25", "1.00", "1.5", "123", "1.0"]
+    assert lines[1] == ["sCM", "0.60 ±0.10", "0.80 ±0.05", "1300", "6.0", "2.0", "123", "2.0"]
+    assert lines[2] == ["IMM", "0.25", "1.00", "1300", "6.0", "1.5", "123", "1.0"]
     assert lines[3][:3] == ["teacher", "-", "0.25"]
     text = comparison.format_table(STUDY).splitlines()
     assert len({len(line) for line in text[:3]}) == 1 and "0.800" in text[-1]
@@ -253,17 +280,19 @@ def test_a_cell_of_the_embedded_teacher_is_measured_as_any(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = cells.measured(tmp_path)
     assert found["train_seconds"] == 50 / 5 + 50 / 2 and found["peak_gib"] == 2.5
-    forward = program.forward_flops(config)
-    assert 5.9 <= found["flops_per_step"] / forward <= 6.3  # the teacher is guided by two
+    assert 5.9 <= found["evaluations_per_step"] <= 6.3  # the teacher is guided by two
+    spent = found["spent"][str(config.total_steps)]
+    assert spent["evaluations"] == found["evaluations"] > 600 * found["evaluations_per_step"]
 
 
 def test_page_holds_everything_and_needs_no_other_file(tmp_path):
     comparison.write(tmp_path, STUDY)
     page = (tmp_path / "study.html").read_text()
     assert "0.60 ±0.10" in page and "--config=&lt;sCM&gt;" in page
-    assert "against training arithmetic" in page
+    assert "against training, thousands of network evaluations" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
-    plots = {f"share-by-{what}.svg" for what in ("steps", "compute-1", "compute-4")}
+    spent = {f"{kind}-{n}" for kind in ("evaluations", "seconds") for n in (1, 4)}
+    plots = {f"share-by-{what}.svg" for what in {"steps", *spent}}
     assert set(os.listdir(tmp_path)) == {"study.html", "study.md", *plots}
     text = (tmp_path / "study.md").read_text()
     assert set(re.findall(r"\]\((.*?)\)", text)) == plots

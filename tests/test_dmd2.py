@@ -205,3 +205,20 @@ def test_divergences_other_than_kl_need_heads():
     with pytest.raises(ValueError, match="objective.divergence: 'js' weighs by heads"):
         method(divergence="js").check_run("float32")
     method(divergence="js", gan_weight=0.1).check_run("float32")
+
+
+def test_a_proximal_loss_moves_the_averages_sample_and_holds_to_it(given):
+    view, batch = given
+    objective = method(proximal=0.5)
+    draws = draws_of(objective, batch, 0)
+    average = {"network": {**view.nets["student"]["network"], "a": jnp.asarray(0.6, jnp.float64)}}
+    view = view._replace(averages={"student": average})
+    x, base = (objective.made(tree, batch, draws) for tree in (view.nets["student"], average))
+    wanted = base.x - 0.5 * objective.gradient(base, view, batch, draws)
+    loss, _ = objective.student_loss(view.nets["student"], view, batch, draws, 0)
+    np.testing.assert_allclose(loss, np.mean((x.x - wanted) ** 2) / 2, rtol=1e-10)
+
+    fake, _ = objective.fake_loss(view.nets["fake"], view, batch, draws, 0)
+    of_average = view._replace(nets={**view.nets, "student": average})
+    plain, _ = method().fake_loss(view.nets["fake"], of_average, batch, draws, 0)
+    np.testing.assert_allclose(fake, plain, rtol=1e-12)

@@ -169,12 +169,19 @@ def test_the_teacher_keeps_its_type_and_the_student_is_float32(ported, student):
     assert frozen.narrowed(wide, "float32")["b"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("preset", ["meanflow", "imm", "time_rescale"])
-def test_other_presets_can_run_from_a_ported_folder(monkeypatch, run, preset, tmp_path):
+OTHERS = {"meanflow": 2, "imm": 2, "time_rescale": 1, "rcm": 2, "sprint": 2}
+"""Presets with the number of their stages: those that learn a derivative by time rescale it."""
+OTHERS |= dict.fromkeys(("dmd2", "tdm", "sid", "ladd"), 1)
+
+
+@pytest.mark.parametrize("preset", OTHERS)
+def test_other_presets_can_run_from_a_ported_folder(monkeypatch, run, ported, preset, tmp_path):
     ran = []
     monkeypatch.setattr(experiment, "run", lambda config, workdir: ran.append(config))
-    assert not run(preset, into=tmp_path / "run")
+    blocks = ["objective.blocks=0,1"] if preset in ("ladd", "sprint") else []  # of a small teacher
+    assert not run(preset, *blocks, into=tmp_path / "run")
     assert ran[0].world == "flux" and ran[0].objective.name == preset
+    assert len(resolution.resolve(ran[0], pipeline.load(ported).config).stages) == OTHERS[preset]
 
 
 def test_a_rescaled_run_is_a_teacher_like_its_ported_folder(student, run, tmp_path, monkeypatch):

@@ -33,6 +33,7 @@ from jax_distill.runs.exporting import export
 from jax_distill.worlds.shapes import bundled
 from jax_distill.worlds.shapes.world import embedded_codec
 
+NAMES = [*OTHERS, *few_step.NAMES]
 RUNS = OTHERS | {
     name: settings(objective, **STUDENT) for name, objective in few_step.STUDENTS.items()
 }
@@ -115,19 +116,20 @@ class Drawing:
         return np.stack([np.asarray(x) for x in pictures])
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_program_of_a_folder_draws_our_pictures(runs, tmp_path, name, monkeypatch):
     """In the card's own number of steps, its guidance, and with the scheduler of the folder."""
     export(str(runs[name]), tmp_path / "out", shard_bytes=100_000)
     assert len(list((tmp_path / "out/transformer").glob("diffusion*.safetensors"))) > 2
     drawing = Drawing(runs[name])
-    steps = {"scm": 2, "push_forward": 3, "time_rescale": 50, "flow_matching": 50}.get(name, 4)
+    steps = {"scm": 2, "time_rescale": 50, "flow_matching": 50} | few_step.STEPS
+    steps = steps.get(name, 4)
     assert f"num_inference_steps={steps}," in programs(tmp_path / "out")[0]
     theirs = drawing.of_pipeline(tmp_path / "out", monkeypatch)
     assert_same_pictures(theirs, drawing.ours(steps))
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_program_of_a_single_file_draws_our_pictures(runs, tmp_path, name, monkeypatch):
     export(str(runs[name]), tmp_path / "out", layout="safetensors")
     drawing = Drawing(runs[name])

@@ -31,7 +31,14 @@ from jax_distill.planning import chips, planner, program, table
 from jax_distill.runs import checks
 from jax_distill.training import checkpoint, loop
 from jax_distill.training.optimizer import learning_rate
-from jax_distill.training.step import init_state, make_optimizers, make_step, moves_of, turns
+from jax_distill.training.step import (
+    followed,
+    init_state,
+    make_optimizers,
+    make_step,
+    moves_of,
+    turns,
+)
 
 ROOT = Path(__file__).parents[1]
 DUEL = Duel()
@@ -163,11 +170,64 @@ def test_a_move_that_is_not_finite_holds_back_its_player_alone(walk, who):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(states[3]))
 
 
+@pytest.fixture(scope="module")
+def follow(batch):
+    """(method, turn, state, bad) -> the state after the turn."""
+    config, compiled = duel_config(), {}
+
+    def move(method, turn, state=None, bad=None):
+        optimizers = make_optimizers(method, config)
+        state = state or init_state(method, optimizers, parameters(), 0)
+        if (method, turn) not in compiled:
+            compiled[method, turn] = jax.jit(make_step(method, optimizers, config, turn))
+        return compiled[method, turn](state, bad or never_bad(), batch)[0]
+
+    return move
+
+
+def test_a_follower_goes_a_share_of_the_way_after_each_of_the_students_moves(follow):
+    method = Duel(follow=0.25)
+    apart = follow(DUEL, FAKE)
+    before, after = apart.players, follow(method, ("student",), apart).players
+    assert same(after["student"], follow(DUEL, ("student",), apart).players["student"])
+    for name, leaf in after["fake"].params["network"].items():
+        fake, student = (x.params["network"][name] for x in (before["fake"], after["student"]))
+        assert np.abs(fake - student).max() > 1e-3
+        np.testing.assert_allclose(leaf, 0.75 * fake + 0.25 * student, rtol=1e-5, atol=1e-7)
+    rest = after["fake"]._replace(params=after["fake"].params["head"])
+    assert same(rest, before["fake"]._replace(params=before["fake"].params["head"]))
+    # It follows before its own move of the turn; nobody follows after a move of its own alone.
+    one_by_one = follow(method, ("student",), apart)._replace(step=apart.step)
+    assert same(follow(method, BOTH, apart), follow(DUEL, FAKE, one_by_one))
+    assert same(follow(method, FAKE, apart), follow(DUEL, FAKE, apart))
+
+
+def test_nobody_follows_a_move_that_was_skipped(follow):
+    method, bad = Duel(follow=0.25), never_bad(student=[1])
+    apart = follow(DUEL, FAKE)
+    after = follow(method, ("student",), apart, bad)
+    assert int(after.players["student"].skipped) == 1
+    assert same(after.players["fake"], apart.players["fake"])
+    # Its second move counts again.
+    again = follow(method, ("student",), after, bad).players["fake"]
+    assert not same(again.params["network"], apart.players["fake"].params["network"])
+
+
+def test_what_is_the_same_in_both_stays_to_the_bit():
+    """Such as embedders that no player trains."""
+    rng = np.random.default_rng(0)
+    network = {"kernel": rng.standard_normal((32, 32)).astype(np.float32)}
+    state = init_state(DUEL, make_optimizers(DUEL, duel_config()), parameters(), 0)
+    players = {n: x._replace(params={"network": network}) for n, x in state.players.items()}
+    found = jax.jit(lambda x: followed(Duel(follow=0.3), x, True))(players)
+    assert list(found) == ["fake"] and same(found["fake"].params, players["fake"].params)
+
+
 class Killed(Exception):
     pass
 
 
-def fit(workdir, *, stop=None, die=None, bad=None, **changes):
+def fit(workdir, *, method=DUEL, stop=None, die=None, bad=None, **changes):
     def hook(step, params):
         del params
         if step == die:
@@ -175,7 +235,7 @@ def fit(workdir, *, stop=None, die=None, bad=None, **changes):
         if step == stop:
             os.kill(os.getpid(), 15)
 
-    start = duel_config(**changes), workdir, DUEL, parameters(), bad or never_bad(), Source()
+    start = duel_config(**changes), workdir, method, parameters(), bad or never_bad(), Source()
     return loop.fit(*start, hooks=[(1, hook)])
 
 
@@ -191,14 +251,15 @@ def final_state(workdir):
         return checkpoints.restore(12, like).state
 
 
-def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("method", [DUEL, Duel(follow=0.25)], ids=["duel", "follower"])
+def test_a_run_that_is_killed_goes_on_bit_for_bit(tmp_path, method):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    average = fit(whole)
+    average = fit(whole, method=method)
     with pytest.raises(Killed):
-        fit(broken, die=6)  # after a checkpoint of the fourth step
+        fit(broken, method=method, die=6)  # after a checkpoint of the fourth step
     with pytest.raises(Interrupted):
-        fit(broken, stop=8)  # between two moves of the student
-    assert same(average, fit(broken))
+        fit(broken, method=method, stop=8)  # between two moves of the student
+    assert same(average, fit(broken, method=method))
     assert same(final_state(whole), final_state(broken))
     assert logged(whole) == logged(broken)
     line = logged(whole)[-1]
@@ -285,6 +346,25 @@ def test_adapters_of_both_players_stand_beside_one_base(registered):
         np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
+def test_of_adapters_that_follow_each_factor_is_mixed():
+    """Their product is not; embedders are, which a player has of its own, and heads are not."""
+    config = matching_config(2, "dmd2")
+    with config.unlocked():
+        config.objective.follow = 0.5
+    objective, params, *_ = prepared(config)
+    state = init_state(objective, make_optimizers(objective, config), params, 0)
+    grown = jax.tree.map(lambda leaf: leaf + 0.1, state.players["student"].params)
+    players = state.players | {"student": state.players["student"]._replace(params=grown)}
+    found = followed(objective, players, True)
+    before, after = (x["fake"].params for x in (players, found))
+    assert list(found) == ["fake"] and same(after["heads"], before["heads"])
+    paths = list(traverse_util.flatten_dict(after["network"], sep="/"))
+    assert any("lora_a" in x for x in paths) and any("guidance_embedder" in x for x in paths)
+    leaves = (jax.tree.leaves(x["network"]) for x in (after, before, grown))
+    for mixed, own, student in zip(*leaves):
+        np.testing.assert_allclose(mixed, (own + student) / 2, rtol=1e-5, atol=1e-6)
+
+
 def test_a_method_without_guidance_scales_leaves_them_to_the_stage_before(registered):
     teacher = TEACHER.copy_and_resolve_references()
     with teacher.unlocked():
@@ -336,12 +416,19 @@ def test_each_turn_is_a_program_of_the_plan(registered, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("method", "rank"), [("matching", 0), ("matching", 2), ("ladd", 0), ("rcm", 0)], ids=str
+    ("method", "rank"),
+    [("matching", 0), ("matching", 2), ("dmd2", 0), ("ladd", 0), ("rcm", 0)],
+    ids=str,
 )
 @pytest.mark.slow
 def test_steps_on_meshes_are_those_of_one_device(method, rank):
+    """In double precision: in float32, too, they differ by rounding alone."""
+    meshes = "8x1x1", "1x8x1", "2x2x2", "1x4x2"
     done = subprocess.run(
-        [sys.executable, "tests/two_players.py", "8x1x1,1x8x1,2x2x2", str(rank), method],
+        [
+            *(sys.executable, "tests/two_players.py"),
+            *(",".join(meshes), str(rank), method, "float64"),
+        ],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -350,6 +437,6 @@ def test_steps_on_meshes_are_those_of_one_device(method, rank):
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    assert list(report) == ["8x1x1", "1x8x1", "2x2x2"]
+    assert tuple(report) == meshes
     for mesh, found in report.items():
-        assert found["metrics"] < 2e-5 and found["states"] < 2e-4, (mesh, found)
+        assert found["metrics"] < 1e-6 and found["states"] < 1e-6, (mesh, found)

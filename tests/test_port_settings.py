@@ -97,7 +97,7 @@ PAIR = "give --time_scale=1000 --guidance_factor=1000 .* or --time_scale=1 --gui
             "x.safetensors",
             {"header": {"time_scale": 1.0}},
             {},
-            "give --objective, one of flow_matching, ",
+            "give --objective, one of dmd2, flow_matching, ",
         ),
         (
             "x.safetensors",
@@ -154,7 +154,7 @@ def test_what_is_told_or_assumed_is_kept(base, tmp_path, name, made, flags, expe
         ({"objective": "scm", **ONES}, {"objective": "imm"}, "says scm, which is not imm; leave"),
         ({"objective": "scm", **ONES}, {"time_scale": 1000.0}, "says 1, which is not 1000; leave"),
         ({"objective": "scm", **ONES}, {"guidance_factor": 2.0}, "--guidance_factor: .* says 1, "),
-        ({"objective": "magic"}, {}, "unknown objective 'magic'; known: flow_matching, "),
+        ({"objective": "magic"}, {}, "unknown objective 'magic'; known: dmd2, flow_matching, "),
         ({"time_scale": "fast"}, {}, "time_scale is 'fast', not a number"),
     ],
 )

@@ -42,8 +42,9 @@ STUDENTS = {
     "meanflow": ({"name": "meanflow"}, PAIR),
     "imm": ({"name": "imm", "time_shift": 0.3}, PAIR | OF_T_AND_W),
     "imm_restart": ({"name": "imm", "sampler": "restart"}, PAIR),
-    **{name: (objective, {}) for name, objective in few_step.STUDENTS.items()},
 }
+NAMES = [*TEACHERS, *STUDENTS, *few_step.NAMES]
+STUDENTS |= {name: (objective, {}) for name, objective in few_step.STUDENTS.items()}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,31 +135,36 @@ def ours(source, steps):
     return pipe(CAPTIONS, steps=steps, noise=noise(), guidance=guidance, **sizes)
 
 
+def sigmas_of(folder):
+    """What the card gives diffusers, by the number of steps."""
+    found = re.findall(r"`sigmas=(.*?)` in (\d)", (folder / "README.md").read_text())
+    return {int(count): json.loads(sigmas) for sigmas, count in found}
+
+
 def assert_same(theirs, expected, limit=1.0):
     difference = np.abs(255 * theirs - expected).max()
     print(f"differs by {difference:.3f} / 255")
     assert expected.std() > 20 and difference <= limit
 
 
-@pytest.mark.parametrize("name", [*TEACHERS, *STUDENTS])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_pictures_are_ours(folders, name, monkeypatch):
     source, out = folders(name)
     pipe = DiffusionPipeline.from_pretrained(out, trust_remote_code=name in STUDENTS)
     renoise(monkeypatch)
     guided = {"negative_prompt": [" "] * 2, "true_cfg_scale": GUIDANCE} if name == "guided" else {}
-    assert_same(draw(pipe, 2, **guided), ours(source, 2))
+    assert_same(draw(pipe, 2, sigmas=sigmas_of(out).get(2), **guided), ours(source, 2))
     assert ("true_cfg_scale=" in (out / "README.md").read_text()) == bool(guided)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-@pytest.mark.parametrize("name", ["scm", *few_step.STUDENTS])
+@pytest.mark.parametrize("name", ["scm", *few_step.NAMES])
 def test_a_few_steps_are_ours_with_the_sigmas_of_the_card(folders, name, steps, monkeypatch):
     """And without them where the card gives none."""
     source, out = folders(name)
     pipe = DiffusionPipeline.from_pretrained(out)
-    found = re.findall(r"`sigmas=(.*?)` in (\d)", (out / "README.md").read_text())
-    needed = {int(count): json.loads(sigmas) for sigmas, count in found}
-    assert set(needed) <= ({4} if name in ("scm", "restart_listed") else set())
+    needed = sigmas_of(out)
+    assert set(needed) == few_step.card_sigmas(name)
     renoise(monkeypatch)
     assert_same(draw(pipe, steps, sigmas=needed.get(steps)), ours(source, steps))
     if steps in needed:
@@ -235,7 +241,7 @@ def test_a_narrow_export_is_rounded_but_for_its_embedders(folders, tmp_path, nam
     assert f"dtype=torch.{kind})" in card
 
 
-@pytest.mark.parametrize("name", [*TEACHERS, *STUDENTS])
+@pytest.mark.parametrize("name", NAMES)
 def test_what_is_ported_again_is_what_was_exported(folders, tmp_path, name):
     """Bit for bit, embedders and their factors as they were before they were refitted.
 

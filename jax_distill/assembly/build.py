@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -185,13 +186,14 @@ def teacher_velocity(
 
 
 def abstract_losses(
-    config: ConfigDict, teacher: ConfigDict | None = None
+    config: ConfigDict, teacher: ConfigDict | None = None, moves: int = 0
 ) -> Iterator[tuple[str, Callable, tuple]]:
     """The loss of each player for one micro-batch, and the shapes of its arguments, to be traced.
 
     Args:
       config: of the run.
       teacher: configuration of the network whose velocity is learned, if there is one.
+      moves: that the player has made before, a constant in the function.
 
     Yields:
       (player, function, arguments); the function takes (own, view, batch, key) and returns a
@@ -216,7 +218,7 @@ def abstract_losses(
 
         def loss(own, view, batch, key, player=player):
             draws = method.draw(key, batch)
-            return player.loss(own, view, batch, draws, jnp.zeros((), jnp.int32))[0]
+            return player.loss(own, view, batch, draws, np.int32(moves))[0]
 
         yield name, loss, (trees[name], *others)
 

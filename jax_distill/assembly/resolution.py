@@ -3,8 +3,10 @@
 Checks, runs and plans all begin with `resolve`, so that what is checked and planned is what runs.
 """
 
+import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -12,6 +14,7 @@ from jax_distill import config as configuration
 from jax_distill import worlds
 from jax_distill.assembly import build, stages
 from jax_distill.config import ConfigError
+from jax_distill.config.settings import flatten
 from jax_distill.interop import ported_folder
 from jax_distill.models.inputs import GUIDANCE
 from jax_distill.objectives.methods import FROM_SCRATCH
@@ -28,6 +31,9 @@ _SHARED = (
     *("num_attention_heads", "joint_attention_dim", "pooled_projection_dim"),
 )
 """Settings of a network that a student shares with its teacher."""
+
+_BESIDE = ("lora.rank", "lora.alpha", "lora.targets", "lora.base", "teacher.checkpoint", "dtype")
+"""Settings that adapters share with those that they start from."""
 
 
 class Resolved(NamedTuple):
@@ -55,13 +61,19 @@ def resolve(config: ConfigDict, teacher: ConfigDict | None = None) -> Resolved:
     Raises:
       ConfigError: the teacher is missing or unfit, or contradicts the run's settings.
     """
-    if config.objective.name in FROM_SCRATCH:
+    name = config.objective.name
+    if config.start.checkpoint and name in (*FROM_SCRATCH, "time_rescale"):
+        raise ConfigError(
+            f"start.checkpoint: {name} trains no student, which alone can start from another;"
+            " leave it out"
+        )
+    if name in FROM_SCRATCH:
         return Resolved(config, None, stages.of(config, None))
     if teacher is None:
         teacher = teacher_config(config)
     config = _student_config(config, teacher)
     taken = as_teacher(config, teacher)
-    return Resolved(config, taken, stages.of(config, taken))
+    return Resolved(config, taken, stages.of(config, taken, _start_config(config, taken)))
 
 
 def validate(config: ConfigDict) -> None:
@@ -148,6 +160,7 @@ def _student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
         resolved.model = {**teacher.model, **changes}
         resolved.data.text_length = teacher.data.text_length
         resolved.teacher.checkpoint = absolute(config.teacher.checkpoint)
+        resolved.start.checkpoint = absolute(config.start.checkpoint)
         if stages.changes(resolved, teacher, GUIDANCE):
             # Its ramps are as steep as the time embedder's, see `refit_embedder`.
             for section in (resolved.optimizer, *resolved.optimizers.values()):
@@ -161,6 +174,62 @@ def _student_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:
                 f" {getattr(source, key)}, whose parameters the student starts from; leave it out"
             )
     return resolved
+
+
+def _start_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict | None:
+    """The configuration of the run that a student starts from; None where that is the teacher.
+
+    That run may have had another teacher, objective and precision. Its network must be the
+    student's; adapters must stand beside the same teacher, in the same way.
+
+    Args:
+      config: of the run, with the student's whole network.
+      teacher: of the teacher as the run takes it.
+
+    Raises:
+      ConfigError: there is no such student, or the run's settings do not fit it.
+    """
+    source = config.start.checkpoint
+    if not source:
+        return None
+    check_no_partial(source, "start.checkpoint")
+    try:
+        start = configuration.load(source)
+        checkpoint.complete_steps(Path(source))
+    except ValueError as error:
+        raise ConfigError(f"start.checkpoint: {error}") from None
+    if start.objective.name in FROM_SCRATCH:
+        raise ConfigError(
+            f"start.checkpoint: '{source}' is a run of objective {start.objective.name!r}, no"
+            " student; give one such as configs/scm.py makes"
+        )
+    if config.teacher.velocity == "rescaled" and stages.needs_rescale(config, teacher):
+        raise ConfigError(
+            "teacher.velocity: 'rescaled' is of a stage that there is not before a student with a"
+            " start.checkpoint; set it to original, or teacher.checkpoint to a rescaled teacher"
+        )
+    for key, own, theirs in _start_settings(config, start):
+        if own != theirs:
+            raise ConfigError(
+                f"{key}: {own!r} differs from {theirs!r}, that of the student in '{source}' that"
+                f" this one starts from; set it to {theirs!r}"
+            )
+    return start
+
+
+def _start_settings(config: ConfigDict, start: ConfigDict) -> Iterator[tuple[str, Any, Any]]:
+    """Settings that a student must share with the one it starts from: key, own value, theirs."""
+    yield "world", worlds.name(config), worlds.name(start)
+    own, theirs = (dataclasses.asdict(build.network_config(x)) for x in (config, start))
+    for key in own:
+        if key not in ("remat", "attention"):  # neither changes what a parameter means
+            yield f"model.{key}", own[key], theirs[key]
+    if config.lora.rank or start.lora.rank:
+        own, theirs = (flatten(x.to_dict()) for x in (config, start))
+        for values in (own, theirs):
+            values["teacher.checkpoint"] = absolute(values["teacher.checkpoint"]) or EMBEDDED
+        for key in _BESIDE:
+            yield key, own[key], theirs[key]
 
 
 def as_teacher(config: ConfigDict, teacher: ConfigDict) -> ConfigDict:

@@ -38,16 +38,21 @@ class Stage(NamedTuple):
     adapted: bool = False
 
 
-def of(config: ConfigDict, teacher: ConfigDict | None) -> list[Stage]:
+def of(
+    config: ConfigDict, teacher: ConfigDict | None, start: ConfigDict | None = None
+) -> list[Stage]:
     """The stages of a run, in order.
 
     Args:
       config: of the run, with the student's whole network.
       teacher: of the teacher as the run takes it; None from scratch.
+      start: of the student that this one starts from; None for the teacher.
     """
     name = config.objective.name
     if teacher is None:
         return [Stage(name, config, None, None)]
+    if start is not None:
+        return [Stage(name, config, start, teacher)]
     if name == "time_rescale" or not needs_rescale(config, teacher):
         return [Stage(name, config, teacher, teacher)]
     rescale = rescale_config(config, teacher)

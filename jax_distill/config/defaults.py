@@ -11,6 +11,9 @@ TEACHER = {
     "velocity": "rescaled",  # or "original", of the teacher before the rescale
     "guidance": "auto",  # or "embedded", "cfg", "none", see build.guidance_of
 }
+START = {
+    "checkpoint": "",  # a workdir, from whose averaged student this one starts; empty: the teacher
+}
 RESCALE = {  # the stage before sCM and MeanFlow, see objectives/time_rescale.py
     "total_steps": 0,
     "batch_size": 64,
@@ -95,6 +98,7 @@ RUN = {
     "dtype": "float32",  # of the networks' computation; parameters stay float32
     "objective": {"name": ""},
     "teacher": TEACHER,
+    "start": START,
     "rescale": RESCALE,
     "lora": LORA,
     "model": MODEL,

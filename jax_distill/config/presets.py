@@ -96,6 +96,17 @@ def flux(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def as_teacher(config: ConfigDict) -> None:
+    """Gives a student of FLUX its teacher's own inputs: it starts as the teacher, not rescaled.
+
+    For methods that take no derivative by time. Where no adapters are trained, all else is.
+    """
+    config.model.time_scale = MODEL["time_scale"]
+    config.rescale.total_steps = 0
+    if not config.lora.rank:
+        config.optimizer.frozen = ""
+
+
 def shorten(config: ConfigDict) -> None:
     """Turns a student's run into a smoke test."""
     config.total_steps = config.rescale.total_steps = 4

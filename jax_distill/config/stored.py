@@ -19,7 +19,7 @@ LATER = (
     *("world", "ema_dtype", "ema_power", "teacher.guidance", "data.resolution", "evaluation.every"),
     *("evaluation.diversity_prompts", "evaluation.diversity_pictures"),
     *("lora.rank", "lora.alpha", "lora.targets", "lora.base", "samples.teacher_steps"),
-    *("rescale.total_steps", "rescale.batch_size", "rescale.learning_rate"),
+    *("start.checkpoint", "rescale.total_steps", "rescale.batch_size", "rescale.learning_rate"),
     *("model.remat", "model.attention", "model.guidance_factor", "mesh.split_tokens"),
     *("optimizer.frozen", "optimizer.moments", "optimizers"),
 )

@@ -58,7 +58,7 @@ def table(study: Mapping[str, Any]) -> list[list[str]]:
     """Head and rows: a method, its shares of the teacher's score by steps, and its cost."""
     rows = by_row(study)
     steps = list(next(iter(rows.values()))[0]["student"]) if rows else []
-    costs = ["train min", "GFLOP a step", "peak GiB"]
+    costs = ["evaluations", "a step", "train min", "GFLOP a step", "peak GiB"]
     lines = [
         [
             "share of the teacher's score",
@@ -72,6 +72,8 @@ def table(study: Mapping[str, Any]) -> list[list[str]]:
             [
                 name,
                 *(str(found[int(n)]) for n in steps),
+                f"{cells[0]['evaluations']:.0f}",
+                f"{cells[0]['evaluations_per_step']:.1f}",
                 f"{spread([cell['train_seconds'] / 60 for cell in cells]).mean:.1f}",
                 f"{cells[0]['flops_per_step'] / 1e9:.0f}",
                 f"{max(cell['peak_gib'] for cell in cells):.1f}",
@@ -160,8 +162,16 @@ def score_by_steps(study: Mapping[str, Any]) -> Callable[[Axes, Theme], None]:
     return draw
 
 
-def score_by_compute(study: Mapping[str, Any], steps: int) -> Callable[[Axes, Theme], None]:
-    """Share of the teacher's score in `steps` steps against training arithmetic, seeds apart."""
+SPENT = {"evaluations": (1e3, "training, thousands of network evaluations")}
+SPENT |= {"seconds": (60.0, "training, minutes")}
+"""What a cell has spent at a training step: its unit, and an axis's label."""
+
+
+def score_by_spent(
+    study: Mapping[str, Any], steps: int, kind: str
+) -> Callable[[Axes, Theme], None]:
+    """Share of the teacher's score in `steps` steps against a key of `SPENT`, seeds apart."""
+    unit, words = SPENT[kind]
 
     def draw(axes: Axes, theme: Theme) -> None:
         full = study["teacher"]["score"]
@@ -172,7 +182,7 @@ def score_by_compute(study: Mapping[str, Any], steps: int) -> Callable[[Axes, Th
                 known[cell["steps"]] = cell["student"]
                 at = [step for step in sorted(known) if str(steps) in known[step]]
                 axes.plot(
-                    [step * cell["flops_per_step"] / 1e15 for step in at],
+                    [cell["spent"][str(step)][kind] / unit for step in at],
                     [known[step][str(steps)]["score"] / full for step in at],
                     color=theme.methods[index % len(theme.methods)],
                     marker=".",
@@ -181,7 +191,7 @@ def score_by_compute(study: Mapping[str, Any], steps: int) -> Callable[[Axes, Th
                 )
         axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
-        axes.set_xlabel("training arithmetic, PFLOP")
+        axes.set_xlabel(words)
         axes.set_ylabel(f"share in {steps} step{'s' * (steps > 1)}")
         axes.figure.legend(loc="outside upper left", ncols=3, handlelength=1.8, columnspacing=1.2)
 
@@ -234,8 +244,9 @@ def plots_of(study: Mapping[str, Any]) -> list[tuple[str, str, Callable[[Axes, T
     made = [("share-by-steps", caption, score_by_steps(study))]
     if any(cell["history"] for cell in study["cells"]):
         for n in map(int, next(iter(rows.values()))[0]["student"]):
-            caption = f"Share in {n} {page.plural('step', n)} against training arithmetic"
-            made.append((f"share-by-compute-{n}", caption, score_by_compute(study, n)))
+            for kind, (_, words) in SPENT.items():
+                caption = f"Share in {n} {page.plural('step', n)} against {words}"
+                made.append((f"share-by-{kind}-{n}", caption, score_by_spent(study, n, kind)))
     return made
 
 
@@ -252,7 +263,9 @@ def write(folder: Path, study: Mapping[str, Any], grid: Path | None = None) -> P
     """
     rows, full = by_row(study), study["teacher"]
     note = (
-        "Means over the seeds, and half of the range they span. The teacher's own score at"
+        "Means over the seeds, and half of the range they span. Evaluations are forwards of the"
+        " student's network for a batch, by arithmetic: of the whole training, with what comes"
+        " before the student's own steps, and of one of these. The teacher's own score at"
         f" {full['nfe']} steps is {full['score']:.3f}."
     )
     tables = [

@@ -118,7 +118,7 @@ def logits(
       pooled: (B, P), pooled captions, likewise.
 
     Returns:
-      (B, K) in float32: one logit for each head, or for each head and token.
+      (B, K) in float32 or better: one logit for each head, or for each head and token.
 
     Raises:
       ValueError: the tokens do not lie on such a grid.
@@ -137,6 +137,8 @@ def logits(
         width = head["norm"]["scale"].shape[0]
         sees = pooled.shape[-1] if "condition" in head else None
         create = functools.partial(_create, tokens.shape[-1], width, sees)
-        image = tokens.astype(jnp.float32).reshape(len(tokens), *grid, -1)
+        image = tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32)).reshape(
+            len(tokens), *grid, -1
+        )
         found.append(binder(create)(head)(image, condition))
     return jnp.concatenate(found, -1)

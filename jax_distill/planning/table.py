@@ -44,6 +44,12 @@ def describe(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def evaluations(evaluations_per_step: float, evaluations: float) -> str:
+    """A line of what `evaluations.summary` gives."""
+    words = f"{evaluations_per_step:9.2f} a step in the mean, {evaluations:.0f} the run"
+    return _row("evaluations", words)
+
+
 def _in_short(plan: Plan) -> str:
     """A plan in a line."""
     return (

@@ -1,6 +1,7 @@
 """A study's cells: the runs that it compares, each in a folder of its own."""
 
 import functools
+import itertools
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 from msgspec import Meta
@@ -20,17 +22,19 @@ from msgspec import Meta
 from jax_distill import config as configuration
 from jax_distill import pipeline, streams
 from jax_distill.assembly import build
-from jax_distill.assembly.resolution import teacher_config
+from jax_distill.assembly.resolution import resolve
 from jax_distill.config import ConfigError
 from jax_distill.data import records
 from jax_distill.evaluation import comparison, grids, scoring
 from jax_distill.evaluation.measures import Yardstick
 from jax_distill.evaluation.metrics import read_metrics
 from jax_distill.evaluation.results import parse_results, read_results
+from jax_distill.planning import evaluations
 from jax_distill.planning.flops import count_flops
+from jax_distill.planning.program import forward_flops
+from jax_distill.runs import config_flag
 from jax_distill.storage.files import read_json, write_json
 from jax_distill.storage.quoting import shown
-from jax_distill.training.step import moves_of
 from jax_distill.worlds.shapes.world import preview_captions
 
 RESULTS = "study.json"
@@ -60,7 +64,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     examples = [f"examples={config.examples}", f"seed={config.data_seed}"]
     prepare(data, examples)
     shared = [f"data.path={data}", f"evaluation.prompts={config.prompts}"]
-    settings = [f"{key}={_word(value)}" for key, value in config.common.items()]
+    common = config.common.to_dict()
+    budget = common.pop("evaluations", None)
+    settings = [f"{key}={_word(value)}" for key, value in common.items()]
     own = [f"teacher.checkpoint={config.teacher.checkpoint}", *config.teacher.settings]
     scored = f"evaluation.teacher_steps={_word(config.teacher_steps)}"
     train(config.teacher.config, teacher, [*shared, scored, *own])
@@ -81,8 +87,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
             "evaluation.diversity_prompts=0",  # measured below, beside the teacher's most steps
         ]
         start = [f"teacher.checkpoint={teacher}", f"seed={seed}"]
-        own = [setting.format(workdir=workdir) for setting in own]
-        command = train(file, cell, [*shared, *settings, *scored, *start, *own])
+        own = [setting.format(workdir=workdir, seed=seed) for setting in own]
+        every = [*shared, *settings, *scored, *start, *own]
+        command = train(file, cell, within(budget, file, every))
         found.append({"row": row, "seed": seed, "command": command, **measured(cell)})
         study = {"name": config.name, "teacher": _teacher(teacher), "cells": found}
         write_json(workdir / RESULTS, study)
@@ -109,6 +116,17 @@ def _cells(config: ConfigDict) -> Iterator[tuple[str, int, str, Sequence[str]]]:
     for row, file, *own in config.rows:
         for seed in config.seeds:
             yield row, seed, file, own
+
+
+def within(budget: float | None, file: str, settings: Sequence[str]) -> list[str]:
+    """The settings of a cell with the steps that a budget in evaluations gives it.
+
+    Those of its own stay, and without a budget all do.
+    """
+    if budget is None or any(setting.startswith("total_steps=") for setting in settings):
+        return [*settings]
+    costs = evaluations.of_run(config_flag.read(file, settings))
+    return [*settings, f"total_steps={costs.steps_within(budget)}"]
 
 
 def folder(row: str, seed: int) -> str:
@@ -185,15 +203,29 @@ def measured(cell: Path) -> dict:
     if not lines or not all(line.get("steps_per_sec", 0) > 0 for line in lines):
         raise ConfigError(f"'{cell / 'metrics.jsonl'}' has no speeds of a run; {_AGAIN}")
     steps = [0, *(line["step"] for line in lines)]
+    seconds = [
+        (step - before) / line["steps_per_sec"]
+        for before, step, line in zip(steps, steps[1:], lines)
+    ]
+    scored = _history(history) if history.exists() else {}
+    costs = evaluations.of_run(config)
+    forward = forward_flops(resolve(config).config)
+    passed = [0.0, *itertools.accumulate(seconds)]
     return {
         "student": results.get("student", {}),
-        "history": _history(history) if history.exists() else {},
+        "history": scored,
         "steps": config.total_steps,
-        "train_seconds": sum(
-            (step - before) / line["steps_per_sec"]
-            for before, step, line in zip(steps, steps[1:], lines)
-        ),
-        "flops_per_step": step_flops(config, teacher_config(config)),
+        "spent": {
+            str(step): {
+                "evaluations": costs.at(step),
+                "seconds": float(np.interp(step, steps, passed)),
+            }
+            for step in sorted({*map(int, scored), config.total_steps})
+        },
+        "train_seconds": sum(seconds),
+        "evaluations": costs.at(config.total_steps),
+        "evaluations_per_step": costs.a_step(config.total_steps),
+        "flops_per_step": int(costs.a_step(config.total_steps) * forward),
         "peak_gib": _cost(cell)["peak_gib"],
     }
 
@@ -262,17 +294,6 @@ class Beside:
         found = scoring.measured(self._yardstick, pipeline.load(workdir), steps)
         write_json(path, {"command": cell["command"], "student": found})
         return found
-
-
-def step_flops(config: ConfigDict, teacher: ConfigDict) -> int:
-    """Arithmetic of the losses' gradients for one batch, a mean over turns, see `count_flops`."""
-    objective = build.objective(config, teacher)
-    moves = moves_of(objective, config.total_steps)
-    flops = sum(
-        moves[name] * config.accumulate * count_flops(jax.grad(loss), *arguments)
-        for name, loss, arguments in build.abstract_losses(config, teacher)
-    )
-    return flops // config.total_steps
 
 
 def _teacher(workdir: Path) -> dict:

@@ -35,10 +35,11 @@ def check(config: ConfigDict, workdir: Path) -> None:
     name = config.objective.name
     check_objective(config)
     taught = name not in FROM_SCRATCH
-    if taught and resolution.absolute(config.teacher.checkpoint) == str(workdir.resolve()):
-        raise ConfigError(
-            f"teacher.checkpoint: '{workdir}' is the run's own --workdir; give another"
-        )
+    for section in ("teacher", "start") if taught else ():
+        if resolution.absolute(config[section].checkpoint) == str(workdir.resolve()):
+            raise ConfigError(
+                f"{section}.checkpoint: '{workdir}' is the run's own --workdir; give another"
+            )
     resolved = resolution.resolve(config)
     config = resolved.config
     if name == "autoencoder":

@@ -2,7 +2,7 @@
 
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,25 @@ def parse(argv: list[str]) -> list[str]:
     for change in changes:
         _apply(config, change)
     return rest
+
+
+def read(file: str, changes: Iterable[str]) -> ConfigDict:
+    """The configuration of a file, changed as the command line does.
+
+    Args:
+      file: "FILE" or "FILE:PRESET".
+      changes: such as "seed=3".
+
+    Raises:
+      ConfigError: the file or a change cannot be used.
+    """
+    try:
+        config = _File().parse(file)
+        for change in changes:
+            _apply(config, f"--config.{change}")
+    except Mistake as mistake:
+        raise ConfigError(str(mistake)) from None
+    return config
 
 
 class _File(flags.ArgumentParser):

@@ -135,6 +135,8 @@ def rescale_teacher(config: ConfigDict, workdir: Path) -> None:
 def distill(config: ConfigDict, workdir: Path) -> None:
     """Makes a few-step student of a teacher: time rescale, the objective, and the evaluation.
 
+    A student that starts from another run's needs no time rescale.
+
     While the student is trained, nothing is held of teacher and rescaled network but what its loss
     reads (and the teacher's embedders, where adapters learn from the rescaled network); what is
     needed before and after is read again.
@@ -146,6 +148,8 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     source = data(world, workdir)
     reference = previews.reference_row(teacher, source, config.samples)
     read, network = stored_network(config, teacher), teacher.params["network"]
+    if config.start.checkpoint:
+        read = started_network(config, teacher)
     if before:
         with lease.of_run(workdir / "time_rescale"):
             rescaled = rescale(before[0], workdir / "time_rescale", teacher, source)
@@ -218,6 +222,19 @@ def stored_network(config: ConfigDict, teacher: pipeline.Pipeline) -> Callable[[
             return teacher.params["network"]
         source = config.teacher.checkpoint or EMBEDDED
         return lora.merged(pipeline.load(source, mesh=mesh_of(config)).params["network"])
+
+    return read
+
+
+def started_network(config: ConfigDict, teacher: pipeline.Pipeline) -> Callable[[], dict]:
+    """A function that reads the averaged student that `start.checkpoint` has."""
+    folder = Path(config.start.checkpoint)
+    adapters.check_teacher(config, folder, teacher.params["network"])
+
+    def read() -> dict:
+        logging.info("student: starts from the one in '%s'", folder)
+        average = checkpoint.load_averaged(folder, mesh_of(config))
+        return adapters.whole(config, teacher.params["network"], average)["network"]
 
     return read
 

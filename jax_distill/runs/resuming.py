@@ -63,6 +63,7 @@ TABLE = (
         " not read it",
         FIRST,
     ),
+    Row(("start.*",), REFUSED, "the student began with another network", STUDENTS),
     Row(
         ("rescale.*",),
         REFUSED,
@@ -258,6 +259,7 @@ def _plain(config: ConfigDict, optimizers: Iterable[str]) -> dict[str, Any]:
     whole["optimizers"] = {name: {**optimizer_of(config, name)} for name in optimizers}
     teacher = absolute(whole["teacher"]["checkpoint"])
     whole["teacher"]["checkpoint"] = teacher or EMBEDDED
+    whole["start"]["checkpoint"] = absolute(whole["start"]["checkpoint"])
     # A network's setting that an older version did not know had today's default.
     whole["model"] = {**base().model.to_dict(), **whole["model"]}
     return json.loads(json.dumps(flatten(whole)))

@@ -1,5 +1,6 @@
 """The settings of a study: their types, and what can be told of them before it begins."""
 
+import math
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -47,6 +48,14 @@ def check(config: ConfigDict) -> None:
     rules.check({"name": config.name}, rules.of_runs())
     if not all(len(row) > 1 for row in config.rows):
         raise ValueError("rows: each needs a name and a config file, see configs/study.py")
+    if ("evaluations" in config.common) == ("total_steps" in config.common):
+        raise ValueError(
+            "common: give total_steps of every cell, or evaluations, a budget that its steps follow"
+            " from; not both"
+        )
+    budget = config.common.get("evaluations", 1)
+    if isinstance(budget, bool | str) or not 0 < budget < math.inf:
+        raise ValueError(f"common.evaluations: {budget!r} is not a positive number")
     if not (config.rows and config.seeds):
         raise ValueError("rows, seeds: a study needs one of each or more")
     for seed in config.seeds:

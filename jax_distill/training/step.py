@@ -225,15 +225,27 @@ def make_step(
 def followed(
     objective: Method, players: Mapping[str, PlayerState], moved: jax.Array
 ) -> dict[str, PlayerState]:
-    """The players that follow the student, after it has moved, each nearer to it by its share."""
+    """The players that follow the student, after it has moved, each nearer to it by its share.
+
+    Of adapters each factor is mixed, not their product.
+
+    Args:
+      objective: of the run.
+      players: all of them.
+      moved: whether the student's move was made; after a skipped one nobody follows.
+    """
     network = players[STUDENT].params["network"]
     found = {}
     for name, player in objective.players.items():
         if player.follows:
             own = players[name].params
             share = jnp.where(moved, player.follows, 0.0)
-            nearer = optax.incremental_update(network, own["network"], share)
-            found[name] = players[name]._replace(params={**own, "network": nearer})
+
+            def nearer(own, student, share=share):
+                return own + share * (student - own)  # what is the same in both stays, to the bit
+
+            mixed = jax.tree.map(nearer, own["network"], network)
+            found[name] = players[name]._replace(params={**own, "network": mixed})
     return found
 
 
