@@ -2,7 +2,7 @@
 
 python -m jax_distill.main --config=configs/dmd2.py
 
-Under fifteen minutes on two CPU cores; its settings are not tuned yet.
+Not run to its end yet, and its settings are not tuned.
 
 python -m jax_distill.main --config=configs/dmd2.py:flux_lite
     --config.teacher.checkpoint=PORTED --config.data.path=PREPARED

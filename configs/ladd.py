@@ -2,7 +2,7 @@
 
 python -m jax_distill.main --config=configs/ladd.py
 
-About 13 minutes on two CPU cores by its operations; not run to its end yet.
+Not run to its end yet, and its settings are not tuned.
 
 python -m jax_distill.main --config=configs/ladd.py:flux_lite
     --config.teacher.checkpoint=PORTED --config.data.path=PREPARED
