@@ -38,6 +38,8 @@ _MAKING = 600.0  # for bases
 
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    # A cache of compiled programs would be written while an input is read, outside of its folder.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONDONTWRITEBYTECODE": "1",
