@@ -96,6 +96,7 @@ def one_sentence(error):
         ([TEACHER, "--config.optimizer.learning_rate=nan"], "learning_rate: nan is not positive"),
         ([TEACHER, "--config.optimizer.clip_norm=0"], "clip_norm: 0.0 is not positive"),
         ([TEACHER, "--config.optimizer.warmup_steps=-1"], "warmup_steps: -1 is not zero or more"),
+        ([TEACHER, "--config.ema_warmup=0"], "ema_warmup: 0.0 is not 1 or more"),
         ([TEACHER, "--config.ema_power=0.4"], "ema_power: 0.4 is not from 0 to 0.28"),
         ([TEACHER, "--config.ema_decay=1"], "ema_decay: 1.0 is not at least 0 and less than 1"),
         ([TEACHER, "--config.seed=-1"], "seed: -1 is not"),

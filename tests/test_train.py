@@ -102,20 +102,21 @@ def test_micro_batches_draw_numbers_of_their_own():
     np.testing.assert_allclose(metrics[0]["noise_mean"], np.mean(means), rtol=1e-5)
 
 
-def test_average_follows_its_formula_and_warms_up():
+@pytest.mark.parametrize("warmup", [10.0, 1.0])
+def test_average_follows_its_formula_and_warms_up(warmup):
     decay = 0.25
-    states, _ = take(6, ema_decay=decay)
+    states, _ = take(6, ema_decay=decay, ema_warmup=warmup)
     states = [student(state) for state in states]
     average = states[0].params
     decays = []
     for index, state in enumerate(states[1:]):
-        decays.append(min(decay, (1 + index) / (10 + index)))
+        decays.append(min(decay, (1 + index) / (warmup + index)))
         average = jax.tree.map(
             lambda a, p, d=decays[-1]: d * np.float64(a) + (1 - d) * p, average, state.params
         )
         for a, b in zip(jax.tree.leaves(average), jax.tree.leaves(state.ema)):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    assert decays[0] == 0.1 and decays[-1] == decay
+    assert decays[0] == min(decay, 1 / warmup) and decays[-1] == decay
 
 
 @pytest.mark.parametrize("width", [0.05, 0.1])

@@ -92,6 +92,7 @@ RUN = {
     "batch_size": 64,
     "accumulate": 1,  # micro-batches a step
     "ema_decay": 0.999,
+    "ema_warmup": 10.0,  # the first moves forget faster; 1: none does, see training/step.py
     "ema_power": 0.0,  # or the width of a power function's average, see training/step.py
     "ema_dtype": "float32",  # or "bfloat16", half the memory, see training/rounding.py
     "on_nonfinite": "stop",  # or "skip": leave such steps out and count them

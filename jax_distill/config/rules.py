@@ -121,6 +121,7 @@ def of_runs() -> Iterable[Rule]:
     yield _POSITIVE, lambda value: 0 < value < math.inf, "positive"
     yield _NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "zero or more"
     yield _SHARES, lambda value: 0 <= value < 1, "at least 0 and less than 1"
+    yield ("ema_warmup",), lambda value: 1 <= value < math.inf, "1 or more"
     yield ("ema_power",), lambda value: 0 <= value <= 0.28, "from 0 to 0.28"
     yield _SEEDS, lambda value: 0 <= value <= streams.MOST_SEED, "at least 0 and less than 2^32"
     yield ("evaluation.diversity_pictures",), lambda value: value >= 2, "2 or more"

@@ -16,7 +16,8 @@ from jax_distill.objectives.settings import settings_of
 from jax_distill.storage.files import FileError, read_json, write_atomically
 
 LATER = (
-    *("world", "ema_dtype", "ema_power", "teacher.guidance", "data.resolution", "evaluation.every"),
+    *("world", "ema_dtype", "ema_power", "ema_warmup", "teacher.guidance", "data.resolution"),
+    *("evaluation.every",),
     *("evaluation.diversity_prompts", "evaluation.diversity_pictures"),
     *("lora.rank", "lora.alpha", "lora.targets", "lora.base", "samples.teacher_steps"),
     *("start.checkpoint", "rescale.total_steps", "rescale.batch_size", "rescale.learning_rate"),

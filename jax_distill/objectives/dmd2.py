@@ -73,8 +73,8 @@ class DMD2(MatchingWithHeads):
       proximal: p; 0 for the loss above. Else g is that of x' in the place of x, the sample of the
         running average of the student, which the fake score learns too, and the loss is
         1/2 mean (x - sg(x' - p g))^2. What the student does to many samples at once, and fast, is
-        then held until the fake score has seen it, if the average is slow; at the start of a run
-        that of `ema_decay` is not.
+        then held until the fake score has seen it, if the average is slow: from the first move on
+        with `ema_warmup` = 1.
     """
 
     name = "dmd2"

@@ -140,7 +140,7 @@ TABLE = (
         " draw other random numbers",
     ),
     Row(
-        ("ema_decay", "ema_power"),
+        ("ema_decay", "ema_warmup", "ema_power"),
         SAID,
         "the average forgets at another pace from here on",
     ),

@@ -138,13 +138,14 @@ def combine(chosen: Any, others: Any) -> Any:
 def kept_share(config: ConfigDict, moves: jax.Array) -> jax.Array:
     """The share of a running average that stays in it at the move after so many.
 
-    It is `ema_decay`, and less at first. With `ema_power`, s, it follows a power of the moves, so
-    that the average has a standard deviation of s times their number in time.
+    It is `ema_decay`, and (1 + n) / (w + n) at first, after n moves, with w of `ema_warmup`. With
+    `ema_power`, s, it follows a power of the moves, so that the average has a standard deviation of
+    s times their number in time.
 
     Source: Karras et al., arXiv:2312.02696, appendix C.1.
     """
     if not config.ema_power:
-        return jnp.minimum(config.ema_decay, (1.0 + moves) / (10.0 + moves))
+        return jnp.minimum(config.ema_decay, (1.0 + moves) / (config.ema_warmup + moves))
     precision = config.ema_power**-2
     power = np.roots([1, 7, 16 - precision, 12 - precision]).real.max()
     return (1 - 1 / (moves + 1.0)) ** (power + 1)
