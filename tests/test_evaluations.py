@@ -1,12 +1,15 @@
 """Training's cost in network evaluations: what is counted by hand, for each method."""
 
 import pytest
+from test_plan import preset
 from test_start import TEACHER, save, student
 from tiny_runs import settings
 
+from jax_distill import worlds
 from jax_distill.assembly import resolution
 from jax_distill.config import ConfigError
 from jax_distill.planning import evaluations
+from jax_distill.worlds.flux.world import Flux
 from jax_distill.worlds.shapes.world import Shapes
 
 FORWARD, BACKWARD, TEACHER_CFG = 1, 2, 2
@@ -25,6 +28,17 @@ def costs(name, **changes):
 
 def near(value):
     return pytest.approx(value, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    "name", ["scm:flux_lite", pytest.param("dmd2:flux_lite_lora", marks=pytest.mark.slow)]
+)
+def test_presets_for_flux_are_counted_without_a_checkpoint(name, monkeypatch):
+    config = preset(name)
+    teacher = worlds.of(config).planned_teacher()
+    teacher.model.update(num_layers=1, num_single_layers=1, num_attention_heads=2)
+    monkeypatch.setattr(Flux, "planned_teacher", lambda self: teacher)
+    assert evaluations.summary(config)["evaluations_per_step"] > 4
 
 
 SCM = TEACHER_CFG + FORWARD + FORWARD + BACKWARD  # the tangent is one more forward

@@ -224,9 +224,12 @@ def abstract_losses(
 
 
 def text_like(config: ConfigDict, count: int) -> Text:
-    """Embedded captions, all zeros: (count, ..) of the world's shape."""
-    sequence, pooled = worlds.of(config).text_widths
-    return Text(jnp.zeros((count, config.data.text_length, sequence)), jnp.zeros((count, pooled)))
+    """Embedded captions, all zeros: (count, ..) of the shapes that the network takes."""
+    model = config.model
+    return Text(
+        jnp.zeros((count, config.data.text_length, model.joint_attention_dim)),
+        jnp.zeros((count, model.pooled_projection_dim)),
+    )
 
 
 def token_grid(resolution: tuple[int, int]) -> tuple[int, int]:
