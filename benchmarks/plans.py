@@ -3,8 +3,8 @@
 python benchmarks/plans.py [--cache=DIR] [--only=scm:flux_lite@512] [--write]
 
 Each plan is kept in the cache as the JSON that the command prints with --json, and is not made
-again. `--write` puts the tables into docs/plans.md. All of it takes an hour of a core, and the TPU
-compiler: pip install -e '.[tpu]'.
+again. `--write` puts the tables, or those of `--only`, into docs/plans.md. All of it takes two
+hours of a core, and the TPU compiler: pip install -e '.[tpu]'.
 """
 
 import argparse
@@ -24,6 +24,7 @@ PAGE = ROOT / "docs" / "plans.md"
 BEGIN, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 PODS = ("v5p:4x4x4", "v5e:8x8", "v5e:16x16", "v6e:8x8")
 SINGLE = ("v5p:1x1x1", "v6e:1x1", "v5e:2x2", "v5e:1x1")
+OTHERS = ("rcm", "tdm", "sid", "ladd", "sprint")
 EFFORT = -1.0
 
 
@@ -65,6 +66,10 @@ TABLES = (
     Table("scm:flux_lite_lora", 512, SINGLE),
     Table("scm:flux_lite", 1024, PODS),
     Table("meanflow:flux_lite", 1024, PODS),
+    Table("dmd2:flux_lite", 512, ("v5p:4x4x4", "v5e:16x16", "v6e:8x8")),
+    Table("dmd2:flux_lite_lora", 512, ("v5p:1x1x1", "v5e:2x4")),
+    *(Table(f"{name}:flux_lite", 512, ("v5p:4x4x4",)) for name in OTHERS),
+    *(Table(f"{name}:flux_lite_lora", 512, ("v5p:1x1x1",)) for name in OTHERS),
 )
 
 
@@ -146,6 +151,12 @@ def describe(table: Table, plans: list[dict]) -> str:
     return text.rstrip() + "\n\n"
 
 
+def sections(page: str) -> dict[str, str]:
+    """The tables of a page, by their headings."""
+    texts = page.partition(BEGIN)[2].partition(END)[0].split("### ")[1:]
+    return {text.partition("\n")[0]: f"### {text.rstrip()}\n\n" for text in texts}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cache", type=Path, default=Path("runs/plans"))
@@ -154,18 +165,19 @@ def main() -> None:
     flags = parser.parse_args()
     flags.cache.mkdir(parents=True, exist_ok=True)
     remember_measurements()
-    text = ""
+    page = PAGE.read_text()
+    made, kept = "", sections(page)
     for table in TABLES:
         if flags.only and table.name not in flags.only.split(","):
             continue
         plans = [make(table, topology, flags.cache) for topology in table.topologies]
-        text += describe(table, plans)
-    if flags.write:
-        page = PAGE.read_text()
-        before, after = page.partition(BEGIN)[0], page.partition(END)[2]
-        PAGE.write_text(before + BEGIN + "\n" + text + END + after)
-    else:
-        print(text)
+        made += describe(table, plans)
+    if not flags.write:
+        print(made)
+        return
+    kept |= sections(BEGIN + made + END)
+    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
+    PAGE.write_text(before + BEGIN + "\n" + "".join(kept.values()) + END + after)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ METRICS = {  # of each method's own, beside the losses
     "ladd": "heads/real",
     "sprint": "student/consistency",
 }
+DRAWN = ("dmd2", "tdm")
+"""Methods whose students are drawn with and scored again: one a sampler."""
 
 
 def succeed(command, *flags):
@@ -44,6 +46,8 @@ def test_a_smoke_run_goes_through_every_stage(name, tmp_path):
     losses = [value for key, value in found.items() if key.endswith("/loss")]
     assert len(losses) == 2 and all(map(math.isfinite, losses))
     assert math.isfinite(found[METRICS[name]])
+    if name not in DRAWN:
+        return
     succeed("sample", at, "--prompt=a red circle", "--steps=2", f"--output={tmp_path}/x.png")
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
     succeed("evaluate", at, "--steps=1", "--prompts=6", f"--output={tmp_path}/scores.json")
