@@ -115,9 +115,10 @@ def rows(made: dict) -> str:
     text = ""
     for index, stage in enumerate([made, *made["others"]]):
         where = f"{made['topology']}, {mesh}" if not index else ""
+        kinds = ("parameters", "optimizer", "EMA", "teacher")  # of all players together
         held = " | ".join(
-            f"{stage['held_gib'].get(kind, 0):.2f}"
-            for kind in ("parameters", "optimizer", "EMA", "teacher")
+            f"{sum(x for name, x in stage['held_gib'].items() if name.endswith(kind)):.2f}"
+            for kind in kinds
         )
         fits = "" if stage["fits"] else ", **does not fit**"
         text += (
