@@ -77,7 +77,7 @@ def get_config(preset: str = ""):
             "name": "study",
             "rows": METHODS,
             "seeds": (0, 1),
-            "common": {"evaluations": 11_000, "batch_size": 64},  # of every cell
+            "common": {"evaluations": 704_000},  # of every cell, for one picture each
             "student_steps": (1, 2, 4, 8),
             "teacher_steps": (50, 8, 4, 2, 1),
             "prompts": 600,
@@ -100,7 +100,7 @@ def get_config(preset: str = ""):
     if preset == "smoke":
         config.name = "study_smoke"
         config.seeds = (0,)
-        config.common.update({"evaluations": 60, "batch_size": 16})
+        config.common.update({"evaluations": 960, "batch_size": 16})
         config.student_steps, config.teacher_steps, config.grid_steps = (1, 2), (10, 1), (1,)
         config.prompts, config.evaluate_every, config.examples, config.grid_prompts = 12, 2, 256, 2
         config.teacher.settings = ("total_steps=4", "batch_size=16", "optimizer.learning_rate=1e-5")

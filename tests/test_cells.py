@@ -280,7 +280,9 @@ def test_a_cell_of_the_embedded_teacher_is_measured_as_any(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = cells.measured(tmp_path)
     assert found["train_seconds"] == 50 / 5 + 50 / 2 and found["peak_gib"] == 2.5
-    assert 5.9 <= found["evaluations_per_step"] <= 6.3  # the teacher is guided by two
+    assert (
+        5.9 <= found["evaluations_per_step"] / config.batch_size <= 6.3
+    )  # the teacher is guided by two
     spent = found["spent"][str(config.total_steps)]
     assert spent["evaluations"] == found["evaluations"] > 600 * found["evaluations_per_step"]
 

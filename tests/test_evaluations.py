@@ -12,14 +12,14 @@ from jax_distill.planning import evaluations
 from jax_distill.worlds.flux.world import Flux
 from jax_distill.worlds.shapes.world import Shapes
 
-FORWARD, BACKWARD, TEACHER_CFG = 1, 2, 2
+FORWARD, BACKWARD, TEACHER_CFG, BATCH = 1, 2, 2, 4
 WIDE = {"attention_head_dim": 64, "axes_dims_rope": (16, 24, 24)}  # embedders count for little
 
 
 def costs(name, **changes):
     config = student(name, **changes)
     with config.unlocked():
-        config.total_steps, config.batch_size = 100, 4
+        config.total_steps, config.batch_size = 100, BATCH
         config.model.update(WIDE)
         config.rescale.total_steps = 0
     teacher = settings({"name": "flow_matching"}, **WIDE)
@@ -27,7 +27,8 @@ def costs(name, **changes):
 
 
 def near(value):
-    return pytest.approx(value, rel=0.08)
+    """So many evaluations, for each example of a batch."""
+    return pytest.approx(BATCH * value, rel=0.08)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,7 @@ def test_presets_for_flux_are_counted_without_a_checkpoint(name, monkeypatch):
     teacher = worlds.of(config).planned_teacher()
     teacher.model.update(num_layers=1, num_single_layers=1, num_attention_heads=2)
     monkeypatch.setattr(Flux, "planned_teacher", lambda self: teacher)
-    assert evaluations.summary(config)["evaluations_per_step"] > 4
+    assert evaluations.summary(config)["evaluations_per_step"] > 4 * config.batch_size
 
 
 SCM = TEACHER_CFG + FORWARD + FORWARD + BACKWARD  # the tangent is one more forward
@@ -71,13 +72,13 @@ def test_a_warm_up_costs_what_it_computes(monkeypatch):
     changes |= {"objective.drop_nonfinite": False}  # else the forward is computed again
     found = costs("rcm", **changes).players["student"]
     assert found.switch == 10 and found.early == near(SCM)
-    assert found.late > found.early + TEACHER_CFG + FORWARD + BACKWARD
+    assert found.late > found.early + BATCH * (TEACHER_CFG + FORWARD + BACKWARD)
     assert found.of(12) == 10 * found.early + 2 * found.late
 
 
 def test_a_budget_gives_the_most_steps_within_it():
     found = costs("dmd2", **{"objective.steps": 1, "objective.student_every": 3})
-    for budget in (50.0, 123.4, found.at(17)):
+    for budget in (200.0, 493.6, found.at(17)):
         steps = found.steps_within(budget)
         assert found.at(steps) <= budget < found.at(steps + 1)
     late = found._replace(before=1000.0)
@@ -87,17 +88,22 @@ def test_a_budget_gives_the_most_steps_within_it():
 
 
 def test_runs_before_count_once_and_a_rescale_by_its_own_batches(tmp_path, monkeypatch):
-    """By made-up prices: 10 a move, and a forward of one operation a sample."""
-    monkeypatch.setattr(evaluations, "_moves", lambda *_: evaluations.Moves(10.0, 10.0, 0))
-    monkeypatch.setattr(evaluations, "forward_flops", lambda config: config.batch_size)
+    """By made-up prices: 10 an example of a move, and a forward of one operation."""
+
+    def moves(stage, _):
+        price = 10.0 * stage.config.batch_size
+        return evaluations.Moves(price, price, 0)
+
+    monkeypatch.setattr(evaluations, "_moves", moves)
+    monkeypatch.setattr(evaluations, "example_flops", lambda config: 1.0)
     monkeypatch.setattr(Shapes, "default_teacher", lambda self: TEACHER)
     rescaled, start = tmp_path / "rescaled", tmp_path / "start"
     save(rescaled, student("time_rescale", total_steps=8, batch_size=4))
     taught = {"teacher.checkpoint": str(rescaled), "total_steps": 5, "batch_size": 4}
     save(start, student("scm", **taught))
     first = evaluations.of_run(student("scm", **taught))
-    assert (first.before, first.at(5)) == (80, 130)
+    assert (first.before, first.at(5)) == (8 * 40, 8 * 40 + 5 * 40)
     second = {**taught, "batch_size": 2, "start.checkpoint": str(start)}
-    assert evaluations.of_run(student("scm", **second)).before == 2 * 130
+    assert evaluations.of_run(student("scm", **second)).before == 13 * 40
     stage = {"model.time_scale": 10.0, "rescale.total_steps": 3, "rescale.batch_size": 12}
-    assert evaluations.of_run(student("scm", batch_size=4, **stage)).before == 3 * 3 * 10
+    assert evaluations.of_run(student("scm", batch_size=4, **stage)).before == 3 * 120

@@ -1,8 +1,8 @@
 """The cost of training in network evaluations: what methods are compared at.
 
-One evaluation is the arithmetic of a forward of the student's network for a batch of the run. A
-step costs that of the gradients of its players' losses, teachers and rollouts included; what
-optimizers and averages compute beside them counts nothing.
+One evaluation is the arithmetic of a forward of the student's network for one example. A step
+costs that of the gradients of its players' losses for its batch, teachers and rollouts included;
+what optimizers and averages compute beside them counts nothing.
 """
 
 import bisect
@@ -21,7 +21,7 @@ from jax_distill.interop import ported_folder
 from jax_distill.objectives.methods import FROM_SCRATCH
 from jax_distill.objectives.objective import Method
 from jax_distill.planning.flops import count_flops
-from jax_distill.planning.program import forward_flops, run_stages
+from jax_distill.planning.program import example_flops, run_stages
 from jax_distill.training.step import COUNTED, moves_of
 
 
@@ -95,7 +95,7 @@ def of_run(config: ConfigDict) -> Costs:
     resolved = resolution.resolve(config)
     costs = of_stages(resolved.stages)
     before = sum(_total(of_stages(resolution.resolve(run).stages), run) for run in _needed(config))
-    return costs._replace(before=costs.before + before / forward_flops(resolved.config))
+    return costs._replace(before=costs.before + before / example_flops(resolved.config))
 
 
 def summary(config: ConfigDict) -> dict[str, float]:
@@ -111,12 +111,12 @@ def of_stages(every: list[stages.Stage]) -> Costs:
     spent = sum(_total(of_stages([stage]), stage.config) for stage in before)
     method = build.objective(last.config, last.teacher)
     players = {name: _moves(last, name) for name in method.players}
-    return Costs(method, spent / forward_flops(last.config), players)
+    return Costs(method, spent / example_flops(last.config), players)
 
 
 def _total(costs: Costs, config: ConfigDict) -> float:
     """The operations of a whole run."""
-    return costs.at(config.total_steps) * forward_flops(config)
+    return costs.at(config.total_steps) * example_flops(config)
 
 
 def _needed(config: ConfigDict) -> list[ConfigDict]:
@@ -138,7 +138,7 @@ def _needed(config: ConfigDict) -> list[ConfigDict]:
 
 def _moves(stage: stages.Stage, player: str) -> Moves:
     """The cost of a player's moves, which changes once in a run at most."""
-    config, forward = stage.config, forward_flops(stage.config)
+    config, forward = stage.config, example_flops(stage.config)
 
     def cost(moves: int) -> float:
         every = build.abstract_losses(config, stage.teacher, moves)

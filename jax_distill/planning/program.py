@@ -186,6 +186,11 @@ def forward_flops(config: ConfigDict) -> int:
     return count_flops(network.velocity, params, x, scalar, text_like(config, count), guidance)
 
 
+def example_flops(config: ConfigDict) -> float:
+    """As `forward_flops`, for one example."""
+    return forward_flops(config) / config.batch_size
+
+
 def text_like(config: ConfigDict, count: int) -> Text:
     """Shapes of embedded captions as the data has them, (count, ..)."""
     dtype = jnp.bfloat16 if worlds.of(config).stores_text else jnp.float32

@@ -46,7 +46,7 @@ def describe(plan: Plan) -> str:
 
 def evaluations(evaluations_per_step: float, evaluations: float) -> str:
     """A line of what `evaluations.summary` gives."""
-    words = f"{evaluations_per_step:9.2f} a step in the mean, {evaluations:.0f} the run"
+    words = f"{evaluations_per_step:9.0f} a step in the mean, {evaluations:.0f} the run"
     return _row("evaluations", words)
 
 

@@ -31,7 +31,7 @@ from jax_distill.evaluation.metrics import read_metrics
 from jax_distill.evaluation.results import parse_results, read_results
 from jax_distill.planning import evaluations
 from jax_distill.planning.flops import count_flops
-from jax_distill.planning.program import forward_flops
+from jax_distill.planning.program import example_flops
 from jax_distill.runs import config_flag
 from jax_distill.storage.files import read_json, write_json
 from jax_distill.storage.quoting import shown
@@ -209,7 +209,7 @@ def measured(cell: Path) -> dict:
     ]
     scored = _history(history) if history.exists() else {}
     costs = evaluations.of_run(config)
-    forward = forward_flops(resolve(config).config)
+    forward = example_flops(resolve(config).config)
     passed = [0.0, *itertools.accumulate(seconds)]
     return {
         "student": results.get("student", {}),
