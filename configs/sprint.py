@@ -25,8 +25,10 @@ def get_config(preset: str = ""):
         config.name = f"sprint_{preset}"
         config.objective = objective_settings("sprint", blocks=(4, 13, 23, 32))
         return config.lock()
-    config.total_steps = 600
-    config.optimizers.heads.learning_rate = 1e-3
+    config.total_steps = 1600
+    config.batch_size = 16  # many moves of few samples go further, see docs/findings.md
+    config.ema_decay = 0.995
+    config.optimizers.heads.update(name="muon", learning_rate=1e-3, b1=0.9)
     config.objective = objective_settings(
         "sprint",
         # sCM's part is that of configs/scm.py.
