@@ -155,6 +155,20 @@ def test_distillation_is_the_distance_from_the_teachers_prediction(point):
 def test_the_heads_move_at_each_step_and_the_student_before_them_at_some():
     turns = [dataclasses.replace(METHOD, student_every=3).turn(step) for step in range(4)]
     assert turns == [(STUDENT, HEADS), (HEADS,), (HEADS,), (STUDENT, HEADS)]
+    late = dataclasses.replace(METHOD, student_every=2, heads_first=3)
+    assert [late.turn(step) for step in range(3)] == [(HEADS,)] * 3
+    assert [late.turn(step) for step in (3, 4, 5)] == [(STUDENT, HEADS), (HEADS,), (STUDENT, HEADS)]
+
+
+def test_the_students_times_follow_the_steps_of_the_run_after_heads_alone(point):
+    trees, view, batch, draws = point
+
+    def loss(moves, **changes):
+        method = dataclasses.replace(METHOD, share_warmup=10, **changes)
+        return float(method.student_loss(trees[STUDENT], view, batch, draws, moves)[0])
+
+    late = {"heads_first": 4, "student_every": 2}
+    assert loss(2, **late) == loss(8) != loss(10) == loss(3, **late)
 
 
 # SANA-Sprint.

@@ -20,6 +20,7 @@ from jax_distill.objectives.settings import (
     not_negative,
     positive,
     setting,
+    steps,
 )
 
 HEADS = "heads"
@@ -51,7 +52,9 @@ class Judged:
       r1_weight: of the approximate R1 penalty.
       r1_size: of the perturbation.
       r1_input: "noised" data are perturbed, or "clean" ones, see `adversarial.perturbed_input`.
-      student_every: the heads move at every step, the student before them at each N-th.
+      heads_first: steps at the start in which the heads move alone: new ones know no caption, and
+        lead a student astray that follows them fast.
+      student_every: after those the heads move at every step, the student before them at each N-th.
     """
 
     blocks: tuple[int, ...] = setting((0, 1, 2, 3, 4, 5), BLOCKS)
@@ -63,6 +66,7 @@ class Judged:
     r1_weight: float = not_negative(0.0)
     r1_size: float = positive(0.1)
     r1_input: str = choice("noised", "clean")
+    heads_first: int = steps(0)
     student_every: int = positive(1, 10**4)
 
     @property
@@ -79,7 +83,8 @@ class Judged:
         return {STUDENT: self.init_student(key_student, params), HEADS: made}
 
     def turn(self, step: int) -> tuple[str, ...]:
-        return (HEADS,) if step % self.student_every else (STUDENT, HEADS)
+        after = step - self.heads_first
+        return (HEADS,) if after < 0 or after % self.student_every else (STUDENT, HEADS)
 
     def draw_judge(self, key: jax.Array, batch: Batch) -> JudgeDraws:
         if self.mismatched and len(batch.x) < 2:

@@ -117,7 +117,7 @@ class LADD(Judged, Method):
     def student_loss(
         self, own: dict, view: View, batch: Batch, draws: LADDDraws, moves: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x = self.made(own, batch, draws, moves * self.student_every)
+        x = self.made(own, batch, draws, self.heads_first + moves * self.student_every)
         fooling = self.fooling(x, view, batch, draws)
         if not self.distillation_weight:
             return fooling, {}

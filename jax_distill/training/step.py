@@ -78,8 +78,17 @@ Optimizers = Mapping[str, optax.GradientTransformation]
 
 
 def make_optimizers(objective: Method, config: ConfigDict) -> Optimizers:
-    """The optimizer of each player, whose schedule counts the player's own moves."""
+    """The optimizer of each player, whose schedule counts the player's own moves.
+
+    Raises:
+      ConfigError: the student never moves.
+    """
     moves = moves_of(objective, config.total_steps)
+    if not moves.get(STUDENT, 1):
+        raise ConfigError(
+            f"total_steps: in {config.total_steps} steps the student does not move once; take more,"
+            " or lower objective.heads_first"
+        )
     return {
         name: make_optimizer(
             optimizer_of(config, player.optimizer),
