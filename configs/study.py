@@ -59,8 +59,9 @@ MATCHING = (
     ("sCM", SCM, "total_steps=300"),  # the start of another row
     ("DMD2", DMD2),
     ("DMD2 from sCM", DMD2, "start.checkpoint={workdir}/sCM-{seed}"),
-    ("DMD2, heads", DMD2, "objective.gan_weight=0.03"),
-    *((f"DMD2, a move in {n}", DMD2, f"objective.student_every={n}") for n in (1, 2, 10)),
+    ("DMD2, no heads", DMD2, "objective.gan_weight=0.0"),
+    ("DMD2, not proximal", DMD2, "objective.proximal=0.0"),
+    *((f"DMD2, a move in {n}", DMD2, f"objective.student_every={n}") for n in (2, 5, 10)),
     ("DMD2, decoupled", DMD2, "objective.decoupled=True"),
     ("DMD2, noised data", DMD2, "objective.inputs=noised"),
 )
@@ -99,6 +100,8 @@ def get_config(preset: str = ""):
         config.student_steps, config.teacher.settings = (1, 2, 4), SHORT_RESCALE
     if preset == "smoke":
         config.name = "study_smoke"
+        few = {"LADD": ("objective.heads_first=0",)}  # else all steps would be the heads'
+        config.rows = tuple((*row, *few.get(row[0], ())) for row in METHODS)
         config.seeds = (0,)
         config.common.update({"evaluations": 960, "batch_size": 16})
         config.student_steps, config.teacher_steps, config.grid_steps = (1, 2), (10, 1), (1,)

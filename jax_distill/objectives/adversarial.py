@@ -109,7 +109,7 @@ def density_ratio(logits: jax.Array, low: float = 0.1, high: float = 20.0) -> ja
 
 
 def over_mean_of_bin(
-    ratio: jax.Array, t: jax.Array, bins: int = 10, time_min: float = 0.001, time_max: float = 0.999
+    ratio: jax.Array, t: jax.Array, bins: int = 10, time_min: float = 0.0, time_max: float = 0.999
 ) -> jax.Array:
     """Each ratio (B,) divided by the mean of those in the same of `bins` equal bins of t (B,).
 
@@ -131,7 +131,7 @@ def divergence_weights(
     low: float = 0.1,
     high: float = 20.0,
     bins: int = 10,
-    time_min: float = 0.001,
+    time_min: float = 0.0,
     time_max: float = 0.999,
 ) -> jax.Array:
     """f-distill's weights (B,) of the samples' score differences: h(r) / (mean h + 1e-6).
@@ -142,7 +142,8 @@ def divergence_weights(
       divergence: a key of `DIVERGENCES`.
       low, high: see `density_ratio`.
       bins: of time, see `over_mean_of_bin`; 0 leaves ratios as they are.
-      time_min, time_max: where the first bin begins and the last one ends.
+      time_min, time_max: where the first bin begins and the last one ends, in FastGen those of the
+        noise schedule, wherever the times are drawn.
 
     Returns:
       Weights without gradient, whose mean is 1.

@@ -79,7 +79,7 @@ class DMD2(MatchingWithHeads):
 
     name = "dmd2"
     summary = "A student by DMD2 (distribution matching distillation, arXiv:2405.14867)"
-    card_steps = 4
+    card_steps = property(lambda self: self.steps)
 
     steps: int = setting(4, WHOLE)
     time_shift: float | None = finite(None)
@@ -171,8 +171,7 @@ class DMD2(MatchingWithHeads):
             logits = self.logits(view.nets[FAKE], view, x_t, draws.t, batch.text, draws.guidance)
             metrics["gan_loss"] = fooled = adversarial.generator_loss(logits)
             if self.divergence != "reverse_kl":
-                ends = {"time_min": self.score_from, "time_max": self.score_to}
-                weights = adversarial.divergence_weights(logits, draws.t, self.divergence, **ends)
+                weights = adversarial.divergence_weights(logits, draws.t, self.divergence)
                 gradient = per_sample(weights, gradient) * gradient
         if self.proximal:
             away = jax.lax.stop_gradient(made.x - base.x)

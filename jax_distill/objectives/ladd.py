@@ -66,7 +66,7 @@ class LADD(Judged, Method):
 
     name = "ladd"
     summary = "A student by LADD (latent adversarial diffusion distillation, arXiv:2403.12015)"
-    card_steps = 4
+    card_steps = property(lambda self: len(self.shares))
 
     network: Network
     teacher: TeacherVelocity
