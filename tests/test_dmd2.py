@@ -222,3 +222,33 @@ def test_a_proximal_loss_moves_the_averages_sample_and_holds_to_it(given):
     of_average = view._replace(nets={**view.nets, "student": average})
     plain, _ = method().fake_loss(view.nets["fake"], of_average, batch, draws, 0)
     np.testing.assert_allclose(fake, plain, rtol=1e-12)
+
+
+class Judge(DMD2):
+    """Heads that are a known function."""
+
+    def logits(self, fake, view, x_t, t, text, guidance):
+        return fake["heads"] * jnp.mean(x_t, (1, 2))[:, None] + t[:, None]
+
+
+def test_heads_learn_to_tell_data_from_samples_each_at_times_of_their_own(given):
+    view, batch = given
+    settings = {"time_shift": 0.3, "guidance_scales": (3.0,), "gan_weight": 0.1}
+    objective = Judge(NETWORK, TEACHER, head_weight=0.7, penalty_weight=2.0, **settings)
+    draws = draws_of(objective, batch, 0)
+    own = {**view.nets["fake"], "heads": jnp.asarray(1.5, jnp.float64)}
+    loss, metrics = objective.fake_loss(own, view, batch, draws, 0)
+
+    x, t, heads = objective.made(view.nets["student"], batch, draws).x, draws.t, draws.heads
+    at, of = t[:, None, None], heads.real_t[:, None, None]
+    data = (1 - of) * batch.x + of * heads.real_noise
+
+    def logit(x, t):
+        return 1.5 * np.mean(x, (1, 2)) + t
+
+    real, made = logit(data, heads.real_t), logit((1 - at) * x + at * draws.noise, t)
+    moved = logit(data + objective.penalty_size * heads.penalty_noise, heads.real_t)
+    told = np.mean(np.log1p(np.exp(-real))) + np.mean(np.log1p(np.exp(made)))
+    told += 2 * np.mean((real - moved) ** 2)
+    np.testing.assert_allclose(loss, metrics["velocity_loss"] + 0.7 * told, rtol=1e-10)
+    assert not np.allclose(heads.real_t, t)

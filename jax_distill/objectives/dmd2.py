@@ -130,7 +130,7 @@ class DMD2(MatchingWithHeads):
             jax.random.choice(keys[4], scales, count),
             jax.random.uniform(keys[5], count),
             jax.random.normal(keys[6], shape),
-            self.draw_heads(keys[7], batch),
+            self.draw_heads(keys[7], batch, times),
         )
 
     def made(self, params: dict, batch: Batch, draws: DMD2Draws) -> Made:

@@ -14,12 +14,14 @@ from jax_distill.models import heads
 from jax_distill.objectives import adversarial
 from jax_distill.objectives.matching import FAKE, Matching
 from jax_distill.objectives.objective import View
+from jax_distill.objectives.scores import ScoreTimes
 from jax_distill.objectives.settings import choice, not_negative
 
 
 class HeadDraws(NamedTuple):
     """Of what only heads see."""
 
+    real_t: jax.Array  # (B,), times of data
     real_noise: jax.Array  # (B, N, C), of data
     penalty_noise: jax.Array  # (B, N, C), of the penalty
 
@@ -54,8 +56,10 @@ class MatchingWithHeads(Matching):
             made[FAKE]["heads"] = heads.init_heads(key, self.gan_blocks, hidden, hidden // 2)
         return made
 
-    def draw_heads(self, key: jax.Array, batch: Batch) -> HeadDraws:
-        return HeadDraws(*jax.random.normal(key, (2, *batch.x.shape)))
+    def draw_heads(self, key: jax.Array, batch: Batch, times: ScoreTimes) -> HeadDraws:
+        key_times, key_noise = jax.random.split(key)
+        noises = jax.random.normal(key_noise, (2, *batch.x.shape))
+        return HeadDraws(times.draw(key_times, batch.x.shape[:1]), *noises)
 
     def logits(
         self,
@@ -89,16 +93,16 @@ class MatchingWithHeads(Matching):
         guidance: jax.Array,
         draws: HeadDraws,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The heads' loss between data and samples x_t, noised to t, with its penalty."""
+        """The heads' loss between noised data and samples x_t, noised to t, with its penalty."""
 
-        def logits(x):
+        def logits(x, t):
             return self.logits(fake, view, x, t, batch.text, guidance)
 
-        real_t = interpolate(batch.x, draws.real_noise, t)
-        real, made = logits(real_t), logits(x_t)
+        noised = interpolate(batch.x, draws.real_noise, draws.real_t)
+        real, made = logits(noised, draws.real_t), logits(x_t, t)
         loss = adversarial.discriminator_loss(real, made)
         metrics = {"real_logit": jnp.mean(real), "fake_logit": jnp.mean(made)}
         if self.penalty_weight:
-            moved = logits(real_t + self.penalty_size * draws.penalty_noise)
+            moved = logits(noised + self.penalty_size * draws.penalty_noise, draws.real_t)
             loss += self.penalty_weight * adversarial.approximate_r1(real, moved)
         return loss, metrics

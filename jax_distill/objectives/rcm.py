@@ -59,8 +59,8 @@ class RCM(Matching, SCM):
     its own.
 
     Attributes, beside those of `SCM` and of `Matching`:
-      scm_weight: of the first loss, which has a factor of 100 by its `weighting`; at 0 it is not
-        computed, nor is a derivative.
+      scm_weight: of the first loss, which has a factor of 100 by its `weighting` where it takes a
+        derivative; at 0 it is not computed, nor is a derivative.
       dmd_weight: of the second loss.
       scm_steps: moves of the student by the first loss, before all else; none where that has no
         weight.
