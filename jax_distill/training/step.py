@@ -84,7 +84,7 @@ def make_optimizers(objective: Method, config: ConfigDict) -> Optimizers:
       ConfigError: the student never moves.
     """
     moves = moves_of(objective, config.total_steps)
-    if not moves.get(STUDENT, 1):
+    if config.total_steps and not moves.get(STUDENT, 1):
         raise ConfigError(
             f"total_steps: in {config.total_steps} steps the student does not move once; take more,"
             " or lower objective.heads_first"
