@@ -22,7 +22,8 @@ from jax_distill.interop import time_scale
 from jax_distill.interop.cards import model_card
 from jax_distill.models import mmdit
 from jax_distill.models.mmdit import TIME_FREQUENCIES
-from jax_distill.objectives.time_rescale import fit_quality, refit_time_embedder
+from jax_distill.objectives.embedder_fit import fit_quality
+from jax_distill.objectives.time_rescale import refit_time_embedder
 from jax_distill.worlds.shapes import bundled
 
 SMALL = mmdit.MMDiTConfig(

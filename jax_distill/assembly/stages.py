@@ -17,7 +17,7 @@ from jax_distill.assembly import adapters, build
 from jax_distill.devices import sharding
 from jax_distill.models import mmdit
 from jax_distill.models.inputs import GUIDANCE, INPUTS, INTERVAL, TIME, Input
-from jax_distill.objectives import time_rescale
+from jax_distill.objectives import embedder_fit
 
 
 class Stage(NamedTuple):
@@ -106,10 +106,10 @@ def needs_rescale(config: ConfigDict, teacher: ConfigDict) -> bool:
 
 
 def refit(old: dict, factor: float, new_factor: float, upper: float) -> dict:
-    """Refits an embedder to another factor of its input, see `time_rescale.refit_embedder`."""
+    """Refits an embedder to another factor of its input, see `embedder_fit.refit_embedder`."""
     embed = _embedding(sharding.gather(old), factor)
     hidden = old["linear_2"]["bias"].shape[0]
-    return time_rescale.refit_embedder(embed, hidden, factor=new_factor, upper=upper)
+    return embedder_fit.refit_embedder(embed, hidden, factor=new_factor, upper=upper)
 
 
 def refitted(stage: Stage) -> list[Input]:
@@ -124,7 +124,7 @@ def changes(config: ConfigDict, source: ConfigDict, x: Input) -> bool:
     return embedded and getattr(old, x.factor) != getattr(new, x.factor)
 
 
-def qualities(stage: Stage, source: dict, network: dict) -> dict[str, time_rescale.FitQuality]:
+def qualities(stage: Stage, source: dict, network: dict) -> dict[str, embedder_fit.FitQuality]:
     """The fit of refitted embedders to those of the source, by their names.
 
     Args:
@@ -136,7 +136,7 @@ def qualities(stage: Stage, source: dict, network: dict) -> dict[str, time_resca
     found = {}
     for name, factor, upper in refitted(stage):
         before, after = (sharding.gather(tree[name]) for tree in (source, network))
-        found[name] = time_rescale.fit_quality(
+        found[name] = embedder_fit.fit_quality(
             _embedding(before, getattr(old, factor)),
             _embedding(after, getattr(new, factor)),
             after,

@@ -20,7 +20,11 @@ from jax_distill.flow import (
     path_velocity,
     per_sample,
     sorted_logit_normal,
-    straight_step,
+)
+from jax_distill.objectives.average_velocity import (
+    differential_target,
+    finite_target,
+    mixture,
 )
 from jax_distill.objectives.objective import Method, View, drop_text
 from jax_distill.objectives.settings import (
@@ -62,14 +66,8 @@ class MeanFlow(Method):
 
     no gradient through any of it. The jvp's direction v is v~ where it is a mixture.
 
-    For the first `discrete_warmup` steps the differential target gives way to a finite interval of
-    the share a of t - r, which falls from 1 (the target is v~) by 1/`discrete_warmup` a step, at
-    most to `SHORTEST`: with m = t - a (t - r),
-
-      target = v~ - (1 - a)/a (u - u(x_t - (t - m) v, m, m - r)).
-
-    u agrees with it where it is a v~ + (1 - a) times the average over [r, m], as an average must;
-    for a -> 0 it becomes the differential target.
+    For the first `discrete_warmup` steps the target is that of `finite_target`, whose share falls
+    from 1 (the target is v~) by 1/`discrete_warmup` a step, to `SHORTEST`.
 
     Attributes:
       network: the student, with a second time embedder.
@@ -177,13 +175,11 @@ class MeanFlow(Method):
                     params["network"], x_t, draws.t, text, draws.guidance, h
                 )
 
-            mixed = self.omega * target
-            for weight, of in ((self.kappa, batch.text), (1 - self.omega - self.kappa, null)):
-                mixed += weight * average(of) if weight else 0
+            mixed = mixture(average, target, batch.text, null, self.omega, self.kappa)
             inside = (draws.t >= self.mix_from) & (draws.t <= self.mix_to) & ~draws.dropped
-            inside = per_sample(inside, mixed)
-            target = jnp.where(inside, mixed, target)
-            direction = jnp.where(inside, mixed, direction)
+            target, direction = (
+                jnp.where(per_sample(inside, mixed), mixed, other) for other in (target, direction)
+            )
         return jax.lax.stop_gradient((target, direction))
 
     def target(
@@ -197,23 +193,15 @@ class MeanFlow(Method):
         def student(x, r, t):
             return self.network.velocity(params["network"], x, t, text, draws.guidance, t - r)
 
-        def differential():
-            directions = (direction, jnp.zeros_like(draws.r), jnp.ones_like(draws.t))
-            u, du = jax.jvp(student, (x_t, draws.r, draws.t), directions)
-            return u, velocity - per_sample(draws.t - draws.r, x_t) * jax.lax.stop_gradient(du)
-
-        def finite():
-            share = jnp.maximum(1 - step / self.discrete_warmup, SHORTEST)
-            share = jnp.where(draws.r == draws.t, 1.0, share)  # there u is the velocity
-            middle = draws.t - share * (draws.t - draws.r)
-            ahead = student(straight_step(x_t, draws.t, middle, direction), draws.r, middle)
-            u = student(x_t, draws.r, draws.t)
-            change = jax.lax.stop_gradient(u - ahead)
-            return u, velocity - per_sample((1 - share) / share, x_t) * change
-
+        given = (student, x_t, draws.r, draws.t, velocity, direction)
         if not self.discrete_warmup:
-            return differential()
-        return jax.lax.cond(step < self.discrete_warmup, finite, differential)
+            return differential_target(*given)
+        share = jnp.maximum(1 - step / self.discrete_warmup, SHORTEST)
+        return jax.lax.cond(
+            step < self.discrete_warmup,
+            lambda: finite_target(*given, share),
+            lambda: differential_target(*given),
+        )
 
     def loss(
         self, params: dict, view: View, batch: Batch, draws: MeanFlowDraws, step: jax.Array
