@@ -415,15 +415,24 @@ def test_each_turn_is_a_program_of_the_plan(registered, monkeypatch):
     assert "matching, fake" in table.describe(plan)
 
 
+ONE_AXIS = ("8x1x1", "1x8x1")
+SEVERAL_AXES = ("2x2x2", "1x4x2")
+
+
 @pytest.mark.parametrize(
-    ("method", "rank"),
-    [("matching", 0), ("matching", 2), ("dmd2", 0), ("ladd", 0), ("rcm", 0)],
+    ("method", "rank", "meshes"),
+    [
+        ("dmd2", 0, ONE_AXIS + SEVERAL_AXES),
+        ("matching", 0, ONE_AXIS + SEVERAL_AXES),
+        ("matching", 2, SEVERAL_AXES),
+        ("ladd", 0, SEVERAL_AXES),
+        ("rcm", 0, SEVERAL_AXES),
+    ],
     ids=str,
 )
 @pytest.mark.slow
-def test_steps_on_meshes_are_those_of_one_device(method, rank):
+def test_steps_on_meshes_are_those_of_one_device(method, rank, meshes):
     """In double precision: in float32, too, they differ by rounding alone."""
-    meshes = "8x1x1", "1x8x1", "2x2x2", "1x4x2"
     done = subprocess.run(
         [
             *(sys.executable, "tests/two_players.py"),
