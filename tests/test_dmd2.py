@@ -102,7 +102,7 @@ class Written:
             real = self.data("teacher", x_t, d.t, d.guidance)
             return (fake - real) / (mean(x - real) + 1e-6)
         real = self.data("teacher", x_t, d.t, ones)
-        t = np.maximum(d.share * self.input()[1], 0.02)
+        t = 0.02 + d.share * (self.input()[1] - 0.02)
         x_s = self.noised(x, t, d.share_noise)
         plain, guided = (self.data("teacher", x_s, t, w) for w in (ones, d.guidance))
         added = (guided - plain) / (mean(x - guided) + 1e-6)
@@ -181,7 +181,7 @@ def test_without_a_difference_of_scores_guidance_alone_is_left_to_decoupled_term
     view.nets["fake"]["network"] = {**view.frozen["teacher"], "c": jnp.zeros((), jnp.float64)}
     made = objective.made(view.nets["student"], batch, draws)
     x, w = np.asarray(made.x), np.asarray(draws.guidance)
-    t = np.maximum(draws.share * made.t, 0.02)[:, None, None]
+    t = (0.02 + draws.share * (made.t - 0.02))[:, None, None]
     x_t = (1 - t) * x + t * draws.share_noise
     p = TREES["teacher"]
     guided = x_t - t * (np.tanh(p["a"] * x_t) + p["b"] * t + p["c"] * (w[:, None, None] - 1))
@@ -199,6 +199,19 @@ def test_guidance_has_times_below_the_input_of_the_student(given):
     t = objective.sampled_by.schedule.times(4, 3)[3]
     assert float(t) < 0.5
     assert np.max(draws.share * t) < t
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_weights_multiply_the_difference_of_the_two_scores_alone(given, decoupled):
+    view, batch = given
+    objective = method(decoupled=decoupled)
+    draws = draws_of(objective, batch, 0)
+    made = objective.made(view.nets["student"], batch, draws)
+    plain, none, twice = (
+        objective.gradient(made, view, batch, draws, weight) for weight in (1.0, 0.0, 2.0)
+    )
+    np.testing.assert_allclose(twice - plain, plain - none, atol=1e-12)
+    assert np.any(none) == decoupled  # what guidance adds
 
 
 def test_divergences_other_than_kl_need_heads():

@@ -66,9 +66,9 @@ class DMD2(MatchingWithHeads):
       added: c.
       fake_predicts: the fake score's error is that of its "velocity", or of its "data".
       decoupled: two terms, each divided by its own mean: f - r at t for r of the teacher without
-        guidance; and what guidance adds to r, at a time below that of the student's input.
-      divergence: whose weights multiply g, see `adversarial.DIVERGENCES`; not "reverse_kl", which
-        has none, needs heads.
+        guidance; and what guidance adds to r, at a time from `score_from` to the input's.
+      divergence: whose weights multiply f - r, see `adversarial.DIVERGENCES`; "reverse_kl" has
+        none, the others need heads.
       follow: the share of the way to the student that the fake score goes after each of its moves.
       proximal: p; 0 for the loss above. Else g is that of x' in the place of x, the sample of the
         running average of the student, which the fake score learns too, and the loss is
@@ -143,18 +143,20 @@ class DMD2(MatchingWithHeads):
             x = interpolate(batch.x, draws.rollout.noise, t)
         return Made(self.data(params, x, t, batch.text, draws.guidance), t)
 
-    def gradient(self, made: Made, view: View, batch: Batch, draws: DMD2Draws) -> jax.Array:
-        """g, (B, N, C), without f-distill's weights."""
+    def gradient(
+        self, made: Made, view: View, batch: Batch, draws: DMD2Draws, weights: jax.Array | float = 1
+    ) -> jax.Array:
+        """g, (B, N, C), f-distill's weights (B, 1, 1) on the difference of the two scores."""
         x, given = jax.lax.stop_gradient(made.x), (batch.text, draws.guidance)
         x_t = interpolate(x, draws.noise, draws.t)
         fake = self.data(view.nets[FAKE], x_t, draws.t, *given)
         if not self.decoupled:
             real = self.real(view, x_t, draws.t, *given)
-            return score_difference(x, fake, real, added=self.added)
+            return weights * score_difference(x, fake, real, added=self.added)
         real = self.real_of_both(view, x_t, draws.t, *given)[1]
-        t = jnp.maximum(draws.share * made.t, self.score_from)
+        t = self.score_from + draws.share * jnp.maximum(made.t - self.score_from, 0)
         guided, plain = self.real_of_both(view, interpolate(x, draws.share_noise, t), t, *given)
-        matched = score_difference(x, fake, real, added=self.added)
+        matched = weights * score_difference(x, fake, real, added=self.added)
         return matched + score_difference(x, plain, guided, added=self.added)
 
     def student_loss(
@@ -163,16 +165,16 @@ class DMD2(MatchingWithHeads):
         del moves
         made = self.made(own, batch, draws)
         base = self.made(view.averages[STUDENT], batch, draws) if self.proximal else made
-        gradient = self.gradient(base, view, batch, draws)
-        metrics = {"score_difference": jnp.sqrt(jnp.mean(jnp.square(gradient)))}
-        fooled = 0.0
+        metrics, weights, fooled = {}, 1.0, 0.0
         if self.gan_weight:
             x_t = interpolate(made.x, draws.noise, draws.t)
             logits = self.logits(view.nets[FAKE], view, x_t, draws.t, batch.text, draws.guidance)
             metrics["gan_loss"] = fooled = adversarial.generator_loss(logits)
             if self.divergence != "reverse_kl":
                 weights = adversarial.divergence_weights(logits, draws.t, self.divergence)
-                gradient = per_sample(weights, gradient) * gradient
+                weights = per_sample(weights, x_t)
+        gradient = self.gradient(base, view, batch, draws, weights)
+        metrics["score_difference"] = jnp.sqrt(jnp.mean(jnp.square(gradient)))
         if self.proximal:
             away = jax.lax.stop_gradient(made.x - base.x)
             metrics["away"] = jnp.sqrt(jnp.mean(jnp.square(away)))
