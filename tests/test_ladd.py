@@ -160,15 +160,21 @@ def test_the_heads_move_at_each_step_and_the_student_before_them_at_some():
     assert [late.turn(step) for step in (3, 4, 5)] == [(STUDENT, HEADS), (HEADS,), (STUDENT, HEADS)]
 
 
-def test_the_students_times_follow_the_steps_of_the_run_after_heads_alone(point):
+def test_both_players_count_the_warm_up_of_shares_from_the_students_first_step(point):
     trees, view, batch, draws = point
 
-    def loss(moves, **changes):
+    def losses(step, **changes):
         method = dataclasses.replace(METHOD, share_warmup=10, **changes)
-        return float(method.student_loss(trees[STUDENT], view, batch, draws, moves)[0])
+        of_student, _ = method.student_loss(
+            trees[STUDENT], view, batch, draws, step // method.student_every
+        )
+        of_heads, _ = method.heads_loss(trees[HEADS], view, batch, draws, method.heads_first + step)
+        return [float(of_student), float(of_heads)]
 
     late = {"heads_first": 4, "student_every": 2}
-    assert loss(2, **late) == loss(8) != loss(10) == loss(3, **late)
+    assert losses(8, **late) == losses(8)
+    assert losses(10, **late) == losses(10)
+    assert all(first != later for first, later in zip(losses(8), losses(10)))
 
 
 # SANA-Sprint.

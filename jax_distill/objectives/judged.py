@@ -97,7 +97,7 @@ class Judged:
         return JudgeDraws(tau, *jax.random.normal(key, (3, *batch.x.shape)))
 
     def made(self, params: dict, batch: Batch, draws: Any, step: jax.Array) -> jax.Array:
-        """The student's samples (B, N, C) at a step of the run."""
+        """The student's samples (B, N, C) at a step, the student's first being 0."""
         raise NotImplementedError
 
     def logits(
@@ -127,7 +127,8 @@ class Judged:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The heads' loss: data are real, samples are not, nor are data with other captions."""
         judge = draws.judge
-        made = jax.lax.stop_gradient(self.made(view.nets[STUDENT], batch, draws, moves))
+        step = moves - self.heads_first
+        made = jax.lax.stop_gradient(self.made(view.nets[STUDENT], batch, draws, step))
         real = interpolate(batch.x, judge.real_noise, judge.tau)
         points = [(real, batch.text), (interpolate(made, judge.fake_noise, judge.tau), batch.text)]
         if self.mismatched:

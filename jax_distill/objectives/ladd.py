@@ -59,7 +59,7 @@ class LADD(Judged, Method):
       teacher: frozen, of whose blocks the features are.
       guidance_scales: the scales w that are drawn, uniformly.
       shares: how often each time is drawn, the latest first; their number is that of the steps.
-      first_shares: the same for the first `share_warmup` steps of a run.
+      first_shares: the same in the first `share_warmup` steps, counted from the student's first.
       distillation_weight: of the distillation term.
       time_shift: mu of the sampling schedule; 0 is uniform.
     """
@@ -101,7 +101,7 @@ class LADD(Judged, Method):
         )
 
     def times(self, place: jax.Array, step: jax.Array) -> jax.Array:
-        """The student's times (B,) for places in [0, 1), by the shares of a step of the run."""
+        """The student's times (B,) for places in [0, 1), by the shares of a step from its first."""
         times = self.sampled_by.schedule.times(len(self.shares), 1)
         shares = jnp.where(
             step < self.share_warmup, jnp.array(self.first_shares), jnp.array(self.shares)
@@ -117,7 +117,7 @@ class LADD(Judged, Method):
     def student_loss(
         self, own: dict, view: View, batch: Batch, draws: LADDDraws, moves: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x = self.made(own, batch, draws, self.heads_first + moves * self.student_every)
+        x = self.made(own, batch, draws, moves * self.student_every)
         fooling = self.fooling(x, view, batch, draws)
         if not self.distillation_weight:
             return fooling, {}
