@@ -99,6 +99,13 @@ def test_the_heads_learn_from_logits_of_data_samples_and_mismatched_captions(poi
     np.testing.assert_allclose(alone, bend(-real) + bend(fake), rtol=1e-5)
     assert "mismatched" not in metrics and abs(alone - loss) > 1e-4
 
+    late = dataclasses.replace(METHOD, heads_first=3)
+    before, after = (
+        late.heads_loss(trees[HEADS], view, batch, draws, jnp.int32(moves))[0] for moves in (2, 3)
+    )
+    np.testing.assert_allclose(before, bend(-real) + bend(wrong), rtol=1e-5)
+    np.testing.assert_allclose(after, both, rtol=1e-5)
+
 
 def test_one_row_has_no_other_caption():
     batch = Batch(jnp.zeros((1, *toy.SHAPE)), toy.captions(1))

@@ -52,8 +52,10 @@ class Judged:
       r1_weight: of the approximate R1 penalty.
       r1_size: of the perturbation.
       r1_input: "noised" data are perturbed, or "clean" ones, see `adversarial.perturbed_input`.
-      heads_first: steps at the start in which the heads move alone: new ones know no caption, and
-        lead a student astray that follows them fast.
+      heads_first: steps at the start in which the heads move alone. If `mismatched` they learn
+        captions then, without samples: new heads know none, and lead a student astray that follows
+        them; and where the samples of a student that stands still are fakes, telling those is all
+        that they learn.
       student_every: after those the heads move at every step, the student before them at each N-th.
     """
 
@@ -142,6 +144,9 @@ class Judged:
         real, *others = jnp.split(logits, len(points))
         fakes = others[:-1] if self.r1_weight else others
         loss = adversarial.discriminator_loss(real, jnp.concatenate(fakes), self.gan_loss)
+        if self.mismatched and self.heads_first:
+            of_captions = adversarial.discriminator_loss(real, fakes[1], self.gan_loss)
+            loss = jnp.where(step < 0, of_captions, loss)
         metrics = {"real": jnp.mean(real)}
         metrics |= {name: jnp.mean(x) for name, x in zip(("fake", "mismatched"), fakes)}
         if self.r1_weight:
