@@ -29,8 +29,10 @@ def get_config(preset: str = ""):
         config.optimizer.learning_rate = 2e-6 if preset == "flux_lite" else 1e-4
         config.optimizers.fake.learning_rate = config.optimizer.learning_rate / 5
         return config.lock()
-    config.total_steps = 600
-    config.optimizers.fake.learning_rate = 3e-4
+    config.total_steps = 2000
+    config.batch_size = 16  # many moves of few samples go further, see docs/findings.md
+    config.ema_decay = 0.99
+    config.optimizers.fake.update(name="muon", learning_rate=1e-3, schedule="constant")
     config.objective = objective_settings(
         "rcm",
         # As in configs/scm.py.
@@ -40,8 +42,8 @@ def get_config(preset: str = ""):
         angle_mean=-1.0,
         tangent_constant=10.0,
         drop_nonfinite=False,
-        scm_steps=200,
-        student_every=3,
+        scm_steps=1000,
+        student_every=2,
     )
     if preset == "smoke":
         shorten(config)

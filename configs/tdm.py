@@ -32,12 +32,11 @@ def get_config(preset: str = ""):
         config.optimizers.fake = overrides(config.optimizer, learning_rate=fake_rate)
         config.objective = objective_settings("tdm", guidance_scales=(3.5,))
         return config.lock()
-    config.total_steps = 250
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 4e-4 if preset == "lora" else 4e-5
-    config.optimizers.fake = overrides(
-        config.optimizer, learning_rate=5 * config.optimizer.learning_rate
-    )
+    config.total_steps = 1000
+    config.batch_size = 16  # many moves of few samples go further, see docs/findings.md
+    config.ema_decay = 0.99
+    config.optimizer.learning_rate = 5e-4
+    config.optimizers.fake = overrides(config.optimizer, learning_rate=1e-3, schedule="constant")
     config.objective = objective_settings(
         "tdm",
         guidance_scales=(2.0, 2.5, 3.0),
