@@ -33,11 +33,11 @@ def get_config(preset: str = ""):
         config.objective = objective_settings("ladd", blocks=tuple(range(3, 46, 4)))
         config.optimizers.heads.clip_norm = 1.0
         return config.lock()
-    config.total_steps = 2400
+    config.total_steps = 2600
     config.batch_size = 16  # many moves of few samples go further, see docs/findings.md
-    config.ema_decay = 0.995
+    config.ema_decay = 0.99
     config.optimizer.learning_rate = 1e-3
-    config.optimizers.heads.update(learning_rate=2e-3, schedule="constant")
+    config.optimizers.heads.update(name="muon", learning_rate=1e-3, schedule="constant")
     config.objective = objective_settings(
         "ladd",
         guidance_scales=(2.0, 2.5, 3.0),
@@ -45,7 +45,7 @@ def get_config(preset: str = ""):
         first_shares=(0.6, 0.4),
         share_warmup=0,
         judge_mean=-0.5,  # with the published mean of 1 heads see little but noise here
-        heads_first=600,
+        heads_first=1000,
     )
     if preset == "smoke":
         shorten(config)

@@ -35,10 +35,11 @@ def get_config(preset: str = ""):
         config.name = f"sprint_{preset}"
         config.objective = objective_settings("sprint", blocks=(4, 13, 23, 32))
         return config.lock()
-    config.total_steps = 1600
+    config.total_steps = 2600
     config.batch_size = 16  # many moves of few samples go further, see docs/findings.md
     config.ema_decay = 0.995
-    config.optimizers.heads.update(name="muon", learning_rate=1e-3)
+    config.optimizer.learning_rate = 1.5e-3
+    config.optimizers.heads.update(name="muon", learning_rate=1e-3, schedule="constant")
     config.objective = objective_settings(
         "sprint",
         # sCM's part is that of configs/scm.py.
@@ -48,8 +49,13 @@ def get_config(preset: str = ""):
         tangent_constant=10.0,
         weighting="sum",
         # Sums of squares have a gradient of 800 or so at the start, the heads' opinion one of 0.6.
-        adversarial_weight=200.0,
+        adversarial_weight=600.0,
+        noise_share=0.7,
+        judge_mean=-1.0,
+        judge_std=1.4,
+        heads_first=1000,
     )
     if preset == "smoke":
         shorten(config)
+        config.objective.heads_first = 1
     return config.lock()

@@ -4,10 +4,11 @@ python -m jax_distill.study --config=configs/study.py
 python -m jax_distill.study --config=configs/study.py:ablations
 python -m jax_distill.study --config=configs/study.py:matching
 
-The first gives every run the same network evaluations, the teacher's time rescale among them, from
-which its steps follow; sCM takes about 1000. The second changes one thing of sCM or of MeanFlow a
-row, in runs of 300 steps: what each stabiliser is worth. The third does so with DMD2, at one budget
-in evaluations again; a row that starts from a student has paid for that one's training, too.
+The first gives every run the same network evaluations, from which its steps follow: those of the
+default run of configs/scm.py, its time rescale among them. The second changes one thing of sCM or
+of MeanFlow a row, in runs of 300 steps: what each stabiliser is worth. The third does so with DMD2,
+at one budget in evaluations again; a row that starts from a student has paid for that one's
+training, too.
 """
 
 from ml_collections import ConfigDict
@@ -16,17 +17,19 @@ from jax_distill.config import ConfigError
 
 # A row's name, its config file, and settings of its own as "key=value"; {workdir} is the study's
 # and {seed} the cell's. A row's own total_steps is not of the budget.
+BUNDLED = "teacher.checkpoint=embedded"  # as the configs have it, each with a rescale of its own
 METHODS = (
-    ("sCM", "configs/scm.py"),
-    # 1000 steps are enough for intervals that shrink: better in 4 and 8 steps than the derivative.
-    ("MeanFlow", "configs/meanflow.py", "objective.discrete_warmup=950"),
-    ("IMM", "configs/imm.py"),
-    ("DMD2", "configs/dmd2.py"),
-    ("rCM", "configs/rcm.py"),
-    ("TDM", "configs/tdm.py"),
-    ("SiD", "configs/sid.py"),
-    ("LADD", "configs/ladd.py"),
-    ("Sprint", "configs/sprint.py"),
+    ("sCM", "configs/scm.py", BUNDLED),
+    # So many steps are enough for intervals that shrink: better in 4 and 8 than the derivative.
+    ("MeanFlow", "configs/meanflow.py", BUNDLED, "objective.discrete_warmup=570"),
+    ("IMM", "configs/imm.py", BUNDLED),
+    ("DMD2", "configs/dmd2.py", BUNDLED),
+    ("rCM", "configs/rcm.py", BUNDLED),
+    ("TDM", "configs/tdm.py", BUNDLED),
+    ("SiD", "configs/sid.py", BUNDLED),
+    # Their defaults cost more, of which so many steps of heads alone would be too large a share.
+    ("LADD", "configs/ladd.py", BUNDLED, "objective.heads_first=600"),
+    ("Sprint", "configs/sprint.py", BUNDLED, "objective.heads_first=400"),
 )
 
 SCM, MEANFLOW = "configs/scm.py", "configs/meanflow.py"
@@ -78,15 +81,19 @@ def get_config(preset: str = ""):
             "name": "study",
             "rows": METHODS,
             "seeds": (0, 1),
-            "common": {"evaluations": 704_000},  # of every cell, for one picture each
+            "common": {"evaluations": 278_500},  # of every cell, for one picture each
             "student_steps": (1, 2, 4, 8),
             "teacher_steps": (50, 8, 4, 2, 1),
             "prompts": 600,
-            "evaluate_every": 250,  # training steps between scores
-            "examples": 60_000,
+            "evaluate_every": 300,  # training steps between scores
+            "examples": 12_800,
             "data_seed": 0,
             "drawn_steps": 0,  # of the teacher that draws {workdir}/drawn, image-free; 0: not made
-            "teacher": {"checkpoint": "", "config": "configs/time_rescale.py", "settings": ()},
+            "teacher": {
+                "checkpoint": "",
+                "config": "configs/time_rescale.py",
+                "settings": SHORT_RESCALE,
+            },
             "grid_prompts": 8,
             "grid_steps": (1, 4),
         }
@@ -94,14 +101,16 @@ def get_config(preset: str = ""):
     if preset == "ablations":
         config.name, config.rows, config.seeds = "ablations", ABLATIONS, (0,)
         config.student_steps, config.drawn_steps, config.evaluate_every = (1, 2, 4), 20, 150
-        config.common, config.examples = {"total_steps": 300, "batch_size": 64}, 12_800
+        config.common, config.teacher.settings = {"total_steps": 300, "batch_size": 64}, ()
     if preset == "matching":
         config.name, config.rows, config.seeds = "matching", MATCHING, (0,)
-        config.student_steps, config.teacher.settings = (1, 2, 4), SHORT_RESCALE
+        config.student_steps = (1, 2, 4)
     if preset == "smoke":
         config.name = "study_smoke"
-        few = {"LADD": ("objective.heads_first=0",)}  # else all steps would be the heads'
-        config.rows = tuple((*row, *few.get(row[0], ())) for row in METHODS)
+        few = ("objective.heads_first=0",)  # else all steps would be the heads'
+        config.rows = tuple(
+            (*row, *few) if row[0] in ("LADD", "Sprint") else row for row in METHODS
+        )
         config.seeds = (0,)
         config.common.update({"evaluations": 960, "batch_size": 16})
         config.student_steps, config.teacher_steps, config.grid_steps = (1, 2), (10, 1), (1,)
