@@ -36,7 +36,7 @@ def get_config(preset: str = ""):
     config.total_steps = 2600
     config.batch_size = 16  # many moves of few samples go further, see docs/findings.md
     config.ema_decay = 0.99
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 1.5e-3
     config.optimizers.heads.update(name="muon", learning_rate=1e-3, schedule="constant")
     config.objective = objective_settings(
         "ladd",
@@ -44,7 +44,8 @@ def get_config(preset: str = ""):
         shares=(0.6, 0.4),
         first_shares=(0.6, 0.4),
         share_warmup=0,
-        judge_mean=-0.5,  # with the published mean of 1 heads see little but noise here
+        judge_mean=-1.0,  # with the published mean of 1 heads see little but noise here
+        judge_std=1.4,
         heads_first=1000,
     )
     if preset == "smoke":
