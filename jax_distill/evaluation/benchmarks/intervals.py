@@ -72,12 +72,13 @@ def estimate(
 
     The interval is the value plus quantiles of resampled figures, taken from their own mean: a
     resample repeats pictures, which makes distances of sets too large, all of them alike. A group
-    of a single prompt adds nothing to the width.
+    of a single prompt adds nothing to the width. Intervals of distances between sets that hardly
+    differ are too wide, as their errors are not those of means.
 
     Args:
       figure: as function of weights.
       groups: P labels; prompts are resampled within those of one label.
-      level: share of intervals that hold the figure that endless prompts would give.
+      level: share of intervals that hold the mean of the figure over all such sets of prompts.
       count: of resamples.
       seed: of them; the same for all figures, which are then resampled alike.
 
