@@ -18,6 +18,7 @@ setup(
             "worlds/shapes/weights/*",
             "interop/flow_map/*.py",
             "evaluation/templates/*.html",
+            "evaluation/benchmarks/bundled/*",
         ]
     },
     install_requires=[

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import logging
-from scipy.linalg import eigvals
 from scipy.spatial.distance import pdist
 
 from jax_distill import streams
+from jax_distill.evaluation.benchmarks.distances import frechet
 from jax_distill.evaluation.results import Measures
 from jax_distill.models.latents import LatentCodec
 from jax_distill.pipeline import Pipeline
@@ -149,24 +149,6 @@ def _encoded(codec: LatentCodec, pictures: np.ndarray) -> np.ndarray:
 def variance(values: np.ndarray) -> float:
     """The total variance of features (n, d): the trace of their covariance."""
     return float(values.var(0, ddof=1).sum())
-
-
-def frechet(first: np.ndarray, second: np.ndarray) -> float:
-    """The Fréchet distance of the Gaussians that have the means and covariances of two sets.
-
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), the squared Wasserstein-2 distance of the Gaussians
-    (Dowson and Landau, 1982), as FID takes it (Heusel et al., 2017, arXiv:1706.08500). Of finite
-    sets it comes out too large, see `floor`.
-
-    Args:
-      first: (n, d) features of independent pictures, n above d.
-      second: (m, d).
-    """
-    shift = first.mean(0) - second.mean(0)
-    covariances = [np.cov(each, rowvar=False) for each in (first, second)]
-    # The product of two covariances has no negative eigenvalues but by rounding.
-    roots = np.sqrt(np.maximum(eigvals(covariances[0] @ covariances[1]).real, 0))
-    return float(shift @ shift + variance(first) + variance(second) - 2 * roots.sum())
 
 
 def floor(values: np.ndarray, strata: Sequence[int], *, splits: int = 16, seed: int = 0) -> float:
