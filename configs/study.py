@@ -5,19 +5,19 @@ python -m jax_distill.study --config=configs/study.py:ablations
 python -m jax_distill.study --config=configs/study.py:matching
 
 The first gives every run the same network evaluations, from which its steps follow: those of the
-default run of configs/scm.py, its time rescale among them. The second changes one thing of sCM or
-of MeanFlow a row, in runs of 300 steps: what each stabiliser is worth. The third does so with DMD2,
-at one budget in evaluations again; a row that starts from a student has paid for that one's
-training, too.
+default run of configs/scm.py, its time rescale among them; two rows go on from there. The second
+changes one thing of sCM or of MeanFlow a row, in runs of 300 steps: what each stabiliser is worth.
+The third does so with DMD2, at one budget in evaluations again; a row that starts from a student
+has paid for that one's training, too.
 """
 
 from ml_collections import ConfigDict
 
 from jax_distill.config import ConfigError
 
+BUNDLED = "teacher.checkpoint=embedded"  # as the configs have it, each with a rescale of its own
 # A row's name, its config file, and settings of its own as "key=value"; {workdir} is the study's
 # and {seed} the cell's. A row's own total_steps is not of the budget.
-BUNDLED = "teacher.checkpoint=embedded"  # as the configs have it, each with a rescale of its own
 METHODS = (
     ("sCM", "configs/scm.py", BUNDLED),
     # So many steps are enough for intervals that shrink: better in 4 and 8 than the derivative.
@@ -30,6 +30,13 @@ METHODS = (
     # Their defaults cost more, of which so many steps of heads alone would be too large a share.
     ("LADD", "configs/ladd.py", BUNDLED, "objective.heads_first=600"),
     ("Sprint", "configs/sprint.py", BUNDLED, "objective.heads_first=400"),
+)
+
+# Not of the budget: longer runs, from the first row's students, four times as many evaluations.
+FROM_SCM = "start.checkpoint={workdir}/sCM-{seed}"
+REFINED = (
+    ("Sprint from sCM", "configs/sprint.py:refine", BUNDLED, FROM_SCM, "total_steps=6200"),
+    ("LADD from sCM", "configs/ladd.py", BUNDLED, FROM_SCM, "total_steps=5400"),
 )
 
 SCM, MEANFLOW = "configs/scm.py", "configs/meanflow.py"
@@ -61,7 +68,7 @@ DMD2 = "configs/dmd2.py"
 MATCHING = (
     ("sCM", SCM, "total_steps=300"),  # the start of another row
     ("DMD2", DMD2),
-    ("DMD2 from sCM", DMD2, "start.checkpoint={workdir}/sCM-{seed}"),
+    ("DMD2 from sCM", DMD2, FROM_SCM),
     ("DMD2, no heads", DMD2, "objective.gan_weight=0.0"),
     ("DMD2, not proximal", DMD2, "objective.proximal=0.0"),
     *((f"DMD2, a move in {n}", DMD2, f"objective.student_every={n}") for n in (2, 5, 10)),
@@ -79,7 +86,7 @@ def get_config(preset: str = ""):
     config = ConfigDict(
         {
             "name": "study",
-            "rows": METHODS,
+            "rows": METHODS + REFINED,
             "seeds": (0, 1),
             "common": {"evaluations": 278_500},  # of every cell, for one picture each
             "student_steps": (1, 2, 4, 8),

@@ -1,6 +1,6 @@
 """Presets: settings that several config files share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,14 +9,15 @@ from ml_collections.config_dict import placeholder
 from jax_distill.config.defaults import MODEL, base
 
 
-def student(preset: str = "") -> ConfigDict:
+def student(preset: str = "", own: Sequence[str] = ()) -> ConfigDict:
     """Returns `base` with the settings that students of the embedded teacher have in common.
 
     The preset "smoke" goes through every stage of a run in a minute or two; the student learns
     nothing. A config file calls `shorten` for it, when all else is set. The preset "flux_lite" is
-    `flux`. "lora" and "flux_lite_lora" train adapters beside the frozen teacher.
+    `flux`. "lora" and "flux_lite_lora" train adapters beside the frozen teacher. A config file's
+    `own` presets are its own to set.
     """
-    config = base(preset, presets=("", "smoke", "flux_lite", "lora", "flux_lite_lora"))
+    config = base(preset, presets=("", "smoke", "flux_lite", "lora", "flux_lite_lora", *own))
     if preset == "flux_lite":
         return flux(config)
     if preset == "flux_lite_lora":
