@@ -33,8 +33,8 @@ def get_config(preset: str = ""):
         config.objective = objective_settings("ladd", blocks=tuple(range(3, 46, 4)))
         config.optimizers.heads.clip_norm = 1.0
         return config.lock()
-    config.total_steps = 2600
-    config.batch_size = 16  # many moves of few samples go further, see docs/findings.md
+    config.total_steps = 3500
+    config.batch_size = 8  # many moves of few samples go further, see docs/findings.md
     config.ema_decay = 0.99
     config.optimizer.learning_rate = 1.5e-3
     config.optimizers.heads.update(name="muon", learning_rate=1e-3, schedule="constant")

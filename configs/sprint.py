@@ -33,8 +33,8 @@ def get_config(preset: str = ""):
         config.name = f"sprint_{preset}"
         config.objective = objective_settings("sprint", blocks=(4, 13, 23, 32))
         return config.lock()
-    config.total_steps = 2600
-    config.batch_size = 16  # many moves of few samples go further, see docs/findings.md
+    config.total_steps = 3000
+    config.batch_size = 8  # many moves of few samples go further, see docs/findings.md
     config.ema_decay = 0.995
     config.optimizer.learning_rate = 1.5e-3
     config.optimizers.heads.update(name="muon", learning_rate=1e-3, schedule="constant")
@@ -54,7 +54,7 @@ def get_config(preset: str = ""):
         heads_first=1000,
     )
     if preset == "refine":
-        config.total_steps, config.batch_size = 6200, 8
+        config.total_steps = 6200
         config.objective.heads_first = 1500
         config.objective.tangent_warmup = 0
         config.objective.adversarial_weight = 1500.0

@@ -36,7 +36,7 @@ METHODS = (
 FROM_SCM = "start.checkpoint={workdir}/sCM-{seed}"
 REFINED = (
     ("Sprint from sCM", "configs/sprint.py:refine", BUNDLED, FROM_SCM, "total_steps=6200"),
-    ("LADD from sCM", "configs/ladd.py", BUNDLED, FROM_SCM, "total_steps=5400"),
+    ("LADD from sCM", "configs/ladd.py", BUNDLED, FROM_SCM, "batch_size=16", "total_steps=5400"),
 )
 
 SCM, MEANFLOW = "configs/scm.py", "configs/meanflow.py"
