@@ -14,6 +14,33 @@ from jax_distill.flow import Text, per_sample, straight_step
 Student = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """u at x (B, N, C), r (B,), t (B,): (B, N, C)."""
 
+SHORTEST = 0.005  # of finite intervals, as a share of t - r, where a warm-up ends
+
+
+def average_and_target(
+    student: Student,
+    x: jax.Array,
+    r: jax.Array,
+    t: jax.Array,
+    velocity: jax.Array,
+    direction: jax.Array,
+    step: jax.Array,
+    warmup: int,
+) -> tuple[jax.Array, jax.Array]:
+    """As `differential_target`; in the first `warmup` steps as `finite_target`.
+
+    The latter's share falls from 1 (the target is v) by 1/`warmup` a step, to `SHORTEST`.
+    """
+    given = (student, x, r, t, velocity, direction)
+    if not warmup:
+        return differential_target(*given)
+    share = jnp.maximum(1 - step / warmup, SHORTEST)
+    return jax.lax.cond(
+        step < warmup,
+        lambda: finite_target(*given, share),
+        lambda: differential_target(*given),
+    )
+
 
 def differential_target(
     student: Student,

@@ -21,11 +21,7 @@ from jax_distill.flow import (
     per_sample,
     sorted_logit_normal,
 )
-from jax_distill.objectives.average_velocity import (
-    differential_target,
-    finite_target,
-    mixture,
-)
+from jax_distill.objectives.average_velocity import average_and_target, mixture
 from jax_distill.objectives.objective import Method, View, drop_text
 from jax_distill.objectives.settings import (
     choice,
@@ -38,8 +34,6 @@ from jax_distill.objectives.settings import (
 )
 from jax_distill.objectives.teacher import TeacherVelocity
 from jax_distill.sampling import PushForward, Shifted
-
-SHORTEST = 0.005  # of the finite intervals, as a share of t - r, where the warm-up ends
 
 
 class MeanFlowDraws(NamedTuple):
@@ -66,8 +60,7 @@ class MeanFlow(Method):
 
     no gradient through any of it. The jvp's direction v is v~ where it is a mixture.
 
-    For the first `discrete_warmup` steps the target is that of `finite_target`, whose share falls
-    from 1 (the target is v~) by 1/`discrete_warmup` a step, to `SHORTEST`.
+    For the first `discrete_warmup` steps it is that of finite intervals, see `average_and_target`.
 
     Attributes:
       network: the student, with a second time embedder.
@@ -83,8 +76,7 @@ class MeanFlow(Method):
         (T2I-Distill). With both "sample" no teacher is evaluated.
       omega, kappa: of the mixture; 1 and 0 for none.
       mix_from, mix_to: the window of times in which velocities are mixed.
-      mix_interval: False evaluates the mixture's u at h' = 0 (MeanFlow), True at h' = t - r
-        (T2I-Distill).
+      mix_interval: False is h' = 0 (MeanFlow), True is h' = t - r (T2I-Distill).
       loss_power, loss_constant: p and c.
       discrete_warmup: steps; 0 for none.
       time_shift: mu of the sampling schedule; None: the world's, or FLUX's for so many tokens.
@@ -135,7 +127,6 @@ class MeanFlow(Method):
         return PushForward(Shifted(self.time_shift))
 
     def init_student(self, key: jax.Array, params: dict) -> dict:
-        del key
         if self.interval_start == "copy":
             copied = jax.tree.map(jnp.array, params["time_embedder"])
             params = {**params, "interval_embedder": copied}
@@ -193,15 +184,8 @@ class MeanFlow(Method):
         def student(x, r, t):
             return self.network.velocity(params["network"], x, t, text, draws.guidance, t - r)
 
-        given = (student, x_t, draws.r, draws.t, velocity, direction)
-        if not self.discrete_warmup:
-            return differential_target(*given)
-        share = jnp.maximum(1 - step / self.discrete_warmup, SHORTEST)
-        return jax.lax.cond(
-            step < self.discrete_warmup,
-            lambda: finite_target(*given, share),
-            lambda: differential_target(*given),
-        )
+        points = (x_t, draws.r, draws.t, velocity, direction)
+        return average_and_target(student, *points, step, self.discrete_warmup)
 
     def loss(
         self, params: dict, view: View, batch: Batch, draws: MeanFlowDraws, step: jax.Array
@@ -213,5 +197,4 @@ class MeanFlow(Method):
 
     def motion(self, params: dict, null: Text | None = None) -> Callable[..., jax.Array]:
         """The flow map x - (t - s) u(x, t, t - s)."""
-        del null
         return average_velocity_map(self.network, params["network"])
