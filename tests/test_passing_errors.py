@@ -17,7 +17,8 @@ from test_disks import of_rust, of_tensorflow, of_tensorstore, raised, wrapped
 from test_records import some
 from test_torch_files import archive, state, stored
 
-from jax_distill.data import folder, pictures, records
+from jax_distill.data import pictures, records
+from jax_distill.data.sources.folder import PictureFolder
 from jax_distill.interop import diffusers_folder, orbax_tree, ported_folder, tensors
 from jax_distill.interop.readers import safetensors_files, sources, torch_files
 from jax_distill.runs import commands
@@ -200,7 +201,7 @@ def test_what_a_failing_disk_has_is_not_missing(good, monkeypatch, name):
 
     monkeypatch.setattr(os, "stat", failing_stat)
     with pytest.raises(PermissionError):
-        folder.find(good / "pictures", (8, 8))
+        PictureFolder(good / "pictures")[0]
 
 
 def test_memory_that_is_short_says_nothing_of_a_file(good, monkeypatch):
