@@ -20,6 +20,7 @@ from jax_distill.data import pictures
 from jax_distill.data.sources.checking import checked
 from jax_distill.data.sources.opening import open_source
 from jax_distill.data.sources.source import Columns
+from jax_distill.storage.files import FileError
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = ("a fée, red", 'a "so-called" fox', "two\nlines", "日本の絵", "five")
@@ -195,6 +196,47 @@ def test_the_same_pictures_are_the_same_from_every_kind(tmp_path, kind):
     assert_as_made(sound)
 
 
+def test_a_row_group_is_read_once_by_reads_in_order(tmp_path, monkeypatch):
+    names, columns = parquets(tmp_path)
+    read, opened = [], parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        parquet.ParquetFile,
+        "read_row_group",
+        lambda self, number, **options: read.append(number) or opened(self, number, **options),
+    )
+    source = open_source(names, columns)
+    assert not read
+    assert [source[index].caption for index in range(5)] == list(CAPTIONS)
+    assert read == [0, 1, 0]  # of two files
+
+
+def test_members_of_tars_that_are_no_pictures_are_left_out(tmp_path):
+    picture, caption = PICTURES["a.png"], b"a fox"
+    junk = [("._a.png", b"x"), ("__MACOSX/a.png", b"x"), ("README", b"x"), ("b.txt", b"x")]
+    both = [("c.small.png", b"x"), ("c.orig.png", picture), ("c.json", b'{"text": "t", "x": "j"}')]
+    path = pack(tmp_path / "a.tar", [*junk, ("a.png", picture), ("a.txt", caption)])
+    source = open_source([str(path)])
+    assert [source.key(index) for index in range(len(source))] == ["a.tar/a"]
+    path = pack(tmp_path / "b.tar", [*both, ("c.txt", caption)])
+    example = open_source([str(path)], Columns("orig.png"))[0]
+    assert example[:2] == ("b.tar/c", "a fox") and example.picture.content == picture
+    assert open_source([str(path)], Columns("orig.png", "x"))[0].caption == "j"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("pyarrow", "a.parquet"), ("pyarrow", "a.arrow"), ("tensorflow_datasets", "tfds:tiny")],
+)
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, module, name):
+    (tmp_path / "a.parquet").touch()
+    (tmp_path / "a.arrow").touch()
+    monkeypatch.setitem(sys.modules, module, None)
+    name = name if ":" in name else str(tmp_path / name)
+    package = module.replace("_", "-")
+    with pytest.raises(FileError, match=rf"{package}, which is missing; pip install 'jax-distill"):
+        open_source([name])
+
+
 REFUSED = (
     r"'tfds:nothing' is not prepared here \(.*\); make it with tfds build NAME",
     r"'tfds:tiny:test' has no split 'test' \(.*\); it has the splits train",
@@ -202,6 +244,7 @@ REFUSED = (
     r"'tfds:tiny': feature 'number' is .*, which is no pictures; name another with --image_column",
     r"'tfds:tiny': feature 'box' is .*, which is no text; name another with --caption_column",
     r"'tfds:tiny' has no column 'text' or 'caption' \(it has: .*words.*\); name one of them with",
+    r"'tfds:tiny' has no random access \(.*\); make it with tfds build NAME --file_format=array_r",
 )
 
 
