@@ -117,3 +117,33 @@ def test_examples_that_are_left_out_are_told_by_key(tmp_path):
     told = [json.loads(line) for line in lines]
     assert [line["key"] for line in told] == ["a.tar/f", "a.tar/g", "a.tar/h"]
     assert "has no caption" in told[2]["reason"]
+
+
+def test_a_row_group_that_is_damaged_is_read_once_and_its_rows_are_left_out(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    content = bytearray(make(path))
+    chunk = parquet.ParquetFile(path).metadata.row_group(1).column(1)
+    content[chunk.dictionary_page_offset + 500] ^= 1
+    path.write_bytes(content)
+    read, reader = [], parquet.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        parquet.ParquetFile,
+        "read_row_group",
+        lambda self, number, **options: read.append(number) or reader(self, number, **options),
+    )
+    sound = checked(open_source([str(path)]), (8, 8), damaged_share=0.5)
+    assert read == [0, 1, 2]
+    assert [key for key, _ in sound.damaged] == ["a.parquet:2", "a.parquet:3"]
+    assert all("is cut short or damaged" in reason for _, reason in sound.damaged)
+    assert [sound[index].caption for index in range(3)] == [CAPTIONS[i] for i in (0, 1, 4)]
+
+
+def test_lines_of_tables_that_cannot_be_used_are_left_out(tmp_path):
+    (tmp_path / "a.png").write_bytes(PICTURES["a.png"])
+    rows = [("a.png", "a fox"), ("a.png", " "), ("no.png", "a hen"), ("a.png", "a cow")]
+    lines = (json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows)
+    (tmp_path / "metadata.jsonl").write_text("".join(lines))
+    sound = checked(open_source([str(tmp_path)]), (8, 8), damaged_share=0.5)
+    assert [sound[index].caption for index in range(len(sound))] == ["a fox", "a cow"]
+    assert [key for key, _ in sound.damaged] == ["a.png#2", "no.png"]
+    assert [sound.key(index) for index in range(2)] == ["a.png", "a.png#3"]

@@ -34,7 +34,9 @@ _REPEATED = "lines name a picture that another line names: each is an example"
 
 class _Found(NamedTuple):
     path: Path
-    caption: str | None  # None where it is in a file beside the picture
+    caption: str | None = None  # None where it is in a file beside the picture
+    name: str = ""  # in a table that lists it
+    where: str = ""  # the line there, which begins messages
 
 
 class PictureFolder:
@@ -84,8 +86,15 @@ class PictureFolder:
         return self._keys[index]
 
     def __getitem__(self, index: int) -> Captioned:
-        path, caption = self._found[index]
-        caption = _beside(path) if caption is None else caption
+        path, caption, name, where = self._found[index]
+        if caption is None:
+            caption = _beside(path)
+        elif not _is_there(path):
+            raise FileError(
+                f"{where}: {name!r:.200} is missing; restore the file or remove the line"
+            )
+        else:
+            check_caption(caption, where)
         return Captioned(self._keys[index], caption, pictures.load(path))
 
 
@@ -118,25 +127,19 @@ def _walk(folder: Path, columns: Columns, left_out: dict[str, list[Path]]) -> It
         captions = {path.with_suffix(".txt") for path in here}
         if others := [path for path in others if path not in captions]:
             left_out[_OTHER] += others
-        yield from (_Found(path, None) for path in here)
+        yield from (_Found(path) for path in here)
         waiting += reversed(below)
 
 
 def _listed(table: Path, columns: Columns, left_out: dict[str, list[Path]]) -> Iterator[_Found]:
-    """The pictures listed in a table, each of which exists."""
+    """The pictures listed in a table, none of them outside of its folder."""
     listed = set()
     for line in text_tables.read(table, columns, files=True):
-        where, file_name = line["where"], line["file_name"]
-        path = table.parent / check_inside(file_name, where)
-        if not _is_there(path):
-            raise FileError(
-                f"{where}: {file_name!r:.200} is missing; restore the file or remove the line"
-            )
-        check_caption(line["caption"], where)
+        path = table.parent / check_inside(line["file_name"], line["where"])
         if path in listed:
             left_out[_REPEATED].append(path)
         listed.add(path)
-        yield _Found(path, line["caption"])
+        yield _Found(path, line["caption"], line["file_name"], line["where"])
     listed.add(table)
     files = sorted(path for path in table.parent.rglob("*") if not path.is_dir())
     if unlisted := [path for path in files if path not in listed]:

@@ -18,7 +18,7 @@ from jax_distill.data.sources.source import (
     check_keys,
 )
 from jax_distill.storage import disks
-from jax_distill.storage.files import FileError, unread
+from jax_distill.storage.files import FileError, PassingError, unread
 
 if TYPE_CHECKING:
     import pyarrow
@@ -67,7 +67,7 @@ class Rows:
             raise FileError(f"{name} has no rows; give files that have some")
         check_keys(list({group.path: group.path.name for group in groups}.values()), name)
         self._ends = list(itertools.accumulate(group.rows for group in self._groups))
-        self._load = functools.lru_cache(_KEPT)(load)
+        self._load = functools.lru_cache(_KEPT)(functools.partial(_read, load))
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -87,8 +87,11 @@ class Rows:
     def __getitem__(self, index: int) -> Captioned:
         group, row = self._place(index)
         where = f"'{group.path}', row {group.start + row}"
+        columns = self._load(group)
+        if isinstance(columns, FileError):
+            raise FileError(str(columns))
         with reading(group.path):
-            picture, caption = (column[row].as_py() for column in self._load(group))
+            picture, caption = (column[row].as_py() for column in columns)
         return Captioned(
             self.key(index), self._caption(caption, where), _picture(picture, where, group)
         )
@@ -102,6 +105,17 @@ class Rows:
             ) from None
         check_caption(caption, where)
         return caption
+
+
+def _read(load: Callable[[Group], Any], group: Group) -> Any:
+    """The columns of a group; what is wrong if it is damaged, so that this is found out once."""
+    try:
+        with reading(group.path):
+            return load(group)
+    except PassingError:
+        raise
+    except FileError as error:
+        return error
 
 
 def _picture(value: Any, where: str, group: Group) -> Encoded:
