@@ -50,15 +50,17 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.11"],
         "cuda": ["jax[cuda13]>=0.10,<0.11"],
         "cuda12": ["jax[cuda12]>=0.10,<0.11"],  # for drivers older than CUDA 13's
-        # FLUX's tokenizers, and public data sets; what is bundled needs neither.
+        # FLUX's tokenizers; data sets of tfds, parquet and arrow files (data/sources/). What is
+        # bundled needs neither.
         "flux": ["transformers>=4.56"],
-        "data": ["tensorflow-datasets>=4.9"],
+        "data": ["tensorflow-datasets>=4.9", "pyarrow>=15"],
         "test": [
             "chex>=0.1.90",
             "diffusers>=0.42",
             "peft>=0.17",
             "transformers>=4.56",
             "tensorflow-datasets>=4.9",
+            "pyarrow>=15",
             "torch==2.13.0",
             "pytest>=8",
             "pytest-xdist",

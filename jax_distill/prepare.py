@@ -4,7 +4,7 @@ encodes and several runs can share one folder. There are three ways:
 python -m jax_distill.prepare --output=DIR [--examples=N] [--seed=0]
     pictures of the shapes world
 python -m jax_distill.prepare --checkpoint=PORTED --source=PICTURES --output=DIR [--height=512]
-    your pictures with captions (see `data/folder.py`), for FLUX; captions are embedded too
+    your pictures with captions, of any kind in `data/sources/`, for FLUX; captions are embedded too
 python -m jax_distill.prepare --teacher=DIR [--captions=FILE] --output=DIR [--steps=20]
     no pictures: latents that a teacher draws for captions, the shapes world's or your own
 """
@@ -19,9 +19,11 @@ from jax_distill import pipeline, streams, worlds
 from jax_distill.assembly import build, draw_settings
 from jax_distill.data import records
 from jax_distill.data.encoding import NULL_CAPTION, encode_drawn
-from jax_distill.data.folder import plain_caption
+from jax_distill.data.sources.opening import open_source
+from jax_distill.data.sources.prompts import Prompts
+from jax_distill.data.sources.source import USUAL, Columns
 from jax_distill.runs import commands
-from jax_distill.storage.files import read_lines
+from jax_distill.storage.files import FileError
 from jax_distill.storage.outputs import made_whole
 from jax_distill.worlds.flux.world import ported_config
 
@@ -31,7 +33,24 @@ _SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of the shapes world's stream, and of drawings.", 0, streams.MOST_SEED
 )
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of jax_distill.port: FLUX's parts.")
-_SOURCE = flags.DEFINE_string("source", None, "Folder of pictures with captions, for FLUX.")
+_SOURCE = flags.DEFINE_multi_string(
+    "source",
+    None,
+    "Captioned pictures, for FLUX: a folder of them, tars, parquet files, a folder that datasets"
+    " saved, or tfds:NAME[:SPLIT]. Files may be a pattern, or the flag be repeated.",
+)
+_IMAGE_COLUMN = flags.DEFINE_string(
+    "image_column", None, "Column of pictures in --source; default: image (tables: file_name)."
+)
+_CAPTION_COLUMN = flags.DEFINE_string(
+    "caption_column", None, "Column of captions in --source, --captions; default: text, caption."
+)
+_DAMAGED = flags.DEFINE_enum(
+    "damaged", "fail", ["fail", "skip"], "What is done about damaged examples of --source."
+)
+_DAMAGED_SHARE = flags.DEFINE_float(
+    "damaged_share", 0.01, "Largest share of examples that --damaged=skip leaves out.", 0.0, 1.0
+)
 _HEIGHT = flags.DEFINE_integer(
     "height", None, "Pixels of FLUX's pictures; default: the checkpoint's.", 1
 )
@@ -44,7 +63,7 @@ _LATENTS = flags.DEFINE_enum(
 _TEACHER = flags.DEFINE_string(
     "teacher", None, "Draws the latents: a run's workdir, a ported folder, or 'embedded'."
 )
-_CAPTIONS = flags.DEFINE_string("captions", None, "File with a caption a line, for --teacher.")
+_CAPTIONS = flags.DEFINE_string("captions", None, "File of captions, for --teacher.")
 _STEPS = flags.DEFINE_integer("steps", 20, "Sampling steps of --teacher.", 1)
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Of --teacher; default: its configuration's.")
 
@@ -65,8 +84,13 @@ def main(argv: list[str]) -> None:
     for flag in ("captions", "steps", "guidance"):
         if flags.FLAGS[flag].present and not _TEACHER.value:
             raise ValueError(f"--{flag} needs --teacher, which draws")
-    if flags.FLAGS["latents"].present and not _SOURCE.value:
-        raise ValueError("--latents needs --source, whose pictures are encoded")
+    for flag in ("latents", "image_column", "damaged"):
+        if flags.FLAGS[flag].present and not _SOURCE.value:
+            raise ValueError(f"--{flag} needs --source, whose pictures are encoded")
+    if flags.FLAGS["caption_column"].present and not (_SOURCE.value or _CAPTIONS.value):
+        raise ValueError("--caption_column needs --source or --captions, which have captions")
+    if flags.FLAGS["damaged_share"].present and _DAMAGED.value != "skip":
+        raise ValueError("--damaged_share needs --damaged=skip, which it limits")
     for flag in ("height", "width"):
         if flags.FLAGS[flag].present and not (_TEACHER.value or _SOURCE.value):
             raise ValueError(f"--{flag} needs --source or --teacher; rendered pictures have a size")
@@ -86,11 +110,17 @@ def prepare(output: Path) -> int:
         with config.unlocked():
             config.data.resolution = resolution(config.data.resolution)
         seed = _SEED.value if _LATENTS.value == "sample" else None
-        return worlds.of(config).prepare(output, Path(_SOURCE.value), seed=seed)
+        share = _DAMAGED_SHARE.value if _DAMAGED.value == "skip" else 0.0
+        source = open_source(_SOURCE.value, columns())
+        return worlds.of(config).prepare(output, source, seed=seed, damaged_share=share)
     config = configuration.base()
     with config.unlocked():
         config.data.examples, config.data.seed = _EXAMPLES.value, _SEED.value
     return worlds.of(config).prepare(output)
+
+
+def columns() -> Columns:
+    return Columns(_IMAGE_COLUMN.value, _CAPTION_COLUMN.value)
 
 
 def resolution(default: tuple[int, int]) -> tuple[int, int]:
@@ -108,9 +138,9 @@ def draw(output: Path) -> int:
     size, steps, seed = resolution(pipe.world.resolution), _STEPS.value, _SEED.value
     shape = build.token_shape(pipe.config, size)
     if _CAPTIONS.value:
-        captions = read_captions(Path(_CAPTIONS.value))
+        captions = read_captions(Path(_CAPTIONS.value), columns())
     elif (captions := pipe.world.captions(_EXAMPLES.value, seed)) is None:
-        raise ValueError("--captions is missing; give a file with a caption a line")
+        raise ValueError("--captions is missing; give a file of captions")
 
     def drawn(text, start):
         rng = np.random.Generator(np.random.Philox(key=[seed, start]))
@@ -132,22 +162,19 @@ def draw(output: Path) -> int:
     return len(captions)
 
 
-def read_captions(path: Path) -> list[str]:
-    """The lines of a text file that are not empty.
+def read_captions(path: Path, columns: Columns = USUAL) -> list[str]:
+    """The captions of a file, see `Prompts`.
 
     Raises:
       ValueError: the file is missing, is not text, or has no caption.
     """
-    captions = []
     try:
-        for number, line in read_lines(path):
-            if line.strip():
-                captions.append(plain_caption(line, f"--captions: '{path}', line {number}"))
+        prompts = Prompts([path], columns)
     except FileNotFoundError:
         raise ValueError(f"--captions: '{path}' is missing") from None
-    if not captions:
-        raise ValueError(f"--captions: '{path}' has no caption")
-    return captions
+    except FileError as error:
+        raise ValueError(f"--captions: {error}") from None
+    return [prompts[index].caption for index in range(len(prompts))]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from test_pictures import DEEP, HEIGHT, RAMP, RGB, deep_colours, png
 from test_records import SHARD, embedded, null, some
 
 from jax_distill import prepare
-from jax_distill.data import encoding, folder, pictures, records
+from jax_distill.data import encoding, pictures, records
+from jax_distill.data.sources.checking import checked
+from jax_distill.data.sources.folder import PictureFolder
 from jax_distill.storage import files
 
 
@@ -68,18 +70,28 @@ def _pictures(root, ask):
         ask(pictures.shown, root / "a.tif")
 
 
+def found(path):
+    return checked(PictureFolder(path), (1, 1))
+
+
 def _captions(root, ask):
     here = root / "pictures"
-    ask(folder.find, here)
+    ask(found, here)
     here.mkdir()
-    ask(folder.find, here)
+    ask(found, here)
     RGB.save(here / "a.png")
-    ask(folder.find, here)
-    (here / "metadata.csv").touch()
-    ask(folder.find, here)
+    ask(found, here)
+    header = "file_name,text\n"
+    for text in ("", f"{header}a,b,c\n", f'{header}"a.png,x\n', "text\nx\n", "text,text\n"):
+        (here / "metadata.csv").write_text(text)
+        ask(found, here)
+    (here / "captions.csv").touch()
+    ask(found, here)
+    (here / "metadata.csv").unlink()
+    (here / "captions.csv").unlink()
     for caption in (" ", "a" * 70_000, "a\rb"):
         (here / "a.txt").write_text(caption, newline="")
-        ask(folder.find, here)
+        ask(found, here)
     for line in (
         "{",
         json.dumps({"file_name": "a.png", "text": None}),
@@ -87,7 +99,7 @@ def _captions(root, ask):
         json.dumps({"file_name": "../x.png", "text": "a"}),
     ):
         (here / "metadata.jsonl").write_text(line)
-        ask(folder.find, here)
+        ask(found, here)
     path = root / "captions.txt"
     ask(prepare.read_captions, path)
     for text in ("\n \n", "a\nb\rc"):

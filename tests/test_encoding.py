@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 from PIL import Image
+from test_sources import KINDS
 
-from jax_distill.data import encoding, folder
+from jax_distill.data import encoding
 from jax_distill.data.records import LatentRecords
+from jax_distill.data.sources.checking import checked
+from jax_distill.data.sources.folder import PictureFolder
+from jax_distill.data.sources.opening import open_source
 from jax_distill.flow import Text
 from jax_distill.worlds.shapes import renderer, sources
 
@@ -66,9 +70,11 @@ def test_what_is_not_finite_in_float16_stops_by_name(tmp_path):
         sources.encode_shapes(tmp_path / "shapes", 9, 3, encode)
     sources.encode_shapes(tmp_path / "padded", 5, 3, encode)  # the sixth is no picture's
 
+    (tmp_path / "pictures").mkdir()
     for number in range(3):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
-    pictures = [folder.Captioned(tmp_path / f"{n}.png", f"picture {n}") for n in range(3)]
+        Image.new("RGB", (8, 8)).save(tmp_path / f"pictures/{number}.png")
+        (tmp_path / f"pictures/{number}.txt").write_text(f"picture {number}")
+    pictures = checked(PictureFolder(tmp_path / "pictures"), (8, 8))
 
     def embed(captions, bad="none"):
         values = np.array([np.nan if bad in words else 1 for words in captions])
@@ -78,9 +84,9 @@ def test_what_is_not_finite_in_float16_stops_by_name(tmp_path):
         return np.where(np.arange(len(images)) == 2, np.nan, 1)[:, None, None]
 
     with pytest.raises(ValueError, match="2.png' has latents that are not finite"):
-        encoding.encode_folder(tmp_path / "a", pictures, (8, 8), latents, embed)
+        encoding.encode_pictures(tmp_path / "a", pictures, (8, 8), latents, embed)
     with pytest.raises(ValueError, match="caption 'picture 1' has embeddings that are not finite"):
-        encoding.encode_folder(
+        encoding.encode_pictures(
             tmp_path / "b",
             pictures,
             (8, 8),
@@ -94,3 +100,22 @@ def test_what_is_not_finite_in_float16_stops_by_name(tmp_path):
     for name in "abc":
         with pytest.raises(ValueError, match="has no dataset.json"):
             LatentRecords(tmp_path / name)
+
+
+def test_records_are_the_same_from_every_kind_of_source(tmp_path):
+    def encode(images, key):
+        return images.mean((1, 2))[:, None] / 255
+
+    def embed(captions):
+        values = np.array([sum(caption.encode()) for caption in captions], np.float32)
+        return Text(values[:, None, None], values[:, None])
+
+    shards = set()
+    for number, make in enumerate(KINDS.values()):
+        folder, output = tmp_path / f"{number}", tmp_path / f"out-{number}"
+        folder.mkdir()
+        sound = checked(open_source(*make(folder)), (8, 8))
+        encoding.encode_pictures(output, sound, (8, 8), encode, embed)
+        assert len(LatentRecords(output)) == 5
+        shards.add(next(output.glob("*.array_record")).read_bytes())
+    assert len(shards) == 1

@@ -17,8 +17,9 @@ from random_pipeline import save_random
 from jax_distill import main, pipeline, worlds
 from jax_distill.assembly import build, frozen, resolution, stages
 from jax_distill.config import ConfigError
-from jax_distill.data import folder
+from jax_distill.data.pictures import read
 from jax_distill.data.records import LatentRecords
+from jax_distill.data.sources.folder import PictureFolder
 from jax_distill.runs import checks, commands, experiment
 from jax_distill.runs.porting import port
 from jax_distill.worlds.flux.world import Flux, ported_config
@@ -55,7 +56,7 @@ def prepared(ported, pictures, tmp_path_factory):
     config = ported_config(ported)
     with config.unlocked():
         config.data.resolution = SIZE
-    assert Flux(config).prepare(output, pictures) == 12
+    assert Flux(config).prepare(output, PictureFolder(pictures)) == 12
     return output
 
 
@@ -115,7 +116,7 @@ def test_records_hold_what_the_encoders_make(ported, pictures, prepared):
     assert captions == ["0 times a red circle", "7 times a blue square"] and len(records) == 12
     text = world.encode([*captions, " "])
     for row, index in enumerate((0, 7)):
-        image = folder.read(pictures / f"{index:02d}.png", *SIZE)
+        image = read(pictures / f"{index:02d}.png", *SIZE)
         assert image.shape == (*SIZE, 3)
         latents = world.codec.encode(image[None])[0]
         np.testing.assert_allclose(records[index].latents, latents, atol=2e-3 * abs(latents).max())

@@ -8,7 +8,9 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from jax_distill.data import folder, pictures
+from jax_distill.data import pictures
+from jax_distill.data.sources import folder
+from jax_distill.data.sources.checking import checked
 from jax_distill.storage.files import FileError
 
 
@@ -26,6 +28,14 @@ def said():
     logging.get_absl_logger().removeFilter(keep)
 
 
+def find(path, resolution=(1, 1)):
+    """The paths and captions that are found in a folder, once all pictures are decoded."""
+    source = checked(folder.PictureFolder(path), resolution)
+    examples = [source[index] for index in range(len(source))]
+    assert all(example.key == source.key(index) for index, example in enumerate(examples))
+    return [(path / example.key, example.caption) for example in examples]
+
+
 def save(path, height=20, width=30):
     """A picture whose red grows from left to right and whose green from top to bottom."""
     image = np.zeros((height, width, 3), np.uint8)
@@ -39,8 +49,8 @@ def test_captions_are_beside_their_pictures(tmp_path):
         save(tmp_path / name)
         (tmp_path / name).with_suffix(".txt").write_text(f"picture {name[0]}\n")
     (tmp_path / "notes.md").write_text("no picture")
-    found = folder.find(tmp_path)
-    assert [(f.path.name, f.caption) for f in found] == [
+    found = find(tmp_path)
+    assert [(path.name, caption) for path, caption in found] == [
         ("a.jpg", "picture a"),
         ("b.png", "picture b"),
         ("c.PNG", "picture c"),
@@ -53,7 +63,7 @@ def test_captions_are_in_a_table(tmp_path):
     save(tmp_path / "not_listed.png")
     entry = {"file_name": "deep/x.png", "text": "a picture"}
     (tmp_path / folder.METADATA).write_text(json.dumps(entry) + "\n\n")
-    assert folder.find(tmp_path) == [(tmp_path / "deep" / "x.png", "a picture")]
+    assert find(tmp_path) == [(tmp_path / "deep" / "x.png", "a picture")]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +91,13 @@ def test_captions_are_in_a_table(tmp_path):
         ({"a.png": b"", "a.txt": b"x" * 70000}, "a.txt': the caption has 70000 characters"),
         ({"a.png": b"", "a.txt": b"a fox\ra hen"}, "a.txt': the caption has CR inside"),
         ({"a.png": b"", "a.txt": "f\xe9e".encode("latin-1")}, "a.txt' is not UTF-8 text"),
-        ({"a.png": b"", "metadata.csv": b""}, "no caption; .*metadata.csv' is not read"),
+        ({"a.png": b"", "metadata.csv": b""}, "metadata.csv' is empty; its first line names"),
+        ({"captions.csv": b"file_name,text\na.png"}, "line 2 has 1 fields where .* names 2"),
+        ({"captions.csv": b"file_name,text,text\n"}, "line 1: two columns have one name"),
+        ({"captions.csv": b'file_name,text\n"a.png,x\n'}, "line 2 is not valid CSV"),
+        ({"captions.csv": b"name,text\na.png,x"}, "line 2 .*missing .*`file_name`.*--image_col"),
+        ({"captions.csv": b"file_name,text\n../a.png,x"}, "line 2: .*leads out of"),
+        ({"captions.csv": b"", "metadata.jsonl": b""}, "has several tables .* keep one"),
         ({"a.heic": b""}, "has no pictures"),
         (
             {folder.METADATA: b'\n{"file_name": "no.png", "text": "x"}'},
@@ -93,16 +109,16 @@ def test_what_cannot_be_used_is_named(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        folder.find(tmp_path)
+        find(tmp_path)
     with pytest.raises(ValueError, match="is not a folder"):
-        folder.find(tmp_path / "nothing")
+        find(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (32, 16), (16, 48), (64, 64)])
 def test_pictures_are_fitted_around_their_middle(tmp_path, height, width):
     path = tmp_path / "a.png"
     save(path, 200, 300)
-    image = folder.read(path, height, width).astype(int)
+    image = pictures.read(path, height, width).astype(int)
     assert image.shape == (height, width, 3)
     # What is cut off is cut off on both sides alike, and nothing is stretched.
     scale = max(height / 200, width / 300)
@@ -117,9 +133,9 @@ def test_a_file_that_is_no_picture_is_named(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no picture")
     (tmp_path / "a.txt").write_text("a picture")
     with pytest.raises(ValueError, match="a.png' cannot be read as a picture"):
-        folder.find(tmp_path)
+        find(tmp_path)
     with pytest.raises(ValueError, match="a.png' cannot be read as a picture"):
-        folder.read(tmp_path / "a.png", 16, 16)
+        pictures.read(tmp_path / "a.png", 16, 16)
 
 
 def test_captions_are_read_as_they_were_written(tmp_path):
@@ -131,7 +147,7 @@ def test_captions_are_read_as_they_were_written(tmp_path):
     for name, text in texts.items():
         save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_bytes(text)
-    captions = [found.caption for found in folder.find(tmp_path)]
+    captions = [caption for _, caption in find(tmp_path)]
     assert captions == ["a f\xe9e\u2028 and\x0b a fox\nin the snow", "a fox", "a fox"]
 
 
@@ -151,14 +167,14 @@ def test_subfolders_are_searched_and_what_is_left_out_is_counted(tmp_path, said)
     (tmp_path / "b" / "link.txt").symlink_to(tmp_path / "z.txt")
     entry = {"file_name": "2.gif", "text": "in a table"}
     (tmp_path / "h" / folder.METADATA).write_text(json.dumps(entry) + "\n" + json.dumps(entry))
-    found = [(str(f.path.relative_to(tmp_path)), f.caption) for f in folder.find(tmp_path)]
+    found = [(str(path.relative_to(tmp_path)), text) for path, text in find(tmp_path)]
     assert found == [
         ("z.png", "z.png"),
         ("b/link.png", "z.png"),
         ("b/x.JFIF", "b/x.JFIF"),
         ("b/c/y.tif", "b/c/y.tif"),
         ("h/2.gif", "in a table"),
-        ("h/2.gif", "in a table"),
+        ("h/2.gif#2", "in a table"),
     ]
     counts = {line.split("': ", 1)[1].partition(", such as")[0]: line for line in said}
     assert set(counts) == {
@@ -175,7 +191,7 @@ def test_two_pictures_may_share_a_caption(tmp_path, said):
     for name in ("cat.jpg", "cat.png"):
         save(tmp_path / name)
     (tmp_path / "cat.txt").write_text("a cat")
-    assert [found.caption for found in folder.find(tmp_path)] == ["a cat", "a cat"] and not said
+    assert [caption for _, caption in find(tmp_path)] == ["a cat", "a cat"] and not said
 
 
 def test_every_picture_is_decoded_and_those_that_fail_are_counted(tmp_path, said):
@@ -187,14 +203,14 @@ def test_every_picture_is_decoded_and_those_that_fail_are_counted(tmp_path, said
             path.write_bytes(path.read_bytes()[:-40])
     os.remove(tmp_path / "8.txt")
     with pytest.raises(FileError, match=r"1.png' cannot be read.*\(and 3 more of 9 pictures\)$"):
-        folder.find(tmp_path)
+        find(tmp_path)
 
 
 def test_what_is_done_about_pictures_is_counted(tmp_path, said):
     for number in range(4):
         save(tmp_path / f"{number}.png", 20 + 10 * number, 40)
         (tmp_path / f"{number}.txt").write_text("a picture")
-    folder.find(tmp_path, (40, 30))
+    find(tmp_path, (40, 30))
     assert said == [f"2 of 4 pictures {pictures.SMALL}, such as '{tmp_path / '0.png'}'"]
 
 
@@ -202,14 +218,14 @@ def test_a_pipe_is_never_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a picture")
     with pytest.raises(FileError, match="a.png' is no regular file"):
-        folder.find(tmp_path)
+        find(tmp_path)
     os.remove(tmp_path / "a.txt")
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(FileError, match="a.txt' is no regular file"):
-        folder.find(tmp_path)
+        find(tmp_path)
     os.mkfifo(tmp_path / folder.METADATA)
     with pytest.raises(FileError, match="metadata.jsonl' is no regular file"):
-        folder.find(tmp_path)
+        find(tmp_path)
 
 
 def test_folders_may_be_as_deep_as_paths_are_long(tmp_path):
@@ -224,7 +240,7 @@ def test_folders_may_be_as_deep_as_paths_are_long(tmp_path):
     try:
         save(path)
         path.with_suffix(".txt").write_text("a picture")
-        assert folder.find(tmp_path) == [(path, "a picture")]
+        assert find(tmp_path) == [(path, "a picture")]
     finally:  # pytest's own clearing is recursive
         for file in (path, path.with_suffix(".txt")):
             file.unlink(missing_ok=True)

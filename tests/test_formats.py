@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import refused_data
 import refused_runs
+import refused_sources
 import refused_weights
 
 DOCUMENT = Path(__file__).parents[1] / "docs/formats.md"
-PARTS = (refused_weights, refused_data, refused_runs)
+PARTS = (refused_weights, refused_data, refused_sources, refused_runs)
 
 
 def sentences():

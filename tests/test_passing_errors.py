@@ -12,12 +12,17 @@ import random_pipeline
 import safetensors
 import tensorstore as ts
 from PIL import Image
+from pyarrow import parquet
 from safetensors.numpy import save_file
 from test_disks import of_rust, of_tensorflow, of_tensorstore, raised, wrapped
 from test_records import some
+from test_sources import pack, table
 from test_torch_files import archive, state, stored
 
-from jax_distill.data import folder, pictures, records
+from jax_distill.data import pictures, records
+from jax_distill.data.sources import tars
+from jax_distill.data.sources.folder import PictureFolder
+from jax_distill.data.sources.parquet import open_parquet
 from jax_distill.interop import diffusers_folder, orbax_tree, ported_folder, tensors
 from jax_distill.interop.readers import safetensors_files, sources, torch_files
 from jax_distill.runs import commands
@@ -40,6 +45,8 @@ def good(tmp_path_factory):
     save_file({"x": np.zeros(2, np.float32)}, root / "x.safetensors")
     archive(root / "x.pt", state(stored()), bytes(8))
     records.write(root / "records", some(2), {})
+    pack(root / "x.tar", [("a.png", b"a"), ("a.txt", b"a")])
+    parquet.write_table(table(), root / "x.parquet")
     (root / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(root / "pictures/x.png")
     (root / "pictures/metadata.jsonl").write_text('{"file_name": "x.png", "text": "x"}\n')
@@ -112,6 +119,21 @@ READERS = {  # what fails, with which kind of error, and who meets it
         (pictures.Image, "open"),
         raised,
         lambda root: pictures.shown(root / "pictures/x.png"),
+    ),
+    "tar": (
+        (tars.tarfile, "open"),
+        raised,
+        lambda root: tars.Tars([root / "x.tar"]),
+    ),
+    "parquet": (
+        (parquet, "ParquetFile"),
+        raised,
+        lambda root: open_parquet([root / "x.parquet"]),
+    ),
+    "row group": (
+        (parquet.ParquetFile, "read_row_group"),
+        raised,
+        lambda root: open_parquet([root / "x.parquet"])[0],
     ),
     "tokenizer": (
         (tokenizers.disks, "read_all"),
@@ -200,7 +222,7 @@ def test_what_a_failing_disk_has_is_not_missing(good, monkeypatch, name):
 
     monkeypatch.setattr(os, "stat", failing_stat)
     with pytest.raises(PermissionError):
-        folder.find(good / "pictures", (8, 8))
+        PictureFolder(good / "pictures")[0]
 
 
 def test_memory_that_is_short_says_nothing_of_a_file(good, monkeypatch):

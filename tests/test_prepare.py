@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 from test_pipeline import tiny_pipeline
+from test_sources import CAPTIONS, KINDS
 
 from jax_distill import pipeline, prepare
+from jax_distill.config import base
 from jax_distill.data.records import LatentRecords
+from jax_distill.data.sources.source import Columns
 from jax_distill.runs import commands
 
 
@@ -55,11 +58,53 @@ def test_a_teacher_draws_for_captions_without_a_picture(run, monkeypatch, tmp_pa
         (["--teacher=embedded", "--captions=no.txt"], "'no.txt' is missing"),
         (["--teacher=no/where"], "'no/where' is no workdir of a run"),
         (["--source=x"], "--checkpoint and --source go together"),
+        (["--damaged=skip"], "--damaged needs --source"),
+        (["--image_column=x"], "--image_column needs --source"),
+        (["--caption_column=x"], "--caption_column needs --source or --captions"),
+        (["--source=x", "--checkpoint=y", "--damaged_share=0.1"], "needs --damaged=skip"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(run, tmp_path, flags, expected):
     error = run(*flags)
     assert expected in error and "\n" not in error and not (tmp_path / "output").exists()
+
+
+def test_flags_choose_the_source_its_columns_and_what_may_be_left_out(run, monkeypatch, tmp_path):
+    asked = []
+
+    class World:
+        def prepare(self, output, source, *, seed, damaged_share):
+            asked.append((source[0].caption, len(source), seed, damaged_share))
+            return len(source)
+
+    config = base()
+    monkeypatch.setattr(prepare, "ported_config", lambda folder: config)
+    monkeypatch.setattr(prepare.worlds, "of", lambda config: World())
+    names, columns = KINDS["parquet"](tmp_path)
+    one, other = (f"--source={tmp_path / name}" for name in ("a.parquet", "b.parquet"))
+    flags = [f"--image_column={columns.image}", f"--caption_column={columns.caption}"]
+    assert run("--checkpoint=y", one, other, *flags) is None
+    assert run("--checkpoint=y", other, *flags, "--damaged=skip") is None
+    more = ["--damaged=skip", "--damaged_share=0.2", "--latents=sample", "--seed=3"]
+    assert run("--checkpoint=y", f"--source={names[0]}", *flags, *more) is None
+    assert "no column 'image'" in run("--checkpoint=y", one)
+    assert asked == [
+        (CAPTIONS[0], 5, None, 0.0),
+        (CAPTIONS[3], 2, None, 0.01),
+        (CAPTIONS[0], 5, 3, 0.2),
+    ]
+
+
+def test_captions_are_a_column_of_a_table(tmp_path):
+    (tmp_path / "a.csv").write_bytes(
+        'n,words\r\n1,"a fox,\r\nred"\r\n2,f\xe9e\r\n'.encode("utf-16")
+    )
+    found = prepare.read_captions(tmp_path / "a.csv", Columns(caption="words"))
+    assert found == ["a fox,\nred", "f\xe9e"]
+    (tmp_path / "a.jsonl").write_text('{"caption": "a fox", "n": 1}\n\n{"caption": "two"}\n')
+    assert prepare.read_captions(tmp_path / "a.jsonl") == ["a fox", "two"]
+    with pytest.raises(ValueError, match="a.jsonl', line 1 does not hold .* field `words`.*column"):
+        prepare.read_captions(tmp_path / "a.jsonl", Columns(caption="words"))
 
 
 def test_captions_are_lines_of_text(tmp_path):

@@ -1,5 +1,6 @@
 """The calls of the package that are fuzzed, each reading one input's folder."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,9 @@ import jax_distill
 from jax_distill import config, prepare
 from jax_distill.assembly import build
 from jax_distill.assembly.resolution import validate
-from jax_distill.data import folder as pictures
-from jax_distill.data import records
+from jax_distill.data import pictures, records
+from jax_distill.data.sources.checking import checked
+from jax_distill.data.sources.folder import PictureFolder
 from jax_distill.evaluation.metrics import Metrics, read_metrics
 from jax_distill.evaluation.report import write_report
 from jax_distill.evaluation.results import Results, read_results
@@ -27,6 +29,11 @@ AXES = (4, 6, 6)
 """`axes_dims_rope` of those networks, which a single file does not say."""
 CAPTIONS = ("a red circle and a crimson disc", "", "two Ω, 3!")
 T5_LENGTH = 24
+
+
+class Found(NamedTuple):
+    path: Path
+    caption: str
 
 
 class Records(NamedTuple):
@@ -70,8 +77,10 @@ def read_log(folder: Path) -> Metrics | None:
     return metrics
 
 
-def find_pictures(folder: Path) -> list[pictures.Captioned]:
-    return pictures.find(folder)
+def find_pictures(folder: Path) -> list[Found]:
+    source = checked(PictureFolder(folder), (1, 1))
+    examples = [source[index] for index in range(len(source))]
+    return [Found(folder / re.sub(r"#\d+$", "", x.key), x.caption) for x in examples]
 
 
 def read_picture(path: Path, height: int, width: int) -> np.ndarray:

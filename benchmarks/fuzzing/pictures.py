@@ -206,7 +206,8 @@ def _differs_metadata(value: Any, folder: Path, base: Path) -> str:
         if line.strip():
             try:
                 entry = json.loads(line)
-                said.append((folder / entry["file_name"], entry["text"]))
+                name = entry["file_name"] if "file_name" in entry else entry["image"]
+                said.append((folder / name, entry["text" if "text" in entry else "caption"]))
             except (ValueError, TypeError, KeyError, RecursionError):
                 return "read what is no description"
     if len(said) != len(value):

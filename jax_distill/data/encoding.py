@@ -1,5 +1,6 @@
 """Encodes pictures and captions into a folder of latents, so that training never encodes."""
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,9 +12,12 @@ import numpy as np
 from absl import logging
 
 from jax_distill import streams
-from jax_distill.data import folder, records
+from jax_distill.data import pictures, records
+from jax_distill.data.sources.checking import Sound
 from jax_distill.flow import Text
+from jax_distill.storage.files import write_atomically
 
+DAMAGED = "damaged.jsonl"  # beside the records: keys of examples that were left out, and why
 DRAWN_BATCH = 240  # captions embedded, then drawn, at a time
 EMBEDDED_BATCH = 8  # pictures and captions at a time, through large networks
 NULL_CAPTION = " "  # replaces dropped captions in T2I-Distill (arXiv:2512.13006)
@@ -61,9 +65,9 @@ def encode_drawn(
     records.write(path, encoded(), {**description, "examples": len(captions)}, null=null)
 
 
-def encode_folder(
+def encode_pictures(
     path: Path,
-    pictures: Sequence[folder.Captioned],
+    source: Sound,
     resolution: tuple[int, int],
     encode: Callable[..., Any],
     embed: Callable[[Sequence[str]], Text],
@@ -73,11 +77,12 @@ def encode_folder(
     """Encodes pictures and embeds their captions into `path`.
 
     Embedded captions are stored, 2 MiB each in FLUX's size, so that training only reads and holds
-    no text encoder, which would take half as much memory as the transformer.
+    no text encoder, which would take half as much memory as the transformer. Examples that were
+    left out are listed in `DAMAGED` and counted in the description.
 
     Args:
       path: folder of the records.
-      pictures: with their captions.
+      source: pictures with their captions.
       resolution: height and width in pixels to fit pictures to.
       encode: pictures (B, H, W, 3) uint8, `key=` optional, to packed latents (B, N, C).
       embed: captions (B,) to their embeddings.
@@ -86,21 +91,29 @@ def encode_folder(
     Raises:
       ValueError: a file is not a picture, or its latents are not finite.
     """
+    count = len(source)
 
     def encoded():
-        for start in range(0, len(pictures), EMBEDDED_BATCH):
-            batch = pictures[start : start + EMBEDDED_BATCH]
-            rows = [*batch, *batch[:1] * (EMBEDDED_BATCH - len(batch))]  # one shape compiles
-            read = {row.path: folder.read(row.path, *resolution) for row in batch}
-            images = np.stack([read[row.path] for row in rows])
+        for start in range(0, count, EMBEDDED_BATCH):
+            batch = [source[i] for i in range(start, min(start + EMBEDDED_BATCH, count))]
+            images = [pictures.read(row.picture, *resolution) for row in batch]
+            captions = [row.caption for row in batch]
+            padding = EMBEDDED_BATCH - len(batch)  # one shape compiles
             key = None if seed is None else jax.random.fold_in(streams.key(seed), start)
-            latents = stored_latents(encode(images, key=key), [f"'{row.path}'" for row in batch])
-            text = _half(embed([row.caption for row in rows]), [row.caption for row in batch])
+            latents = stored_latents(
+                encode(np.stack([*images, *images[:1] * padding]), key=key),
+                [row.picture.where for row in batch],
+            )
+            text = _half(embed([*captions, *captions[:1] * padding]), captions)
             for row, *fields in zip(batch, latents, *text):
                 yield records.LatentRecord(fields[0], row.caption, *fields[1:])
-            logging.info("encoded %d of %d pictures", start + len(batch), len(pictures))
+            logging.info("encoded %d of %d pictures", start + len(batch), count)
 
-    description = {"world": "flux", "examples": len(pictures), "resolution": list(resolution)}
+    description = {"world": "flux", "examples": count, "resolution": list(resolution)}
+    if source.damaged:
+        lines = (json.dumps(damaged._asdict()) + "\n" for damaged in source.damaged)
+        write_atomically(path / DAMAGED, "".join(lines))
+        description["damaged"] = len(source.damaged)
     empty = embed([NULL_CAPTION] * EMBEDDED_BATCH)
     null = _half(jax.tree.map(lambda leaf: leaf[:1], empty), [NULL_CAPTION])
     records.write(path, encoded(), description, null=null)

@@ -1,4 +1,4 @@
-"""Pictures from files, as a viewer shows them on a white page."""
+"""Encoded pictures, from files or bytes, as a viewer shows them on a white page."""
 
 import contextlib
 import functools
@@ -58,6 +58,13 @@ _DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
 
 
+class Encoded(NamedTuple):
+    """The content of a picture's file, from wherever it lies."""
+
+    content: bytes
+    where: str  # begins messages, such as "'a.tar', 'cat.png'"
+
+
 class Shown(NamedTuple):
     """A picture as it is seen, with notes on conversions that its owner may not expect."""
 
@@ -72,7 +79,24 @@ def endings() -> tuple[str, ...]:
     return tuple(sorted(ending for ending, name in known.items() if name in FORMATS))
 
 
-def read(path: Path, height: int, width: int) -> np.ndarray:
+def load(path: Path) -> Encoded:
+    """Reads the file of a picture without decoding it.
+
+    Raises:
+      FileError: the file is missing, or cannot be read.
+    """
+    path, where = Path(path), f"'{path}'"
+    try:
+        check_regular(path)
+        with path.open("rb") as file:
+            return Encoded(file.read(FILE_BYTES + 1), where)
+    except FileNotFoundError:
+        raise FileError(f"{where} is missing; restore it or take it off the list") from None
+    except (OSError, MemoryError) as error:
+        raise unread(where, error, disks.raised) or error from None
+
+
+def read(picture: Path | Encoded, height: int, width: int) -> np.ndarray:
     """Reads a picture as (height, width, 3) uint8: resized to cover that, then cropped centrally.
 
     It looks as in a viewer on a white page, see `shown`.
@@ -80,27 +104,28 @@ def read(path: Path, height: int, width: int) -> np.ndarray:
     Raises:
       FileError: as `shown`.
     """
-    with _reading(path):
-        fitted = ImageOps.fit(_shown(path).image, (width, height), Image.Resampling.LANCZOS)
+    encoded = _encoded(picture)
+    with _decoding(encoded.where):
+        fitted = ImageOps.fit(_shown(encoded).image, (width, height), Image.Resampling.LANCZOS)
         return np.asarray(fitted)
 
 
-def check(path: Path, height: int, width: int) -> frozenset[str]:
+def check(picture: Path | Encoded, height: int, width: int) -> frozenset[str]:
     """Decodes a picture to its end; returns notes about it, such as `FRAMES`.
 
     Args:
-      path: of the file.
+      picture: the path of its file, or its content.
       height: in pixels, that the picture will be fitted to.
       width: likewise.
 
     Raises:
       FileError: as `shown`.
     """
-    image, notes = shown(path)
+    image, notes = shown(picture)
     return notes | {SMALL} if image.width < width or image.height < height else notes
 
 
-def shown(path: Path) -> Shown:
+def shown(picture: Path | Encoded) -> Shown:
     """Decodes a picture as a viewer shows it on a white page.
 
     Its orientation is applied, and an embedded profile is converted to sRGB unless that moves no
@@ -112,12 +137,17 @@ def shown(path: Path) -> Shown:
       FileError: the file is missing, cannot be decoded to its end, or has too many pixels, or
         samples of unknown range: floats, signed ones, or more than 16 bits.
     """
-    with _reading(path):
-        return _shown(path)
+    encoded = _encoded(picture)
+    with _decoding(encoded.where):
+        return _shown(encoded)
+
+
+def _encoded(picture: Path | Encoded) -> Encoded:
+    return picture if isinstance(picture, Encoded) else load(picture)
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _decoding(where: str) -> Iterator[None]:
     """Names the picture in any error of Pillow's, and silences its warnings."""
     try:
         with warnings.catch_warnings():
@@ -125,45 +155,32 @@ def _reading(path: Path) -> Iterator[None]:
             yield
     except FileError:
         raise
-    except FileNotFoundError:
-        raise FileError(f"'{path}' is missing; restore it or take it off the list") from None
     except Image.DecompressionBombError as error:
         pixels = int(re.search(r"\d+", str(error))[0])
-        raise FileError(_too_large(path, pixels, PIXELS)) from None
+        raise FileError(_too_large(where, pixels, PIXELS)) from None
     except Exception as error:  # decoders raise nearly every kind
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise _unread(path, error) or FileError(
-            f"'{path}' cannot be read as a picture: {reason}; save it anew or take it away"
+        raise unread(where, error, disks.raised) or FileError(
+            f"{where} cannot be read as a picture: {reason}; save it anew or take it away"
         ) from None
 
 
-def _unread(path: Path, error: Exception) -> FileError | None:
-    """Like `files.unread`; reads the file again, since decoders in C hide the system's error."""
-    try:
-        with path.open("rb") as file:
-            while file.read(2**24):
-                pass
-    except OSError as plain:
-        error = plain
-    return unread(f"'{path}'", error, disks.raised)
-
-
-def _shown(path: Path) -> Shown:
-    path = Path(path)
-    check_regular(path)
-    if path.stat().st_size > FILE_BYTES:
+def _shown(encoded: Encoded) -> Shown:
+    content, where = encoded
+    if len(content) > FILE_BYTES:
         raise FileError(
-            f"'{path}' is larger than the {FILE_BYTES >> 20} MiB that are read of a picture;"
+            f"{where} is larger than the {FILE_BYTES >> 20} MiB that are read of a picture;"
             " save it anew"
         )
     Image.init()
-    with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
-        _bound(image, path)
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    with Image.open(io.BytesIO(content), formats=formats) as image:
+        _bound(image, encoded)
         notes = {FRAMES} if getattr(image, "is_animated", False) else set()
         packed = _packed_as(image)
         image.load()
-        colours, alpha = _colours(image, packed, path)
-        upright = _UPRIGHT.get(_orientation(image, path))
+        colours, alpha = _colours(image, packed, where)
+        upright = _UPRIGHT.get(_orientation(image, where))
         profile = image.info.get("icc_profile")
         srgb = "srgb" in image.info or abs(image.info.get("gamma", 1 / 2.2) - 1 / 2.2) < 0.02
     if not profile and not srgb:
@@ -182,22 +199,23 @@ def _shown(path: Path) -> Shown:
     return Shown(colours, frozenset(notes))
 
 
-def _bound(image: Image.Image, path: Path) -> None:
+def _bound(image: Image.Image, encoded: Encoded) -> None:
     """Limits the work of decoding before it begins; large JPEGs are decoded at half the size."""
+    content, where = encoded
     pixels = image.width * image.height
     jpeg = image.format in ("JPEG", "MPO") and image.mode != "CMYK"
     limit = PIXELS_WIDE if image.format in _WIDE or image.mode == "CMYK" else PIXELS
     if jpeg and limit < pixels <= PIXELS_JPEG:
         image.draft(image.mode, (image.width // 2, image.height // 2))
     elif pixels > limit:
-        raise FileError(_too_large(path, pixels, PIXELS_JPEG if jpeg else limit))
-    if image.info.get("progressive") and path.read_bytes().count(b"\xff\xda") > SCANS:
-        raise FileError(f"'{path}' has more than the {SCANS} scans that are read; save it anew")
+        raise FileError(_too_large(where, pixels, PIXELS_JPEG if jpeg else limit))
+    if image.info.get("progressive") and content.count(b"\xff\xda") > SCANS:
+        raise FileError(f"{where} has more than the {SCANS} scans that are read; save it anew")
 
 
-def _too_large(path: Path, pixels: int, limit: int) -> str:
+def _too_large(where: str, pixels: int, limit: int) -> str:
     return (
-        f"'{path}' has {pixels / 1e6:.1f} million pixels, more than the {limit // 10**6} million"
+        f"{where} has {pixels / 1e6:.1f} million pixels, more than the {limit // 10**6} million"
         " that are read; scale it down"
     )
 
@@ -209,18 +227,18 @@ def _packed_as(image: Image.Image) -> str:
     return packed if isinstance(packed, str) else ""
 
 
-def _orientation(image: Image.Image, path: Path) -> Any:
+def _orientation(image: Image.Image, where: str) -> Any:
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception as error:  # parsers of it raise nearly every kind, too
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise _unread(path, error) or FileError(
-            f"'{path}' has EXIF data that cannot be read ({reason}), so that nobody knows which"
+        raise unread(where, error, disks.raised) or FileError(
+            f"{where} has EXIF data that cannot be read ({reason}), so that nobody knows which"
             " side is up; save it anew or remove them"
         ) from None
 
 
-def _colours(image: Image.Image, packed: str, path: Path) -> tuple[Image.Image, Image.Image | None]:
+def _colours(image: Image.Image, packed: str, where: str) -> tuple[Image.Image, Image.Image | None]:
     """Splits a picture of any mode into colours of 8 bits (L, RGB or CMYK) and alpha (L).
 
     Raises:
@@ -229,10 +247,10 @@ def _colours(image: Image.Image, packed: str, path: Path) -> tuple[Image.Image, 
     signed = image.format == "TIFF" and 2 in image.tag_v2.get(339, ())  # SampleFormat
     # 32 signed bits are how Pillow writes 16 bits of grey; 16 of them are another range.
     if image.mode in _DEEP and not (signed and 16 in image.tag_v2.get(258, ())):
-        return _from_16_bits(image, packed, path)
+        return _from_16_bits(image, packed, where)
     if image.mode not in {**_PLAIN, **_ALPHA} or signed:
         raise FileError(
-            f"'{path}' is a picture of mode {image.mode}{', signed' if signed else ''}, whose"
+            f"{where} is a picture of mode {image.mode}{', signed' if signed else ''}, whose"
             " values have no agreed range; save it with 8 or 16 bits a colour"
         )
     transparent = image.info.get("transparency")
@@ -242,7 +260,7 @@ def _colours(image: Image.Image, packed: str, path: Path) -> tuple[Image.Image, 
     if transparent is not None and image.mode in ("L", "RGB"):
         if packed.startswith("RGB;16"):
             raise FileError(
-                f"'{path}' is a picture of mode {packed} with a transparent colour, of which"
+                f"{where} is a picture of mode {packed} with a transparent colour, of which"
                 " reading keeps 8 bits; save it with an alpha channel"
             )
         scale = {"L;2": 85, "L;4": 17}.get(packed, 1)  # the colour is given in the file's levels
@@ -255,7 +273,7 @@ def _colours(image: Image.Image, packed: str, path: Path) -> tuple[Image.Image, 
 
 
 def _from_16_bits(
-    image: Image.Image, packed: str, path: Path
+    image: Image.Image, packed: str, where: str
 ) -> tuple[Image.Image, Image.Image | None]:
     """Converts grey of 16 bits, in any of Pillow's modes, to 8 bits and alpha."""
     white = 4095 if packed == "I;12" else 65535
@@ -265,7 +283,7 @@ def _from_16_bits(
     lowest, highest = values.getextrema()
     if lowest < 0 or highest > white:
         raise FileError(
-            f"'{path}' is a picture of mode {image.mode} with values from {lowest} to {highest},"
+            f"{where} is a picture of mode {image.mode} with values from {lowest} to {highest},"
             f" more than 0 to {white}; save it with 8 or 16 bits a colour"
         )
     levels = np.minimum(np.arange(65536), white)

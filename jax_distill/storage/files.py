@@ -41,9 +41,13 @@ class FileError(ValueError):
     """A file that is not what it should be; the message names it, the cause and the fix."""
 
 
+class PassingError(FileError):
+    """A file that cannot be read for now, which says nothing about its content."""
+
+
 def unread(
     where: str, error: BaseException, passing: Callable[[BaseException], bool] = disks.passing
-) -> FileError | None:
+) -> PassingError | None:
     """Returns the error to raise if a failed read says nothing about the content.
 
     Args:
@@ -57,7 +61,7 @@ def unread(
     if not passing(error):
         return None
     reason = disks.reason(error)
-    return FileError(
+    return PassingError(
         f"{where} cannot be read for now ({reason}); mend that and run the same command again"
     )
 
@@ -107,10 +111,23 @@ def read_text(path: Path) -> str:
         content = file.read(TEXT_BYTES + 1)
     if len(content) > TEXT_BYTES:
         raise FileError(f"'{path}' is longer than the {TEXT_BYTES >> 20} MiB that are read of text")
+    return decode_text(content, f"'{path}'")
+
+
+def decode_text(content: bytes, where: str) -> str:
+    """Decodes text: UTF-8, or what a byte order mark says; the mark is left out.
+
+    Args:
+      content: of a file, or of a member of an archive.
+      where: begins the message, such as "'a.txt'".
+
+    Raises:
+      FileError: it is not text.
+    """
     try:
-        return _checked(content.decode(encoding_of(content)), path)
+        return _checked(content.decode(encoding_of(content)), where)
     except UnicodeDecodeError as error:
-        raise _no_text(path, error) from None
+        raise _no_text(where, error) from None
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -131,13 +148,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 with named(path):
                     line = file.readline(TEXT_BYTES)
             except UnicodeDecodeError as error:
-                raise _no_text(path, error) from None
+                raise _no_text(f"'{path}'", error) from None
             if not line:
                 return
             number += 1
             if len(line) == TEXT_BYTES and not line.endswith("\n"):
                 raise FileError(f"'{path}', line {number}: it is longer than a line of text")
-            yield number, _checked(line.removesuffix("\n").removesuffix("\r"), path)
+            yield number, _checked(line.removesuffix("\n").removesuffix("\r"), f"'{path}'")
 
 
 def read_json(path: Path, kind: Any = dict[str, Any], *, fix: str = "restore or remove it") -> Any:
@@ -233,14 +250,14 @@ def encoding_of(content: bytes) -> str:
     return next((name for mark, name in _MARKS.items() if content.startswith(mark)), "utf-8")
 
 
-def _checked(text: str, path: Path) -> str:
+def _checked(text: str, where: str) -> str:
     if "\0" in text:  # UTF-16 without its mark reads as UTF-8 with these in between
-        raise FileError(f"'{path}' is not UTF-8 text (it has NUL characters); save it as UTF-8")
+        raise FileError(f"{where} is not UTF-8 text (it has NUL characters); save it as UTF-8")
     return text
 
 
-def _no_text(path: Path, error: UnicodeDecodeError) -> FileError:
-    return FileError(f"'{path}' is not UTF-8 text ({error.reason}); save it as UTF-8")
+def _no_text(where: str, error: UnicodeDecodeError) -> FileError:
+    return FileError(f"{where} is not UTF-8 text ({error.reason}); save it as UTF-8")
 
 
 def is_address(path: str | Path) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from ml_collections import ConfigDict
 
 from jax_distill.data.records import LatentRecords
+from jax_distill.data.sources.source import CaptionedSource
 from jax_distill.flow import Batch, Text
 from jax_distill.interop.parts import StoredPart
 from jax_distill.models.latents import LatentCodec
@@ -107,15 +108,22 @@ class World(Protocol):
         """The first captions of the world's stream `seed`; None where the user must give them."""
 
     def prepare(
-        self, output: Path, pictures: Path | None = None, *, seed: int | None = None
+        self,
+        output: Path,
+        source: CaptionedSource | None = None,
+        *,
+        seed: int | None = None,
+        damaged_share: float = 0.0,
     ) -> int:
         """Encodes pictures and captions into a folder of records.
 
         Args:
           output: folder of the records.
-          pictures: folder of pictures with captions, see `data.folder`; None in a world that
-            renders its own, by `data.examples` and `data.seed`.
+          source: captioned pictures; None in a world that renders its own, by `data.examples` and
+            `data.seed`.
           seed: of latents drawn from the autoencoder's posterior; None takes its mean.
+          damaged_share: the largest share of examples that may be left out, see
+            `sources.checking`.
 
         Returns:
           The number of examples.

@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 
 from jax_distill import flow
 from jax_distill.config import ConfigError, load
-from jax_distill.data.encoding import NULL_CAPTION, encode_folder
-from jax_distill.data.folder import find
+from jax_distill.data.encoding import NULL_CAPTION, encode_pictures
 from jax_distill.data.loader import EmbeddedLatents
 from jax_distill.data.records import LatentRecords
+from jax_distill.data.sources.checking import checked
+from jax_distill.data.sources.source import CaptionedSource
 from jax_distill.devices import sharding
 from jax_distill.flow import Text
 from jax_distill.interop import ported_folder, scheduler_config
@@ -178,11 +179,20 @@ class Flux:
     def captions(self, count: int, seed: int) -> None:
         return None
 
-    def prepare(self, output: Path, pictures: Path, *, seed: int | None = None) -> int:
-        """Encodes a folder of pictures, fitted to the world's height and width."""
-        found = find(pictures, self.resolution)
-        encode_folder(output, found, self.resolution, self.codec.encode, self.encoder(), seed=seed)
-        return len(found)
+    def prepare(
+        self,
+        output: Path,
+        source: CaptionedSource,
+        *,
+        seed: int | None = None,
+        damaged_share: float = 0.0,
+    ) -> int:
+        """Encodes captioned pictures, fitted to the world's height and width."""
+        sound = checked(source, self.resolution, damaged_share=damaged_share)
+        encode_pictures(
+            output, sound, self.resolution, self.codec.encode, self.encoder(), seed=seed
+        )
+        return len(sound)
 
     def check(self, records: LatentRecords | None) -> None:
         config = self._config

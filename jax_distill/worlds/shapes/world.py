@@ -88,7 +88,14 @@ class Shapes:
     def captions(self, count: int, seed: int) -> list[str]:
         return [renderer.sample(seed, index).caption for index in range(count)]
 
-    def prepare(self, output: Path, pictures: None = None, *, seed: None = None) -> int:
+    def prepare(
+        self,
+        output: Path,
+        source: None = None,
+        *,
+        seed: None = None,
+        damaged_share: float = 0.0,
+    ) -> int:
         """Renders and encodes the first `data.examples` of the stream `data.seed`."""
         data = self._config.data
         encode_shapes(output, data.examples, data.seed, self.codec.encode)

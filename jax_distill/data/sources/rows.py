@@ -1,0 +1,202 @@
+"""Rows of Arrow's tables, in memory a group at a time: what parquet and arrow files share."""
+
+import bisect
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jax_distill.data import pictures
+from jax_distill.data.pictures import Encoded
+from jax_distill.data.sources.source import (
+    Captioned,
+    Columns,
+    check_caption,
+    check_inside,
+    check_keys,
+)
+from jax_distill.storage import disks
+from jax_distill.storage.files import FileError, PassingError, unread
+
+if TYPE_CHECKING:
+    import pyarrow
+
+IMAGE_COLUMNS = ("image",)
+_KEPT = 2  # groups: those of a shuffle's neighbours are not worth more memory
+
+
+class Group(NamedTuple):
+    """Rows of a file that are read together."""
+
+    path: Path
+    number: int  # in the file
+    start: int  # the file's row that is its first
+    rows: int
+    columns: tuple[str, str]  # of pictures and of captions
+
+
+class Rows:
+    """Captioned pictures in rows of files; a key is the file's name and the row, from 0.
+
+    Pictures are bytes, or Hugging Face's structure of bytes and a path; without bytes, the path is
+    that of a file beside the table.
+
+    Args:
+      name: of the source.
+      groups: in order.
+      load: reads a group's two columns, pictures and captions, each as an array of binary type
+        or of structures of it.
+
+    Raises:
+      FileError: there is no row, or two files have one name.
+    """
+
+    has_pictures = True
+
+    def __init__(
+        self,
+        name: str,
+        groups: Sequence[Group],
+        load: Callable[[Group], "tuple[pyarrow.Array, pyarrow.Array]"],
+    ):
+        self.name = name
+        self._groups = [group for group in groups if group.rows]
+        if not self._groups:
+            raise FileError(f"{name} has no rows; give files that have some")
+        check_keys(list({group.path: group.path.name for group in groups}.values()), name)
+        self._ends = list(itertools.accumulate(group.rows for group in self._groups))
+        self._load = functools.lru_cache(_KEPT)(functools.partial(_read, load))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def _place(self, index: int) -> tuple[Group, int]:
+        """The group that has an example, and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = bisect.bisect_right(self._ends, index)
+        group = self._groups[place]
+        return group, index - (self._ends[place] - group.rows)
+
+    def key(self, index: int) -> str:
+        group, row = self._place(index)
+        return f"{group.path.name}:{group.start + row}"
+
+    def __getitem__(self, index: int) -> Captioned:
+        group, row = self._place(index)
+        where = f"'{group.path}', row {group.start + row}"
+        columns = self._load(group)
+        if isinstance(columns, FileError):
+            raise FileError(str(columns))
+        with reading(group.path):
+            picture, caption = (column[row].as_py() for column in columns)
+        return Captioned(
+            self.key(index), self._caption(caption, where), _picture(picture, where, group)
+        )
+
+    def _caption(self, value: bytes | None, where: str) -> str:
+        try:
+            caption = (value or b"").decode()
+        except UnicodeDecodeError as error:
+            raise FileError(
+                f"{where}: the caption is not UTF-8 text ({error.reason}); write it as UTF-8"
+            ) from None
+        check_caption(caption, where)
+        return caption
+
+
+def _read(load: Callable[[Group], Any], group: Group) -> Any:
+    """The columns of a group; what is wrong if it is damaged, so that this is found out once."""
+    try:
+        with reading(group.path):
+            return load(group)
+    except PassingError:
+        raise
+    except FileError as error:
+        return error
+
+
+def _picture(value: Any, where: str, group: Group) -> Encoded:
+    if isinstance(value, dict):
+        content, path = value["bytes"], value.get("path")
+        if content is None and path:
+            return pictures.load(group.path.parent / check_inside(path, where))
+    else:
+        content = value
+    if not content:
+        raise FileError(
+            f"{where}: {group.columns[0]!r} has no picture; write its bytes or take the row away"
+        )
+    return Encoded(content, where)
+
+
+def pyarrow_for(path: Path) -> Any:
+    """Imports pyarrow, which reads a file.
+
+    Raises:
+      FileError: it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError:
+        raise FileError(
+            f"'{path}' is read by pyarrow, which is missing; pip install 'jax-distill[data]'"
+        ) from None
+    return pyarrow
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Names the file in any error of pyarrow's."""
+    try:
+        yield
+    except FileError:
+        raise
+    except FileNotFoundError:
+        raise FileError(f"'{path}' is missing; restore it") from None
+    except Exception as error:  # of damaged files, nearly every kind
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise unread(f"'{path}'", error, disks.raised) or FileError(
+            f"'{path}' is cut short or damaged ({reason}); restore it or write it again"
+        ) from None
+
+
+def columns_of(
+    schema: "pyarrow.Schema", path: Path, columns: Columns, arrow: Any
+) -> tuple[str, str]:
+    """Finds the columns of pictures and captions.
+
+    Raises:
+      FileError: one is missing, named twice, or of another type.
+    """
+    where, names = f"'{path}'", schema.names
+    image = columns.image_among(names, where, IMAGE_COLUMNS)
+    caption = columns.caption_among(names, where)
+    for name in (image, caption):
+        if names.count(name) > 1:
+            raise FileError(f"{where} has several columns {name!r}; rename all but one")
+    kind = schema.field(image).type
+    fields = {field.name: field.type for field in kind} if arrow.types.is_struct(kind) else {}
+    content = fields.get("bytes", kind)
+    if not any(test(content) for test in (arrow.types.is_binary, arrow.types.is_large_binary)):
+        raise FileError(
+            f"{where}: column {image!r} is of type {kind}, which is no picture's bytes; name"
+            " another with --image_column"
+        )
+    kind = schema.field(caption).type
+    if not any(test(kind) for test in (arrow.types.is_string, arrow.types.is_large_string)):
+        raise FileError(
+            f"{where}: column {caption!r} is of type {kind}, which is no text; name another with"
+            " --caption_column"
+        )
+    return image, caption
+
+
+def as_bytes(captions: "pyarrow.Array", arrow: Any) -> "pyarrow.Array":
+    """Text as its bytes, whose encoding is checked row by row."""
+    large = arrow.types.is_large_string(captions.type)
+    return captions.view(arrow.large_binary() if large else arrow.binary())

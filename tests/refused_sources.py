@@ -1,0 +1,121 @@
+"""Sources of captioned pictures that deserve what is said of them."""
+
+import io
+import json
+import os
+import tarfile
+
+import pyarrow as pa
+from pyarrow import parquet
+from test_sources import PICTURES, pack, stream, table
+
+from jax_distill.data.sources.checking import checked
+from jax_distill.data.sources.opening import open_source
+from jax_distill.data.sources.source import Columns
+
+PNG = PICTURES["a.png"]
+
+
+def read(*names, columns=(), share=0.0):
+    """Opens and reads a whole source."""
+    checked(open_source([str(n) for n in names], Columns(*columns)), (1, 1), damaged_share=share)
+
+
+def ask_all(root, ask):
+    """As `refused_weights.ask_all`."""
+    _names(root / "names", ask)
+    _tars(root / "tars", ask)
+    _parquet(root / "parquet", ask)
+    _arrow(root / "arrow", ask)
+
+
+def _names(root, ask):
+    (root / "two").mkdir(parents=True)
+    for name in ("two/a.tar", "two/b.png", "a.parquet", "a.tar.gz", "a.h5"):
+        (root / name).touch()
+    (root / "a.txt").write_text("a fox\n")
+    for names in (
+        ["no"],
+        ["no*"],
+        ["two", "a.txt"],
+        ["two/a.tar", "a.parquet"],
+        ["two"],
+        ["a.tar.gz"],
+        ["a.h5"],
+        ["a.txt"],
+    ):
+        ask(read, *(root / name for name in names))
+    pictures = (("a", PNG), ("b", PNG), ("c", PNG[:60]), ("d", b""))
+    for name, content in pictures:
+        (root / f"two/{name}.png").write_bytes(content)
+        (root / f"two/{name}.txt").write_text("a fox")
+    (root / "two/a.tar").unlink()
+    ask(read, root / "two", share=0.25)
+
+
+def _tars(root, ask):
+    (root / "x").mkdir(parents=True)
+    path, caption = root / "a.tar", ("b.txt", b"a fox")
+    good = pack(path, [caption, ("b.png", PNG)]).read_bytes()
+    for content in (good[: 1536 + 100], good[:1024], b"no tar" * 200, good + good):
+        path.write_bytes(content)
+        ask(read, path)
+    for kind, name in ((tarfile.SYMTYPE, "b.png"), (tarfile.FIFOTYPE, "b.png"), (b"0", "../b.png")):
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = kind, "c.png"
+        with tarfile.open(path, "w") as tar:
+            tar.addfile(member, io.BytesIO())
+        ask(read, path)
+    for members in (
+        [("b.png", PNG), ("b.png", PNG)],
+        [("b.png", PNG), ("b.jpg", PNG), caption],
+        [("b.png", PNG)],
+        [("b.png", PNG), ("b.json", b'{"words": "a fox"}')],
+        [("b.png", PNG), ("b.json", b'{"text": 3}')],
+        [caption],
+    ):
+        ask(read, pack(path, members))
+    for name in ("a.tar", "x/a.tar"):
+        pack(root / name, [caption, ("b.png", PNG)])
+    ask(read, path, root / "x/a.tar")
+
+
+def _parquet(root, ask):
+    root.mkdir()
+    path, rows = root / "a.parquet", table()
+
+    def refuse(changed, *columns):
+        parquet.write_table(changed, path)
+        ask(read, path, columns=columns)
+
+    refuse(rows.drop_columns(["image"]))
+    refuse(rows, "n")
+    refuse(rows, None, "n")
+    refuse(rows.rename_columns(["text", "image", "text"]))
+    refuse(rows[:0])
+    refuse(rows.set_column(1, "image", pa.array([PNG, None, PNG, PNG, PNG], pa.binary())))
+    refuse(rows.set_column(2, "text", pa.array([" ", *"abcd"])))
+    broken = pa.array([b"a", b"\xff", b"c", b"d", b"e"]).view(pa.string())
+    refuse(rows.set_column(2, "text", broken))
+    parquet.write_table(rows, path)
+    os.truncate(path, path.stat().st_size - 20)
+    ask(read, path)
+
+
+def _arrow(root, ask):
+    root.mkdir()
+    stream(root / "a.arrow", table())
+    content = (root / "a.arrow").read_bytes()
+    (root / "a.arrow").write_bytes(content[:-8])
+    ask(read, root / "a.arrow")
+    for state in (
+        {"_data_files": [{"filename": "a.arrow"}], "_indices_data_files": [{"filename": "i"}]},
+        {"_data_files": [{"filename": "../a.arrow"}]},
+    ):
+        (root / "state.json").write_text(json.dumps(state))
+        ask(read, root)
+    (root / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a.arrow"}]}))
+    (root / "a.arrow").unlink()
+    ask(read, root)
+    (root / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    ask(read, root)

@@ -1,0 +1,71 @@
+"""Makes a data set of tfds and reads it, in a process of its own: python tiny_tfds.py FOLDER."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+from test_sources import CAPTIONS, PICTURES, assert_as_made
+
+from jax_distill.data.sources.opening import open_source
+from jax_distill.data.sources.source import Columns
+
+
+class Tiny(tfds.core.GeneratorBasedBuilder):
+    """The pictures of `test_sources`, in order."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, None)),
+            "words": tfds.features.Text(),
+            "number": np.int64,
+            "box": tfds.features.BBoxFeature(),
+        }
+        features = tfds.features.FeaturesDict(features)
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for number, (content, caption) in enumerate(zip(PICTURES.values(), CAPTIONS)):
+            yield (
+                number,
+                {
+                    "image": io.BytesIO(content),
+                    "words": caption,
+                    "number": number,
+                    "box": tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
+                },
+            )
+
+
+def refused(name, columns):
+    try:
+        open_source([f"tfds:{name}"], Columns(*columns))
+    except ValueError as error:
+        print(error)
+
+
+def main(folder):
+    Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
+    words = Columns(caption="words")
+    for name in ("tiny", "tiny:1.0.0", "tiny:1.0.0:train[:100%]", f"{folder}/tiny/1.0.0:train"):
+        assert_as_made(open_source([f"tfds:{name}"], words))
+    part = open_source(["tfds:tiny:train[1:3]"], words)
+    assert len(part) == 2 and part[0].caption == CAPTIONS[1] and part.key(1) == "train[1:3]:1"
+    for name in ("nothing", "tiny:test", "tiny:train["):
+        refused(name, (None, "words"))
+    for columns in (("number", "words"), (None, "box"), (None, None)):
+        refused("tiny", columns)
+    described = Path(folder, "tiny/1.0.0/dataset_info.json")
+    described.write_text(described.read_text().replace('"array_record"', '"tfrecord"'))
+    refused("tiny", (None, "words"))
+    assert not {name.partition(".")[0] for name in sys.modules} & {"tensorflow", "jax"}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
