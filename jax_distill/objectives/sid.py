@@ -84,6 +84,7 @@ class SiD(Matching):
     Attributes:
       steps: of the student; their number in a rollout is drawn.
       time_shift: mu of the sampler's times; None: the world's, or FLUX's for so many tokens.
+      time_start: where they begin, see `DMD2`.
       guidance_scales: of the teacher (kappa_4), drawn uniformly; the two players embed it.
       learned_scale: k as the fake score learns (kappa_1).
       compared_scale: k in the student's loss (kappa_2 and kappa_3); with 1 for both, no guidance.
@@ -101,6 +102,7 @@ class SiD(Matching):
     student_every: int = setting(1, WHOLE)
     steps: int = setting(1, WHOLE)
     time_shift: float | None = finite(None)
+    time_start: float = share(1.0)
     guidance_scales: tuple[float, ...] = scales(2.0)
     learned_scale: float = finite(2.0)
     compared_scale: float = finite(2.0)
@@ -129,7 +131,7 @@ class SiD(Matching):
 
     @property
     def sampled_by(self) -> Restart:
-        return Restart(Shifted(self.time_shift))
+        return Restart(Shifted(self.time_shift, self.time_start))
 
     def draw(self, key: jax.Array, batch: Batch) -> SiDDraws:
         key_guidance, key_drop, *keys = jax.random.split(key, 4)
