@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
-from jax_distill.data.folder import check_caption
+from jax_distill.data.sources.source import check_caption
 from jax_distill.storage.files import FileError, read_json_lines, read_text
 from jax_distill.storage.quoting import shown
 
