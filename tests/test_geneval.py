@@ -363,7 +363,7 @@ def test_missing_colours_name_the_picture():
 def mutations(rng, text):
     """A text with a piece cut out, doubled or replaced."""
     first, last = sorted(rng.integers(0, len(text) + 1, 2))
-    last = min(last, first + 12)
+    last = min(last, first + rng.integers(4))
     pieces = ["", text[first:last] * 2, "null", "-1", '"', "[]", "{}", "1e999", "NaN", "\x00", "é"]
     return text[:first] + pieces[rng.integers(len(pieces))] + text[last:]
 

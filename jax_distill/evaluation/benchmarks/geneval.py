@@ -32,7 +32,7 @@ _FIX = "mend that line or detect again"
 _Number = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
 
 
-class Detection(msgspec.Struct, frozen=True, kw_only=True):
+class Detection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """An object that a detector found.
 
     Attributes:
@@ -72,7 +72,7 @@ class Verdict(NamedTuple):
     reasons: tuple[str, ...]
 
 
-class _Line(msgspec.Struct):
+class _Line(msgspec.Struct, forbid_unknown_fields=True):
     """A line of a file of detections."""
 
     picture: str
@@ -89,7 +89,7 @@ def kept(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     objects: dict[str, list[Detection]] = {}
     for detection in sorted(reversed(detections), key=lambda each: -each.score):
-        if detection.score > threshold:
+        if np.float32(detection.score) > np.float32(threshold):  # as detectors give them
             objects.setdefault(detection.name, []).append(detection)
     return {name: found[:MOST_OBJECTS] for name, found in objects.items()}
 

@@ -29,7 +29,9 @@ _COLUMNS = (
 )
 
 
-class Included(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Included(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
     """A clause of what a picture has: `count` objects of a class or more.
 
     Attributes:
@@ -45,14 +47,16 @@ class Included(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     position: tuple[Relation, int] | None = None
 
 
-class Excluded(msgspec.Struct, frozen=True):
+class Excluded(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A clause of what a picture has not: `count` objects of a class or more."""
 
     name: ClassName = msgspec.field(name="class")
     count: Count
 
 
-class Prompt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Prompt(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
     """A prompt of GenEval (Ghosh et al., 2023, arXiv:2310.11513).
 
     `msgspec.to_builtins` makes the published form of it.
