@@ -62,5 +62,5 @@ def check(config: ConfigDict) -> None:
         streams.check_seed(seed, "seeds")
     streams.check_seed(config.data_seed, "data_seed")
     for row, file, *_ in config.rows:
-        if not Path(file).is_file():
+        if not Path(file.partition(":")[0]).is_file():  # a preset comes after it
             raise ValueError(f"rows.{row}: there is no file '{file}'")
