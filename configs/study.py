@@ -32,7 +32,7 @@ METHODS = (
     ("Sprint", "configs/sprint.py", BUNDLED, "objective.heads_first=400"),
 )
 
-# Not of the budget: longer runs, from the first row's students, four times as many evaluations.
+# Not of the budget: longer runs, from the first row's students, for about four times as much.
 FROM_SCM = "start.checkpoint={workdir}/sCM-{seed}"
 REFINED = (
     ("Sprint from sCM", "configs/sprint.py:refine", BUNDLED, FROM_SCM, "total_steps=6200"),
