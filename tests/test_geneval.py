@@ -15,6 +15,11 @@ from jax_distill.storage.files import FileError
 COLORS = Color.__args__
 
 
+def colored(color):
+    """Of all colours, one of them the largest."""
+    return {name: float(name == color) for name in COLORS}
+
+
 def thing(name, score=0.95, at=(50, 50), size=(10, 10), color=None, **colors):
     """A detected object by its centre."""
     (x, y), (width, height) = at, size
@@ -272,7 +277,7 @@ def perfect(prompt):
                 "class": clause.name,
                 "box": [100 * x, 100 * y, 100 * x + 20, 100 * y + 20],
                 "score": 0.95,
-                "colors": {clause.color or "red": 1},
+                "colors": colored(clause.color or "red"),
             }
         ] * clause.count
     return objects
@@ -313,7 +318,13 @@ def test_the_mean_is_of_tasks_whatever_their_sizes_and_of_pictures_within_one():
 GOOD = {
     "picture": "00000/samples/0000.png",
     "objects": [
-        {"class": "dog", "box": [0, 0, 9, 9], "score": 0.5, "colors": {"red": 1}, "mask": "a.png"}
+        {
+            "class": "dog",
+            "box": [0, 0, 9, 9],
+            "score": 0.5,
+            "colors": colored("red"),
+            "mask": "a.png",
+        }
     ],
 }
 
@@ -337,6 +348,8 @@ def damaged(**changes):
         (damaged(score="0.5"), "score"),
         (damaged(colors={"mauve": 1}), "colors"),
         (damaged(colors=[1] * 10), "colors"),
+        (damaged(colors={"red": 1}), "1 of the 10 colours"),
+        (damaged(colours=colored("red")), "colours"),
         (damaged(**{"class": 3}), "class"),
     ],
 )
@@ -353,6 +366,10 @@ def test_missing_and_repeated_pictures_are_refused(tmp_path):
         geneval.read_detections(written(tmp_path / "a.jsonl", [GOOD]), prompts)
     with pytest.raises(FileError, match="line 2: picture .* is listed twice"):
         geneval.read_detections(written(tmp_path / "b.jsonl", [GOOD, GOOD]), prompts)
+    names = ("00000/samples/0000.png", "00000/samples/0001.png", "00001/samples/0000.png")
+    lines = [{**GOOD, "picture": name} for name in names]
+    with pytest.raises(FileError, match="lacks picture 1 of prompt '00001'"):
+        geneval.read_detections(written(tmp_path / "c.jsonl", lines), prompts)
 
 
 def test_missing_colours_name_the_picture():

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from jax_distill.evaluation.benchmarks.intervals import Figure, ratio
-from jax_distill.evaluation.benchmarks.prompts import DensePrompt
+from jax_distill.evaluation.benchmarks.prompts import DensePrompt, in_order
 from jax_distill.storage.files import FileError, read_json_lines
 from jax_distill.storage.quoting import shown
 
@@ -28,7 +29,7 @@ class _Line(msgspec.Struct):
     """A line of a file of answers."""
 
     item_id: str
-    picture: int
+    picture: Annotated[int, msgspec.Meta(ge=0, le=10**9)]
     answers: dict[str, bool | str]
 
 
@@ -126,4 +127,4 @@ def read_answers(path: Path, prompts: Sequence[DensePrompt]) -> list[list[dict[i
             f"'{path}' has no answers about {len(lacking)} of {len(found)} prompts, such as"
             f" {shown(lacking[0])}; ask about them, too"
         )
-    return [[pictures[key] for key in sorted(pictures)] for pictures in found.values()]
+    return in_order(found, path)

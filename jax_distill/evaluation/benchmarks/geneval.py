@@ -16,7 +16,14 @@ import msgspec
 import numpy as np
 
 from jax_distill.evaluation.benchmarks.intervals import Figure, mean_of, ratio
-from jax_distill.evaluation.benchmarks.prompts import Color, Excluded, Included, Prompt, Relation
+from jax_distill.evaluation.benchmarks.prompts import (
+    Color,
+    Excluded,
+    Included,
+    Prompt,
+    Relation,
+    in_order,
+)
 from jax_distill.storage.files import FileError, check_finite_numbers, read_json_lines
 from jax_distill.storage.quoting import shown
 
@@ -203,6 +210,11 @@ def read_detections(path: Path, prompts: Sequence[Prompt]) -> list[list[tuple[De
         if sample in found[prompt]:
             raise FileError(f"{where}: picture {shown(line.picture)} is listed twice; remove one")
         for each in line.objects:
+            if each.colors is not None and len(each.colors) < len(get_args(Color)):
+                raise FileError(
+                    f"{where}: colors has {len(each.colors)} of the {len(get_args(Color))} colours"
+                    " that GenEval chooses from; score all of them"
+                )
             left, top, right, bottom = each.box
             if left > right or top > bottom:
                 raise FileError(
@@ -216,7 +228,7 @@ def read_detections(path: Path, prompts: Sequence[Prompt]) -> list[list[tuple[De
             f"'{path}' has no picture of {len(lacking)} of {len(prompts)} prompts, such as"
             f" {lacking[0]:05d}; add them, with no objects where none were found"
         )
-    return [[pictures[sample] for sample in sorted(pictures)] for pictures in found]
+    return in_order({f"{place:05d}": pictures for place, pictures in enumerate(found)}, path)
 
 
 def verdicts(

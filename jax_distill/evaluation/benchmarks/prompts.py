@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import msgspec
 
 from jax_distill.data.sources.source import check_caption
 from jax_distill.storage.files import FileError, read_json_lines, read_text
 from jax_distill.storage.quoting import shown
+
+Findings = TypeVar("Findings")
 
 BUNDLED = Path(__file__).parent / "bundled"
 """Few prompts of our own in both formats, `geneval.jsonl` and `dpg.csv`, for tests and trials."""
@@ -223,3 +226,24 @@ def _number(text: str, where: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 7):
         raise FileError(f"{where} {shown(text)} is no number of a question; write 0, 1 or 1,2")
     return int(text)
+
+
+def in_order(found: Mapping[str, Mapping[int, Findings]], path: Path) -> list[list[Findings]]:
+    """What was found in each prompt's pictures, in the order of their numbers.
+
+    Args:
+      found: by the prompt's name and the picture's number.
+      path: of the file, for the message.
+
+    Raises:
+      FileError: a picture is missing: all prompts have as many, numbered from 0.
+    """
+    count = 1 + max(max(pictures) for pictures in found.values())
+    for name, pictures in found.items():
+        lacking = next((number for number in range(count) if number not in pictures), None)
+        if lacking is not None:
+            raise FileError(
+                f"'{path}' lacks picture {lacking} of prompt {shown(name)}, and others have one"
+                f" numbered {count - 1}; add it"
+            )
+    return [[pictures[number] for number in range(count)] for pictures in found.values()]
