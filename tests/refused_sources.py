@@ -31,6 +31,10 @@ def ask_all(root, ask):
 
 def _names(root, ask):
     (root / "two").mkdir(parents=True)
+    (root / "splits").mkdir()
+    for split in ("train", "test"):
+        (root / f"splits/{split}-00000-of-00001.parquet").touch()
+    ask(read, root / "splits")
     for name in ("two/a.tar", "two/b.png", "a.parquet", "a.tar.gz", "a.h5"):
         (root / name).touch()
     (root / "a.txt").write_text("a fox\n")

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ _KINDS = {
     ".arrow": arrow_files.open_arrow,
     **dict.fromkeys((".txt", *text_tables.ENDINGS), Prompts),
 }
+_SHARD = re.compile(r"(?P<split>.+)-\d+-of-\d+")
 _PACKED = (".tar", ".parquet")  # files that a folder may have instead of pictures
 
 
@@ -99,5 +101,18 @@ def _open_folder(folder: Path, columns: Columns) -> CaptionedSource:
             f" '{folder / ('*' + ending)}'"
         )
     if packed:
-        return _open_files(next(iter(packed.values())), columns)
+        (found,) = packed.values()
+        _check_one_split(folder, found)
+        return _open_files(found, columns)
     return PictureFolder(folder, columns)
+
+
+def _check_one_split(folder: Path, files: Sequence[Path]) -> None:
+    """Raises FileError if shards, such as train-00000-of-00002.parquet, are of several splits."""
+    shards = [match for path in files if (match := _SHARD.fullmatch(path.stem))]
+    splits = sorted({shard["split"] for shard in shards})
+    if len(splits) > 1:
+        one = folder / f"{splits[-1]}-*{files[0].suffix}"
+        raise FileError(
+            f"'{folder}' has the splits {', '.join(splits)}; say which to read, such as '{one}'"
+        )

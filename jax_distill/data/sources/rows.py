@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 IMAGE_COLUMNS = ("image",)
-_KEPT = 2  # groups: those of a shuffle's neighbours are not worth more memory
+_KEPT = 1  # group: examples are read in order, and a group may have gigabytes
 
 
 class Group(NamedTuple):
