@@ -34,9 +34,10 @@ METHODS = (
 
 # Not of the budget: longer runs, from the first row's students, for about four times as much.
 FROM_SCM = "start.checkpoint={workdir}/sCM-{seed}"
+REFINE = (BUNDLED, FROM_SCM, "evaluation.every=1700")
 REFINED = (
-    ("Sprint from sCM", "configs/sprint.py:refine", BUNDLED, FROM_SCM, "total_steps=6200"),
-    ("LADD from sCM", "configs/ladd.py", BUNDLED, FROM_SCM, "batch_size=16", "total_steps=5400"),
+    ("Sprint from sCM", "configs/sprint.py:refine", *REFINE, "total_steps=6700"),
+    ("LADD from sCM", "configs/ladd.py", *REFINE, "batch_size=16", "total_steps=5400"),
 )
 
 SCM, MEANFLOW = "configs/scm.py", "configs/meanflow.py"
