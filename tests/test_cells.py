@@ -19,7 +19,7 @@ from jax_distill.evaluation import comparison
 from jax_distill.models.mmdit import MMDiTConfig
 from jax_distill.objectives.scm import SCM
 from jax_distill.planning import evaluations, program
-from jax_distill.runs import cells, study_settings
+from jax_distill.runs import cells, config_flag, study_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,7 +108,7 @@ def test_every_row_of_the_studies_is_a_configuration_that_exists(preset):
     config = load_config("study").get_config(preset)
     rows = [row for row, *_ in config.rows]
     assert len({cells.folder(row, 0) for row in rows}) == len(rows)
-    for _, file, *own in config.rows:
+    for row, file, *own in config.rows:
         known = flatten(load_config(Path(file).stem).get_config("").to_dict())
         model = {f"model.{field.name}" for field in dataclasses.fields(MMDiTConfig)}
         for setting in own:
@@ -116,6 +116,10 @@ def test_every_row_of_the_studies_is_a_configuration_that_exists(preset):
             assert key in known.keys() | model
             kind = type(known.get(key, 1000.0))
             assert kind is bool and value in ("True", "False") or kind(value) is not None
+        own = [setting for setting in own if not setting.startswith("start.")]
+        counts = cells.drawable(config.student_steps, config_flag.read(str(ROOT / file), own))
+        assert set(config.grid_steps) <= set(counts)
+        assert counts == list(config.student_steps) or row == "rCM" and counts == [1, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -226,6 +230,18 @@ def test_table_has_shares_with_their_spread_and_costs():
     text = comparison.format_table(STUDY).splitlines()
     assert len({len(line) for line in text[:3]}) == 1 and "0.800" in text[-1]
     assert comparison.markdown(lines).count("\n") == 4
+
+
+def test_a_method_that_has_fewer_steps_leaves_a_gap(tmp_path):
+    """Nothing is drawn, measured or plotted in more steps than a schedule has."""
+    eight = cell("sCM", 0, 0.4, 0.6)
+    eight["student"] = {**eight["student"], "8": entry(0.6)}
+    study = {**STUDY, "cells": [cell("rCM", 0, 0.4, 0.6), eight]}
+    lines = comparison.table(study)
+    assert lines[0][1:4] == ["1 step", "4 steps", "8 steps"]
+    assert [line[3] for line in lines[1:]] == ["-", "0.75", "-"]
+    comparison.write(tmp_path, study)
+    assert (tmp_path / "share-by-evaluations-8.svg").exists()
 
 
 def test_a_pictures_cost_stands_where_it_is_known():

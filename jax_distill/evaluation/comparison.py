@@ -54,15 +54,20 @@ def shares(study: Mapping[str, Any], cells: Sequence[Mapping[str, Any]]) -> dict
     }
 
 
+def step_counts(study: Mapping[str, Any]) -> list[int]:
+    """Numbers of sampling steps that a method or another was scored at."""
+    return sorted({int(steps) for cell in study["cells"] for steps in cell["student"]})
+
+
 def table(study: Mapping[str, Any]) -> list[list[str]]:
     """Head and rows: a method, its shares of the teacher's score by steps, and its cost."""
     rows = by_row(study)
-    steps = list(next(iter(rows.values()))[0]["student"]) if rows else []
+    steps = step_counts(study)
     costs = ["evaluations", "a step", "train min", "GFLOP a step", "peak GiB"]
     lines = [
         [
             "share of the teacher's score",
-            *(f"{n} {page.plural('step', int(n))}" for n in steps),
+            *(f"{n} {page.plural('step', n)}" for n in steps),
             *costs,
         ]
     ]
@@ -71,7 +76,7 @@ def table(study: Mapping[str, Any]) -> list[list[str]]:
         lines.append(
             [
                 name,
-                *(str(found[int(n)]) for n in steps),
+                *(str(found.get(n, "-")) for n in steps),
                 f"{cells[0]['evaluations']:.0f}",
                 f"{cells[0]['evaluations_per_step']:.1f}",
                 f"{spread([cell['train_seconds'] / 60 for cell in cells]).mean:.1f}",
@@ -81,7 +86,7 @@ def table(study: Mapping[str, Any]) -> list[list[str]]:
         )
     full = study["teacher"]["score"]
     few = {int(n): entry["score"] / full for n, entry in study["teacher"]["few"].items()}
-    lines.append(["teacher", *(f"{few[int(n)]:.2f}" if int(n) in few else "-" for n in steps)])
+    lines.append(["teacher", *(f"{few[n]:.2f}" if n in few else "-" for n in steps)])
     lines[-1] += [""] * len(costs)
     return lines
 
@@ -243,7 +248,7 @@ def plots_of(study: Mapping[str, Any]) -> list[tuple[str, str, Callable[[Axes, T
     caption = "Share of the teacher's score against steps per picture"
     made = [("share-by-steps", caption, score_by_steps(study))]
     if any(cell["history"] for cell in study["cells"]):
-        for n in map(int, next(iter(rows.values()))[0]["student"]):
+        for n in step_counts(study):
             for kind, (_, words) in SPENT.items():
                 caption = f"Share in {n} {page.plural('step', n)} against {words}"
                 made.append((f"share-by-{kind}-{n}", caption, score_by_spent(study, n, kind)))

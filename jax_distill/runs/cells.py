@@ -75,10 +75,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if config.drawn_steps:
         prepare(drawn, [*examples, f"teacher={teacher}", f"steps={config.drawn_steps}"])
 
-    cells, steps = list(_cells(config)), config.student_steps
+    cells = list(_cells(config))
     found = []
     for index, (row, seed, file, own) in enumerate(cells):
         cell = workdir / folder(row, seed)
+        own = [setting.format(workdir=workdir, seed=seed) for setting in own]
+        steps = drawable(config.student_steps, config_flag.read(file, own))
         logging.info("cell %d of %d: %s, seed %d", index + 1, len(cells), row, seed)
         scored = [
             f"evaluation.student_steps={_word(steps)}",
@@ -87,7 +89,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
             "evaluation.diversity_prompts=0",  # measured below, beside the teacher's most steps
         ]
         start = [f"teacher.checkpoint={teacher}", f"seed={seed}"]
-        own = [setting.format(workdir=workdir, seed=seed) for setting in own]
         every = [*shared, *settings, *scored, *start, *own]
         command = train(file, cell, within(budget, file, every))
         found.append({"row": row, "seed": seed, "command": command, **measured(cell)})
@@ -96,13 +97,21 @@ def run(config: ConfigDict, workdir: Path) -> None:
     pipes = {"teacher": pipeline.load(teacher)}
     pipes |= {row: pipeline.load(workdir / folder(row, config.seeds[0])) for row, *_ in config.rows}
     study["sampling"] = {
-        name: sampling_costs(pipe, config.teacher_steps if name == "teacher" else steps)
+        name: sampling_costs(
+            pipe,
+            config.teacher_steps
+            if name == "teacher"
+            else drawable(config.student_steps, pipe.config),
+        )
         for name, pipe in pipes.items()
     }
     study["measures"] = _results(teacher).get("measures", {})
     beside = Beside(pipes["teacher"], study["teacher"]["nfe"])
     for cell in study["cells"] if study["measures"] else ():
-        cell["measures"] = beside.measured(workdir / folder(cell["row"], cell["seed"]), steps, cell)
+        counts = [int(count) for count in cell["student"]]
+        cell["measures"] = beside.measured(
+            workdir / folder(cell["row"], cell["seed"]), counts, cell
+        )
     write_json(workdir / RESULTS, study)
     grid = workdir / "samples.png"
     draw_grid(grid, config, pipes)
@@ -132,6 +141,16 @@ def within(budget: float | None, file: str, settings: Sequence[str]) -> list[str
 def folder(row: str, seed: int) -> str:
     """A cell's folder: the row's name without what shells and flags read otherwise."""
     return re.sub(r"[^\w.-]+", "_", f"{row}-{seed}")
+
+
+def drawable(counts: Sequence[int], config: ConfigDict) -> list[int]:
+    """Those of some numbers of sampling steps that the schedule of a configuration's student has.
+
+    Raises:
+      ValueError: a setting that the objective refuses.
+    """
+    most = build.without_networks(config).sampled_by.schedule.most_steps
+    return [count for count in counts if count <= most]
 
 
 def _word(value) -> str:
@@ -342,7 +361,8 @@ def draw_grid(path: Path, config: ConfigDict, pipes: Mapping[str, pipeline.Pipel
     prompts = preview_captions(config.grid_prompts)
     rows, labels = [], []
     for name, pipe in pipes.items():
-        counts = [max(config.teacher_steps)] if name == "teacher" else config.grid_steps
+        few = drawable(config.grid_steps, pipe.config)
+        counts = [max(config.teacher_steps)] if name == "teacher" else few
         for steps in counts:
             rows.append(pipe(prompts, steps=steps))
             labels.append(f"{name}, {steps} step{'s' * (steps > 1)}")
