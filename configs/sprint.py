@@ -58,10 +58,10 @@ def get_config(preset: str = ""):
         middle_angle=1.15,  # of two steps: .03 more than from 1.3, which is best for sCM alone
     )
     if preset == "refine":
-        config.total_steps = 6700
+        config.total_steps = 6200
         config.objective.heads_first = 1500
         config.objective.tangent_warmup = 0
-        config.objective.adversarial_weight = 4000.0
+        config.objective.adversarial_weight = 1500.0
     if preset == "smoke":
         shorten(config)
         config.objective.heads_first = 1

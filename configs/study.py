@@ -7,7 +7,7 @@ python -m jax_distill.study --config=configs/study.py:matching
 The first gives every run the same network evaluations, from which its steps follow: those of the
 default run of configs/scm.py, its time rescale among them; two rows go on from there. The second
 changes one thing of sCM or of MeanFlow a row, in runs of 300 steps: what each stabiliser is worth.
-The third does so with DMD2, at one budget in evaluations again; a row that starts from a student
+The third does so with DMD2, at half the budget of the first; a row that starts from a student
 has paid for that one's training, too.
 """
 
@@ -36,8 +36,8 @@ METHODS = (
 FROM_SCM = "start.checkpoint={workdir}/sCM-{seed}"
 REFINE = (BUNDLED, FROM_SCM, "evaluation.every=1700")
 REFINED = (
-    ("Sprint from sCM", "configs/sprint.py:refine", *REFINE, "total_steps=6700"),
-    ("LADD from sCM", "configs/ladd.py", *REFINE, "batch_size=16", "total_steps=5400"),
+    ("Sprint from sCM", "configs/sprint.py:refine", *REFINE, "total_steps=6200"),
+    ("LADD from sCM", "configs/ladd.py", *REFINE, "batch_size=16", "total_steps=4900"),
 )
 
 SCM, MEANFLOW = "configs/scm.py", "configs/meanflow.py"
@@ -112,6 +112,7 @@ def get_config(preset: str = ""):
         config.common, config.teacher.settings = {"total_steps": 300, "batch_size": 64}, ()
     if preset == "matching":
         config.name, config.rows, config.seeds = "matching", MATCHING, (0,)
+        config.common.evaluations = 139_250  # half the study's
         config.student_steps = (1, 2, 4)
     if preset == "smoke":
         config.name = "study_smoke"
