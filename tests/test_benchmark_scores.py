@@ -72,7 +72,7 @@ def test_the_bundled_questions_are_read_and_answered(tmp_path):
     lines = [
         {"item_id": p.item, "picture": k, "answers": {str(q.number): reply for q in p.questions}}
         for p in prompts
-        for k, reply in enumerate(["yes", True, "no", "a copper one"])
+        for k, reply in enumerate(["yes", True, " No\n", False])
     ]
     path.write_text("\n".join(json.dumps(line) for line in lines))
     figures = dpg.figures(dpg.read_answers(path, prompts), prompts)
@@ -118,6 +118,8 @@ def test_damaged_tables_are_refused_in_one_sentence(tmp_path, text, message):
         ({"answers": {"1": "yes"}}, "question '2' is not answered"),
         ({"answers": {"1": "yes", "2": "no", "3": "no"}}, "question '3' is not asked"),
         ({"answers": {"1": 1, "2": "no"}}, "answers"),
+        ({"answers": {"1": "yes", "2": "yes, it is"}}, "question '2' is 'yes, it is', neither yes"),
+        ({"answers": {"1": "yes", "2": ""}}, "question '2' is '', neither yes nor no"),
         ({"picture": "0"}, "picture"),
     ],
 )

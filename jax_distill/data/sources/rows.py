@@ -217,7 +217,9 @@ def columns_of(
             " another with --image_column"
         )
     kind = schema.field(caption).type
-    if not any(test(kind) for test in (types.is_string, types.is_large_string, types.is_string_view)):
+    if not any(
+        test(kind) for test in (types.is_string, types.is_large_string, types.is_string_view)
+    ):
         raise FileError(
             f"{where}: column {caption!r} is of type {kind}, which is no text; name another with"
             " --caption_column"

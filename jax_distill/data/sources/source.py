@@ -1,6 +1,6 @@
 """The interface of sources of captioned pictures, and the names of their columns."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple, Protocol
 
@@ -97,6 +97,21 @@ def check_unread(columns: Columns, where: str) -> None:
     for flag, name in (("image_column", columns.image), ("caption_column", columns.caption)):
         if name:
             raise FileError(f"{where} has no columns, and --{flag} names {name!r}; leave that out")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or holds what macOS adds to archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def endings_told(endings: Mapping[str, int]) -> str:
+    """The most frequent endings of files, for a message; '' if there are none.
+
+    Args:
+      endings: how often there is each.
+    """
+    named = sorted((-count, ending) for ending, count in endings.items() if ending)
+    return ", ".join(ending for _, ending in named[:5]) + ", .." * (len(named) > 5)
 
 
 def check_inside(name: str, where: str) -> PurePosixPath:

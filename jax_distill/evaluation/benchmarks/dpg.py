@@ -23,6 +23,7 @@ Answers = Mapping[int, bool]
 """Of a picture, by the questions' numbers; true is yes."""
 
 _FIX = "mend that line or ask again"
+_REPLIES = {True: True, False: False, "yes": True, "no": False}
 
 
 class _Line(msgspec.Struct):
@@ -92,14 +93,16 @@ def read_answers(path: Path, prompts: Sequence[DensePrompt]) -> list[list[dict[i
     """Reads the answers to all questions about the pictures of a benchmark.
 
     Each line of the file is of one picture: {"item_id": "kettle0", "picture": 0, "answers": {"1":
-    "yes", "2": "no", ..}}. true is a yes, too; any other text than "yes" is a no.
+    "yes", "2": "no", ..}}. Blanks and capitals do not matter; true is a yes and false a no. The
+    authors' program takes any other text as a no; here it is refused, as a model that answers in
+    sentences would have a low score unseen.
 
     Returns:
       For each prompt its pictures, in the order of their numbers, and for each the answers.
 
     Raises:
-      FileError: the file is not of that form, has a picture twice, or lacks an answer or the
-        pictures of a prompt.
+      FileError: the file is not of that form, has a picture twice or an answer that is neither yes
+        nor no, or lacks an answer or the pictures of a prompt.
       FileNotFoundError: there is none.
     """
     asked = {prompt.item: {str(q.number): q.number for q in prompt.questions} for prompt in prompts}
@@ -118,9 +121,17 @@ def read_answers(path: Path, prompts: Sequence[DensePrompt]) -> list[list[dict[i
         if odd := sorted(numbers.keys() ^ line.answers.keys()):
             what = "is not answered" if odd[0] in numbers else "is not asked"
             raise FileError(f"{where}: question {shown(odd[0])} {what}; {_FIX}")
-        found[line.item_id][line.picture] = {
-            numbers[key]: answer is True or str(answer).strip().lower() == "yes"
+        replies = {
+            key: answer.strip().lower() if isinstance(answer, str) else answer
             for key, answer in line.answers.items()
+        }
+        if odd := [key for key, reply in replies.items() if reply not in _REPLIES]:
+            raise FileError(
+                f"{where}: the answer to question {shown(odd[0])} is {shown(line.answers[odd[0]])},"
+                f" neither yes nor no; {_FIX}"
+            )
+        found[line.item_id][line.picture] = {
+            numbers[key]: _REPLIES[reply] for key, reply in replies.items()
         }
     if lacking := [item for item, pictures in found.items() if not pictures]:
         raise FileError(
