@@ -23,7 +23,7 @@ _KINDS = {
     ".arrow": arrow_files.open_arrow,
     **dict.fromkeys((".txt", *text_tables.ENDINGS), Prompts),
 }
-_SHARD = re.compile(r"(?P<split>.+)-\d+-of-\d+")
+_SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{1,9})-of-(?P<count>\d{1,9})")
 _SPLITS = {  # words in names of files, as Hugging Face reads them, and the split
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -120,6 +120,7 @@ def _open_folder(folder: Path, columns: Columns) -> CaptionedSource:
             f" which to read, such as '{one}' or '{every}'"
         )
     _check_one_split(folders[0], packed)
+    _check_no_gap(folders[0], packed)
     return _open_files(packed, columns)
 
 
@@ -162,3 +163,16 @@ def _check_one_split(folder: Path, files: Sequence[Path]) -> None:
             f"'{folder}' has the splits {told}; say which to read, such as"
             f" '{folder / splits[max(splits)]}'"
         )
+
+
+def _check_no_gap(folder: Path, files: Sequence[Path]) -> None:
+    """Raises FileError if a shard is missing, such as train-00001-of-00002.parquet."""
+    shards = [shard for path in files if (shard := _SHARD.fullmatch(path.stem))]
+    for count in {shard["count"] for shard in shards}:
+        numbers = {int(shard["number"]) for shard in shards if shard["count"] == count}
+        missing = next(number for number in range(len(numbers) + 1) if number not in numbers)
+        if missing < int(count):
+            name = f"{shards[0]['split']}-{missing:0{len(count)}}-of-{count}{files[0].suffix}"
+            raise FileError(
+                f"'{folder / name}' is missing; restore it, or name the files to read without it"
+            )
