@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -204,9 +205,20 @@ def test_a_weight_is_how_often_the_pictures_of_a_prompt_occur(figure):
     weights = np.array([2, 0, 1, 3, 1, 0, 1])
     often = np.repeat(np.arange(30), weights[prompts])
     plain = {distances.cmmd_figure: distances.cmmd, distances.frechet_figure: distances.frechet}
-    assert figure(drawn, real, prompts)(weights) == pytest.approx(
-        plain[figure](drawn[often], real), rel=1e-9
-    )
+    weighted = figure(drawn, real, prompts)
+    assert weighted(weights) == pytest.approx(plain[figure](drawn[often], real), rel=1e-9)
+    several = np.stack([weights, np.ones(7), weights[::-1]])
+    assert weighted(several) == pytest.approx([weighted(each) for each in several], rel=1e-9)
+
+
+def test_cmmd_keeps_no_matrix_of_all_pairs():
+    """Neither of pictures nor of prompts: 32 MB here, and 7 GB of the 30,000 prompts of COCO."""
+    drawn, real = features(0, 2000, size=2), features(1, 10, size=2)
+    tracemalloc.start()
+    distances.cmmd_figure(drawn, real, np.arange(2000))
+    size, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 2**20 and peak < 8 * 2000**2 / 4
 
 
 def test_clip_scores_are_cosines_of_pictures_and_their_texts():
@@ -234,6 +246,13 @@ GOOD = np.eye(4)
         (lambda: distances.frechet(GOOD, GOOD / [[1], [1], [0], [1]]), "features 2 are not finite"),
         (lambda: distances.frechet_figure(GOOD, GOOD, [0, 0, 2, 2]), "pictures of every prompt"),
         (lambda: distances.cmmd_figure(GOOD, GOOD, [0, 1]), "for each of 4 pictures"),
+        (lambda: distances.cmmd_figure(GOOD, GOOD, [0.0, 1, 2, 3]), "a whole number from 0"),
+        (lambda: distances.clip_figure(GOOD, GOOD, [True, False, True, False]), "a whole number"),
+        (
+            lambda: intervals.differences({"a": mean([1])}, {}, [0]),
+            "second model has no figure 'a'",
+        ),
+        (lambda: intervals.differences({}, {"a": mean([1])}, [0]), "first model has no figure 'a'"),
         (lambda: distances.clip_scores(GOOD, GOOD[:2]), "a text's for each"),
         (lambda: intervals.estimate(intervals.ratio([], []), []), "there are none"),
         (lambda: intervals.estimate(intervals.ratio([1], [1]), [0], level=1), "level 1"),

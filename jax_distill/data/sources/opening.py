@@ -1,4 +1,4 @@
-"""Opens a source by what is found where its name leads."""
+"""Opens a source, whose kind is told by what its name leads to."""
 
 import glob
 import os

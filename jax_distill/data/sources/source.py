@@ -174,7 +174,7 @@ def check_caption(caption: str, where: str) -> None:
 
     Args:
       caption: of a picture, or to be drawn.
-      where: the place it was found, which begins the message.
+      where: its place, which begins the message.
 
     Raises:
       FileError: it is empty, too long, or has NUL characters.

@@ -75,7 +75,7 @@ def figures(
         np.mean([picture_score(prompt, each) for each in pictures])
         for pictures, prompt in zip(answers, prompts, strict=True)
     ]
-    found = {"score": ratio(np.array(scores), np.ones(len(prompts)), 100)}
+    figures_by_name = {"score": ratio(np.array(scores), np.ones(len(prompts)), 100)}
     questions = [question for prompt in prompts for question in prompt.questions]
     broad = dict.fromkeys(question.broad for question in questions)
     detailed = sorted({question.detailed for question in questions} - set(broad))
@@ -85,8 +85,8 @@ def figures(
             asked = [q.number for q in prompt.questions if category in (q.broad, q.detailed)]
             totals[place] = sum(each[number] for each in pictures for number in asked)
             counts[place] = len(pictures) * len(asked)
-        found[category] = ratio(totals, counts, 100)
-    return found
+        figures_by_name[category] = ratio(totals, counts, 100)
+    return figures_by_name
 
 
 def read_answers(path: Path, prompts: Sequence[DensePrompt]) -> list[list[dict[int, bool]]]:
@@ -106,14 +106,14 @@ def read_answers(path: Path, prompts: Sequence[DensePrompt]) -> list[list[dict[i
       FileNotFoundError: there is none.
     """
     asked = {prompt.item: {str(q.number): q.number for q in prompt.questions} for prompt in prompts}
-    found: dict[str, dict[int, dict[int, bool]]] = {item: {} for item in asked}
+    answered: dict[str, dict[int, dict[int, bool]]] = {item: {} for item in asked}
     for number, entry in read_json_lines(path, _Line, fix=_FIX):
         where = f"'{path}', line {number}"
         line = msgspec.convert(entry, _Line)
         numbers = asked.get(line.item_id)
         if numbers is None:
             raise FileError(f"{where}: there is no prompt {shown(line.item_id)}; {_FIX}")
-        if line.picture in found[line.item_id]:
+        if line.picture in answered[line.item_id]:
             raise FileError(
                 f"{where}: picture {shown(line.picture)} of {shown(line.item_id)} is listed twice;"
                 " remove one"
@@ -130,12 +130,12 @@ def read_answers(path: Path, prompts: Sequence[DensePrompt]) -> list[list[dict[i
                 f"{where}: the answer to question {shown(odd[0])} is {shown(line.answers[odd[0]])},"
                 f" neither yes nor no; {_FIX}"
             )
-        found[line.item_id][line.picture] = {
+        answered[line.item_id][line.picture] = {
             numbers[key]: _REPLIES[reply] for key, reply in replies.items()
         }
-    if lacking := [item for item, pictures in found.items() if not pictures]:
+    if lacking := [item for item, pictures in answered.items() if not pictures]:
         raise FileError(
-            f"'{path}' has no answers about {len(lacking)} of {len(found)} prompts, such as"
+            f"'{path}' has no answers about {len(lacking)} of {len(answered)} prompts, such as"
             f" {shown(lacking[0])}; ask about them, too"
         )
-    return in_order(found, path)
+    return in_order(answered, path)
