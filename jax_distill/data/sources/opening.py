@@ -4,7 +4,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jax_distill.data import pictures
@@ -104,6 +104,10 @@ def _open_folder(folder: Path, columns: Columns) -> CaptionedSource:
         raise FileError(f"'{folder}' is a data set of tfds; give it as '{PREFIX}{folder}'")
     packed, others = _look(folder)
     if not packed:
+        splits = {_SPLITS.get(path.name.lower()): path for path in sorted(folder.glob("*/"))}
+        splits.pop(None, None)
+        if len(splits) > 1:
+            raise _several_splits(folder, splits, splits[min(splits)])
         return PictureFolder(folder, columns)
     if others or len({path.suffix.lower() for path in packed}) > 1:
         ending = next(end for end in _PACKED if any(end == p.suffix.lower() for p in packed))
@@ -119,8 +123,10 @@ def _open_folder(folder: Path, columns: Columns) -> CaptionedSource:
             f"'{folder}' has files that end in {packed[0].suffix} in {len(folders)} folders; say"
             f" which to read, such as '{one}' or '{every}'"
         )
-    _check_one_split(folders[0], packed)
-    _check_no_gap(folders[0], packed)
+    if folders != [folder]:
+        return _open_folder(folders[0], columns)  # which may say more of its files
+    _check_one_split(folder, packed)
+    _check_no_gap(folder, packed)
     return _open_files(packed, columns)
 
 
@@ -158,11 +164,13 @@ def _check_one_split(folder: Path, files: Sequence[Path]) -> None:
         else:
             splits.setdefault("", path.name)
     if len(splits) > 1:
-        told = ", ".join(sorted(name or f"that of '{of}'" for name, of in splits.items()))
-        raise FileError(
-            f"'{folder}' has the splits {told}; say which to read, such as"
-            f" '{folder / splits[max(splits)]}'"
-        )
+        told = [name or f"that of '{of}'" for name, of in splits.items()]
+        raise _several_splits(folder, told, folder / splits[max(splits)])
+
+
+def _several_splits(folder: Path, splits: Iterable[str], one: Path) -> FileError:
+    told = ", ".join(sorted(splits))
+    return FileError(f"'{folder}' has the splits {told}; say which to read, such as '{one}'")
 
 
 def _check_no_gap(folder: Path, files: Sequence[Path]) -> None:

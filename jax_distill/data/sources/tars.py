@@ -97,7 +97,7 @@ class Tars:
                 f"{self.name} has no pictures"
                 f" ({f'*.{image}' if image else ', '.join(pictures.endings())})"
                 + f", but members that end in {others}" * bool(others)
-                + "; name the ending of pictures with --image_column"
+                + "; pack some, or name their ending with --image_column"
             )
         times = Counter(headers.tar.name for headers in self._tars)
         again = [headers for headers in self._tars if times[headers.tar.name] > 1]
