@@ -2,12 +2,14 @@
 
 import json
 import random
+import struct
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pyarrow import parquet
-from test_sources import CAPTIONS, PICTURES, pack, stream, table
+from test_sources import CAPTIONS, PICTURES, pack, stream, table, views
 
 from jax_distill.data import encoding, pictures
 from jax_distill.data.pictures import Encoded
@@ -107,6 +109,22 @@ def test_damaged_headers_of_tars_are_seen(tmp_path):
         changed[rng.choice(headers) + rng.randrange(500)] ^= 1 << rng.randrange(8)
         path.write_bytes(changed)
         assert held(path) in (None, WHOLE)
+
+
+@pytest.mark.parametrize("what", ["image", "text"])
+def test_views_that_lead_out_of_a_file_are_not_followed(tmp_path, what):
+    """Arrow's compute functions would follow them, into a crash."""
+    path = Path(views(tmp_path)[0][0])
+    content = PICTURES["b.jpg"] if what == "image" else CAPTIONS[1].encode()
+    view = struct.pack("<i", len(content)) + content[:4]  # then the buffer's number, the offset
+    changed = bytearray(path.read_bytes())
+    assert changed.count(view) == 1
+    at = changed.index(view) + 12
+    changed[at : at + 4] = struct.pack("<i", 2**30)
+    path.write_bytes(changed)
+    usable = checked(open_source([str(path)]), (8, 8), damaged_share=0.5)
+    assert [key for key, _ in usable.damaged] == ["a.arrow:0", "a.arrow:1"]
+    assert all("is cut short or damaged" in reason for _, reason in usable.damaged)
 
 
 def test_examples_that_are_left_out_are_told_by_key(tmp_path):

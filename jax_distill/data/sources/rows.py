@@ -228,8 +228,8 @@ def columns_of(
 
 
 def as_bytes(captions: "pyarrow.Array", arrow: Any) -> "pyarrow.Array":
-    """Text as its bytes, whose encoding is checked row by row."""
-    if arrow.types.is_string_view(captions.type):
-        return captions.cast(arrow.large_binary())
-    large = arrow.types.is_large_string(captions.type)
-    return captions.view(arrow.large_binary() if large else arrow.binary())
+    """Text as its bytes, not copied: offsets and encoding are still to be checked."""
+    for test, kind in (("is_large_string", "large_binary"), ("is_string_view", "binary_view")):
+        if getattr(arrow.types, test)(captions.type):
+            return captions.view(getattr(arrow, kind)())
+    return captions.view(arrow.binary())
