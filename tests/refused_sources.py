@@ -81,6 +81,8 @@ def _folders(root, ask):
     (root / "gap/data").mkdir(parents=True)
     (root / "gap/data/train-00000-of-00002.parquet").touch()
     ask(read, root / "gap")
+    (root / "gap/data/train-00000-of-00001.parquet").touch()
+    ask(read, root / "gap/data")
     (root / "a.parquet").touch()
     ask(read, root / "a.parquet", root / "a.parquet")
     (root / "of tfds").mkdir()

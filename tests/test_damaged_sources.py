@@ -277,3 +277,15 @@ def test_checking_keeps_little_of_an_example(monkeypatch, damaged):
     peak = tracemalloc.get_traced_memory()[1] / count
     tracemalloc.stop()
     assert peak < 24
+
+
+def test_a_table_may_list_pictures_of_folders_that_are_named_as_splits(tmp_path):
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(PICTURES["a.png"])
+        (tmp_path / name / "a.txt").write_text(name)
+    with pytest.raises(FileError, match="has the splits test, train; say which to read"):
+        open_source([str(tmp_path)])
+    assert open_source([str(tmp_path / "train")])[0].caption == "train"
+    (tmp_path / "metadata.csv").write_text("file_name,text\ntrain/a.png,a fox\ntest/a.png,a hen\n")
+    assert len(open_source([str(tmp_path)])) == 2

@@ -104,10 +104,7 @@ def _open_folder(folder: Path, columns: Columns) -> CaptionedSource:
         raise FileError(f"'{folder}' is a data set of tfds; give it as '{PREFIX}{folder}'")
     packed, others = _look(folder)
     if not packed:
-        splits = {_SPLITS.get(path.name.lower()): path for path in sorted(folder.glob("*/"))}
-        splits.pop(None, None)
-        if len(splits) > 1:
-            raise _several_splits(folder, splits, splits[min(splits)])
+        _check_one_split_of_pictures(folder)
         return PictureFolder(folder, columns)
     if others or len({path.suffix.lower() for path in packed}) > 1:
         ending = next(end for end in _PACKED if any(end == p.suffix.lower() for p in packed))
@@ -126,7 +123,7 @@ def _open_folder(folder: Path, columns: Columns) -> CaptionedSource:
     if folders != [folder]:
         return _open_folder(folders[0], columns)  # which may say more of its files
     _check_one_split(folder, packed)
-    _check_no_gap(folder, packed)
+    _check_shards(folder, packed)
     return _open_files(packed, columns)
 
 
@@ -168,19 +165,37 @@ def _check_one_split(folder: Path, files: Sequence[Path]) -> None:
         raise _several_splits(folder, told, folder / splits[max(splits)])
 
 
+def _check_one_split_of_pictures(folder: Path) -> None:
+    """Raises FileError if a folder without a table has folders of several splits."""
+    named = [path for path in sorted(folder.iterdir()) if path.is_dir() or path.name in TABLES]
+    if any(path.name in TABLES for path in named):
+        return
+    splits = {_SPLITS[path.name.lower()]: path for path in named if path.name.lower() in _SPLITS}
+    if len(splits) > 1:
+        raise _several_splits(folder, splits, splits[max(splits)])
+
+
 def _several_splits(folder: Path, splits: Iterable[str], one: Path) -> FileError:
     told = ", ".join(sorted(splits))
     return FileError(f"'{folder}' has the splits {told}; say which to read, such as '{one}'")
 
 
-def _check_no_gap(folder: Path, files: Sequence[Path]) -> None:
-    """Raises FileError if a shard is missing, such as train-00001-of-00002.parquet."""
+def _check_shards(folder: Path, files: Sequence[Path]) -> None:
+    """Raises FileError if a shard is missing, or there are some of two versions of a data set."""
     shards = [shard for path in files if (shard := _SHARD.fullmatch(path.stem))]
-    for count in {shard["count"] for shard in shards}:
-        numbers = {int(shard["number"]) for shard in shards if shard["count"] == count}
-        missing = next(number for number in range(len(numbers) + 1) if number not in numbers)
-        if missing < int(count):
-            name = f"{shards[0]['split']}-{missing:0{len(count)}}-of-{count}{files[0].suffix}"
-            raise FileError(
-                f"'{folder / name}' is missing; restore it, or name the files to read without it"
-            )
+    if not shards:
+        return
+    split, ending, counts = shards[0]["split"], files[0].suffix, {x["count"] for x in shards}
+    if len(counts) > 1:
+        first, second = (f"{split}-*-of-{count}{ending}" for count in sorted(counts)[:2])
+        raise FileError(
+            f"'{folder}' has '{first}' and '{second}', which are two versions; say which to read"
+        )
+    (count,) = counts
+    numbers = {int(shard["number"]) for shard in shards}
+    missing = next(number for number in range(len(numbers) + 1) if number not in numbers)
+    if missing < int(count):
+        name = f"{split}-{missing:0{len(count)}}-of-{count}{ending}"
+        raise FileError(
+            f"'{folder / name}' is missing; restore it, or name the files to read without it"
+        )
