@@ -98,6 +98,19 @@ def apart(one, other):
     return sum((a ^ b).bit_count() for a, b in zip(one[1], other[1], strict=True))
 
 
+def test_a_part_of_a_tar_that_was_never_written_is_seen(tmp_path):
+    """As of a download into a file that already has its size: zeros from a header on."""
+    members = [(f"{number}.{end}", b"x" * 9000) for number in range(3) for end in ("png", "txt")]
+    path = pack(tmp_path / "a.tar", members)
+    assert len(held(path)) == 3
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 3 // 512 * 512].ljust(len(content), b"\0"))
+    assert held(path) is None
+    header = content.index(b"1.png")
+    path.write_bytes(content[:header].ljust(len(content), b"\0"))
+    assert held(path) is None
+
+
 def test_damaged_headers_of_tars_are_seen(tmp_path):
     path = tmp_path / "a.tar"
     content = make(path)

@@ -282,12 +282,8 @@ def test_captions_alone_have_no_negative_indices(tmp_path):
 
 def test_threads_read_a_group_once_and_one_at_a_time(tmp_path, monkeypatch):
     parquet.write_table(table(), tmp_path / "a.parquet", row_group_size=5)
-    source, inside, reads, real = (
-        open_source([str(tmp_path)]),
-        threading.Semaphore(1),
-        [],
-        parquet.ParquetFile.read_row_group,
-    )
+    source, real = open_source([str(tmp_path)]), parquet.ParquetFile.read_row_group
+    inside, reads = threading.Semaphore(1), []
 
     def read(self, number, **options):
         assert inside.acquire(blocking=False)

@@ -36,7 +36,8 @@ from jax_distill.storage.files import (
 )
 
 _BLOCK = tarfile.BLOCKSIZE
-_MOST_END = 2**20  # zeros that end a tar: two blocks, padded to a record
+# Zeros end a tar: two blocks, padded to a record. More of them are a part that was never written.
+_MOST_END = 2 * _BLOCK + tarfile.RECORDSIZE
 _FIX = "restore it or pack it again"
 
 
