@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 NAMES = ("weights", "records", "configs", "results", "metrics", "pictures", "metadata")
-NAMES += ("captions", "tokenizers", "folders")
+NAMES += ("captions", "packed", "tokenizers", "folders")
 SECONDS = 10.0
 """That reading one input may take, on a machine that does nothing else."""
 _SLOW = 120.0  # for all around it: making the input, loading libraries, the other reader

@@ -11,6 +11,7 @@ from test_sources import PICTURES, pack, stream, table
 
 from jax_distill.data.sources.checking import checked
 from jax_distill.data.sources.opening import open_source
+from jax_distill.data.sources.prompts import Prompts
 from jax_distill.data.sources.source import Columns
 
 PNG = PICTURES["a.png"]
@@ -35,6 +36,11 @@ def _names(root, ask):
     for split in ("train", "test"):
         (root / f"splits/{split}-00000-of-00001.parquet").touch()
     ask(read, root / "splits")
+    for name in ("a.h5", "a.h5", "b.png.heic"):
+        (root / "others").mkdir(exist_ok=True)
+        (root / "others" / name).touch()
+    ask(read, root / "others")
+    _folders(root, ask)
     for name in ("two/a.tar", "two/b.png", "a.parquet", "a.tar.gz", "a.h5"):
         (root / name).touch()
     (root / "a.txt").write_text("a fox\n")
@@ -55,6 +61,44 @@ def _names(root, ask):
         (root / f"two/{name}.txt").write_text("a fox")
     (root / "two/a.tar").unlink()
     ask(read, root / "two", share=0.25)
+    ask(Prompts, [root / "a.txt"], Columns(caption="words"))
+
+
+def _folders(root, ask):
+    for name in ("many/a/0.tar", "many/b/0.tar", "train-and/train.parquet", "train-and/b.parquet"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    ask(read, root / "many")
+    ask(read, root / "train-and")
+    for split in ("test", "train"):
+        (root / "folders" / split).mkdir(parents=True)
+        (root / f"folders/{split}/a.png").write_bytes(PNG)
+    ask(read, root / "folders")
+    (root / "inner/train").mkdir(parents=True)
+    (root / "inner/train/a.arrow").touch()
+    (root / "inner/train/state.json").write_text('{"_data_files": []}')
+    ask(read, root / "inner")
+    (root / "gap/data").mkdir(parents=True)
+    (root / "gap/data/train-00000-of-00002.parquet").touch()
+    ask(read, root / "gap")
+    (root / "gap/data/train-00000-of-00001.parquet").touch()
+    ask(read, root / "gap/data")
+    (root / "a.parquet").touch()
+    ask(read, root / "a.parquet", root / "a.parquet")
+    (root / "of tfds").mkdir()
+    (root / "of tfds/features.json").write_text("{}")
+    ask(read, root / "of tfds")
+    (root / "beside").mkdir()
+    (root / "beside/a.png").write_bytes(PNG)
+    (root / "beside/a.txt").write_text("a fox")
+    ask(read, root / "beside", columns=("jpg",))
+    (root / "beside/metadata.csv").write_text("file_name;text\na.png;a fox\n")
+    ask(read, root / "beside")
+    (root / "beside/metadata.csv").write_text("file_name, text\na.png, a fox\n")
+    ask(read, root / "beside")
+    (root / "beside/metadata.csv").unlink()
+    (root / "beside/metadata.jsonl").write_text('{"file_name": "a.png", "text": "x", "text": ""}')
+    ask(read, root / "beside")
 
 
 def _tars(root, ask):
@@ -79,6 +123,11 @@ def _tars(root, ask):
         [caption],
     ):
         ask(read, pack(path, members))
+    for picture in ("b.png", "b.PNG"):
+        ask(read, pack(path, [caption, ("b.png", PNG), (picture, PNG)]))
+    others = [("c.orig.png", PNG), ("c.txt", b"a hen")]
+    ask(read, pack(path, [caption, ("b.png", PNG), *others]), columns=("orig.png",))
+    ask(read, path, columns=("small.png",))
     for name in ("a.tar", "x/a.tar"):
         pack(root / name, [caption, ("b.png", PNG)])
     ask(read, path, root / "x/a.tar")
@@ -97,11 +146,15 @@ def _parquet(root, ask):
     refuse(rows, None, "n")
     refuse(rows.rename_columns(["text", "image", "text"]))
     refuse(rows[:0])
+    refuse(rows.set_column(2, "text", rows["text"].dictionary_encode()))
     refuse(rows.set_column(1, "image", pa.array([PNG, None, PNG, PNG, PNG], pa.binary())))
     refuse(rows.set_column(2, "text", pa.array([" ", *"abcd"])))
     broken = pa.array([b"a", b"\xff", b"c", b"d", b"e"]).view(pa.string())
     refuse(rows.set_column(2, "text", broken))
     parquet.write_table(rows, path)
+    (root / "x").mkdir()
+    parquet.write_table(rows, root / "x/a.parquet")
+    ask(read, path, root / "x/a.parquet")
     os.truncate(path, path.stat().st_size - 20)
     ask(read, path)
 

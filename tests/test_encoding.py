@@ -114,8 +114,8 @@ def test_records_are_the_same_from_every_kind_of_source(tmp_path):
     for number, make in enumerate(KINDS.values()):
         folder, output = tmp_path / f"{number}", tmp_path / f"out-{number}"
         folder.mkdir()
-        sound = checked(open_source(*make(folder)), (8, 8))
-        encoding.encode_pictures(output, sound, (8, 8), encode, embed)
+        usable = checked(open_source(*make(folder)), (8, 8))
+        encoding.encode_pictures(output, usable, (8, 8), encode, embed)
         assert len(LatentRecords(output)) == 5
         shards.add(next(output.glob("*.array_record")).read_bytes())
     assert len(shards) == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LIGHT = "configs,results,metrics,records,pictures,metadata,captions"
+LIGHT = "configs,results,metrics,records,pictures,metadata,captions,packed"
 HEAVY = "weights,tokenizers,folders"
 
 

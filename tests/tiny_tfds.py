@@ -1,10 +1,12 @@
 """Makes a data set of tfds and reads it, in a process of its own: python tiny_tfds.py FOLDER."""
 
 import io
+import pickle
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tensorflow_datasets as tfds
 from test_sources import CAPTIONS, PICTURES, assert_as_made
 
@@ -56,11 +58,25 @@ def main(folder):
     for name in ("tiny", "tiny:1.0.0", "tiny:1.0.0:train[:100%]", f"{folder}/tiny/1.0.0:train"):
         assert_as_made(open_source([f"tfds:{name}"], words))
     part = open_source(["tfds:tiny:train[1:3]"], words)
-    assert len(part) == 2 and part[0].caption == CAPTIONS[1] and part.key(1) == "train[1:3]:1"
-    for name in ("nothing", "tiny:test", "tiny:train["):
+    assert len(part) == 2 and part[0].caption == CAPTIONS[1]
+    for split in ("train[1:3]", "train[20%:60%]", "train[-4:-2]", "train[1:2]+train[2:3]"):
+        same = open_source([f"tfds:tiny:{split}"], words)
+        assert [same[i] for i in (0, 1)] == [
+            part[i]._replace(picture=same[i].picture) for i in (0, 1)
+        ]
+        assert [same.key(0), same.key(1)] == ["train:1", "train:2"]
+        for index in (-1, 2):
+            with pytest.raises(IndexError):
+                same[index]
+    assert pickle.loads(pickle.dumps(part))[1].caption == CAPTIONS[2]
+    for name in ("nothing", "tiny:test", "tiny:train[", "tiny:train+train[:1]"):
         refused(name, (None, "words"))
     for columns in (("number", "words"), (None, "box"), (None, None)):
         refused("tiny", columns)
+    try:
+        open_source([f"{folder}/tiny/1.0.0"])
+    except ValueError as error:
+        print(error)
     described = Path(folder, "tiny/1.0.0/dataset_info.json")
     described.write_text(described.read_text().replace('"array_record"', '"tfrecord"'))
     refused("tiny", (None, "words"))

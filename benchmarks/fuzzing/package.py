@@ -15,6 +15,7 @@ from jax_distill.assembly.resolution import validate
 from jax_distill.data import pictures, records
 from jax_distill.data.sources.checking import checked
 from jax_distill.data.sources.folder import PictureFolder
+from jax_distill.data.sources.opening import open_source
 from jax_distill.evaluation.metrics import Metrics, read_metrics
 from jax_distill.evaluation.report import write_report
 from jax_distill.evaluation.results import Results, read_results
@@ -81,6 +82,13 @@ def find_pictures(folder: Path) -> list[Found]:
     source = checked(PictureFolder(folder), (1, 1))
     examples = [source[index] for index in range(len(source))]
     return [Found(folder / re.sub(r"#\d+$", "", x.key), x.caption) for x in examples]
+
+
+def read_packed(path: Path) -> list[tuple[str, bytes]]:
+    """The first examples of a source in one file."""
+    source = open_source([str(path)])
+    examples = (source[index] for index in range(min(len(source), 64)))
+    return [(example.caption, example.picture.content) for example in examples]
 
 
 def read_picture(path: Path, height: int, width: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from absl import logging
 
 from jax_distill import streams
 from jax_distill.data import pictures, records
-from jax_distill.data.sources.checking import Sound
+from jax_distill.data.sources.checking import CheckedSource
 from jax_distill.flow import Text
 from jax_distill.storage.files import write_atomically
 
@@ -67,7 +67,7 @@ def encode_drawn(
 
 def encode_pictures(
     path: Path,
-    source: Sound,
+    source: CheckedSource,
     resolution: tuple[int, int],
     encode: Callable[..., Any],
     embed: Callable[[Sequence[str]], Text],

@@ -195,13 +195,13 @@ def parse_json(text: str, kind: Any = Any, *, where: str, fix: str) -> Any:
       fix: ends it.
 
     Raises:
-      FileError: it is no JSON, longer than `JSON_BYTES`, deeper than `JSON_DEPTH`, or not of that
-        kind.
+      FileError: it is no JSON, longer than `JSON_BYTES`, deeper than `JSON_DEPTH`, has a key twice
+        in one table, or is not of that kind.
     """
     if len(text) > JSON_BYTES:
         raise FileError(f"{where} is longer than the {JSON_BYTES >> 20} MiB of JSON that are read")
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_table)
         json.dumps(value, ensure_ascii=False).encode()  # no halves of characters
     except (ValueError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
@@ -210,6 +210,15 @@ def parse_json(text: str, kind: Any = Any, *, where: str, fix: str) -> Any:
         raise FileError(f"{where} has more than {JSON_DEPTH} nested tables; {fix}")
     check_kind(value, kind, where=where, fix=fix)
     return value
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        seen: set[str] = set()
+        again = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"it has the key {again!r:.80} twice in one table")
+    return table
 
 
 def _levels(value: Any) -> Iterator[list[Any]]:

@@ -1,11 +1,19 @@
 """Folders that `datasets.save_to_disk` wrote, and arrow files, without the package `datasets`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from jax_distill.data.sources.rows import Group, Rows, as_bytes, columns_of, pyarrow_for, reading
+from jax_distill.data.sources.rows import (
+    Group,
+    Rows,
+    as_bytes,
+    columns_of,
+    name_of,
+    pyarrow_for,
+    reading,
+)
 from jax_distill.data.sources.source import USUAL, Columns
 from jax_distill.storage.files import FileError, check_regular, read_json
 
@@ -64,45 +72,73 @@ def open_arrow(paths: Sequence[Path], columns: Columns = USUAL) -> Rows:
       FileError: a file is cut short or damaged, or lacks a column.
     """
     arrow = pyarrow_for(paths[0])
-    batches: dict[tuple[Path, int], Any] = {}
-    groups = []
-    for path in paths:
-        start = 0
-        for number, (batch, names) in enumerate(_batches(path, columns, arrow)):
-            batches[path, number] = batch
-            groups.append(Group(path, number, start, batch.num_rows, names))
-            start += batch.num_rows
-
-    def load(group: Group) -> tuple[Any, Any]:
-        batch = batches[group.path, group.number]
-        image, caption = (batch.column(name) for name in group.columns)
-        caption = as_bytes(caption, arrow)
-        for column in (image, caption):  # a damaged offset would lead out of the file
-            column.validate(full=True)
-        return image, caption
-
-    return Rows(f"'{paths[0]}'" + f" and {len(paths) - 1} more" * (len(paths) > 1), groups, load)
+    groups = [group for path in paths for group in _groups(path, columns, arrow)]
+    return Rows(name_of(paths), groups, _load)
 
 
-def _batches(path: Path, columns: Columns, arrow: Any) -> list[tuple[Any, tuple[str, str]]]:
-    """The record batches of a file, mapped, and the names of the two columns."""
+def _groups(path: Path, columns: Columns, arrow: Any) -> list[Group]:
+    """The record batches of a file; their captions alone are read, to count them."""
     check_regular(path)
-    with reading(path):
-        source = arrow.memory_map(str(path))
-        whole = source.read_at(len(_FILE), 0) == _FILE
-        make = arrow.ipc.open_file if whole else arrow.ipc.open_stream
-        schema = make(source).schema
-        names = columns_of(schema, path, columns, arrow)
-        fields = sorted(schema.get_field_index(name) for name in names)
-        source.seek(0)
-        reader = make(source, options=arrow.ipc.IpcReadOptions(included_fields=fields))
-        if whole:
-            found = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    groups, start = [], 0
+    with reading(path), arrow.memory_map(str(path)) as source:
+        names = columns_of(_reader(source, None, arrow).schema, path, columns, arrow)
+        reader = _reader(source, names[1:], arrow)
+        for place, batch in _batches(source, reader):
+            groups.append(Group(path, place, start, batch.num_rows, names))
+            start += batch.num_rows
+        size = source.size()
+        at_end = source.tell() == size and source.read_at(len(_END), size - len(_END)) == _END
+        if not _is_file(source) and not at_end:
+            raise ValueError(f"it ends after {len(groups)} batches without a mark")
+    return groups
+
+
+def _load(group: Group) -> tuple[Any, Any]:
+    """The columns of a record batch."""
+    arrow = pyarrow_for(group.path)
+    with arrow.memory_map(str(group.path)) as source:
+        reader = _reader(source, group.columns, arrow)
+        if _is_file(source):
+            batch = reader.get_batch(group.place)
         else:
-            found = list(reader)
-            size = source.size()
-            if source.tell() != size or source.read_at(len(_END), size - len(_END)) != _END:
-                raise ValueError(f"it ends after {len(found)} batches without a mark")
-        for batch in found:
-            batch.validate()
-    return [(batch, names) for batch in found]
+            if source.tell() != group.place:
+                reader.read_next_batch()  # dictionaries of other columns come before the first one
+                source.seek(group.place)
+            batch = reader.read_next_batch()
+    if batch.num_rows != group.rows:
+        raise ValueError(f"it has {batch.num_rows} rows where it had {group.rows}")
+    batch.validate()
+    image, caption = (batch.column(name) for name in group.columns)
+    caption = as_bytes(caption, arrow)
+    for column in (image, caption):  # a damaged offset would lead out of the file
+        column.validate(full=True)
+    return image, caption
+
+
+def _is_file(source: Any) -> bool:
+    """Whether this is the format that has a table of contents; otherwise, a stream."""
+    return source.read_at(len(_FILE), 0) == _FILE
+
+
+def _reader(source: Any, names: Sequence[str] | None, arrow: Any) -> Any:
+    """A reader of some columns, or of all; it begins with the first batch."""
+    make = arrow.ipc.open_file if _is_file(source) else arrow.ipc.open_stream
+    source.seek(0)
+    if names is None:
+        return make(source)
+    schema = _reader(source, None, arrow).schema
+    fields = sorted(schema.get_field_index(name) for name in names)
+    source.seek(0)
+    return make(source, options=arrow.ipc.IpcReadOptions(included_fields=fields))
+
+
+def _batches(source: Any, reader: Any) -> Iterator[tuple[int, Any]]:
+    """Each batch, and the place by which `_load` finds it: its number, or where it begins."""
+    if _is_file(source):
+        for number in range(reader.num_record_batches):
+            yield number, reader.get_batch(number)
+        return
+    place = source.tell()
+    for batch in reader:
+        yield place, batch
+        place = source.tell()

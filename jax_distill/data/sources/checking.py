@@ -1,12 +1,14 @@
 """Reads every example of a source once, so that none of them fails hours later."""
 
-from collections import defaultdict
+from array import array
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from absl import logging
 
 from jax_distill.data import pictures
-from jax_distill.data.sources.source import Captioned, CaptionedSource
+from jax_distill.data.sources.source import Captioned, CaptionedSource, check_index
 from jax_distill.storage.files import FileError, PassingError
 
 CHECKS_LOGGED = 1000
@@ -19,12 +21,12 @@ class Damaged(NamedTuple):
     reason: str  # a sentence
 
 
-class Sound:
+class CheckedSource:
     """The examples of a source that can be used, in its order; a `CaptionedSource`."""
 
     has_pictures = True
 
-    def __init__(self, source: CaptionedSource, indices: list[int], damaged: list[Damaged]):
+    def __init__(self, source: CaptionedSource, indices: Sequence[int], damaged: list[Damaged]):
         self.name, self.damaged = source.name, damaged
         self._source, self._indices = source, indices
 
@@ -32,15 +34,17 @@ class Sound:
         return len(self._indices)
 
     def key(self, index: int) -> str:
+        check_index(index, len(self))
         return self._source.key(self._indices[index])
 
     def __getitem__(self, index: int) -> Captioned:
+        check_index(index, len(self))
         return self._source[self._indices[index]]
 
 
 def checked(
     source: CaptionedSource, resolution: tuple[int, int], *, damaged_share: float = 0.0
-) -> Sound:
+) -> CheckedSource:
     """Reads every caption and decodes every picture; the log counts what is done about them.
 
     Args:
@@ -62,26 +66,31 @@ def checked(
             " them with --teacher and --captions"
         )
     count = len(source)
-    indices, damaged, notes = [], [], defaultdict(list)
+    indices, damaged, damages = array("q"), [], 0
+    notes, noted_first = Counter(), {}
     for index in range(count):
         try:
             picture = source[index].picture
             for note in pictures.check(picture, *resolution):
-                notes[note].append(picture.where)
+                notes[note] += 1
+                noted_first.setdefault(note, picture.where)
             indices.append(index)
         except PassingError:
             raise
         except FileError as error:
-            damaged.append(Damaged(source.key(index), str(error)))
+            damages += 1
+            if not damaged or damages <= damaged_share * count:  # no more are ever listed
+                damaged.append(Damaged(source.key(index), str(error)))
         if (index + 1) % CHECKS_LOGGED == 0:
             logging.info("checked %d of %d pictures", index + 1, count)
-    for note, places in sorted(notes.items()):
-        logging.warning("%d of %d pictures %s, such as %s", len(places), count, note, places[0])
-    if len(damaged) > damaged_share * count or not indices:
-        others = f" (and {len(damaged) - 1} more of {count} pictures)" * (len(damaged) > 1)
+    for note, times in sorted(notes.items()):
+        where = noted_first[note]
+        logging.warning("%d of %d pictures %s, such as %s", times, count, note, where)
+    if damages > damaged_share * count or not indices:
+        others = f" (and {damages - 1} more of {count} pictures)" * (damages > 1)
         limit = f"; --damaged_share={damaged_share:g} allows no more" * (damaged_share > 0)
         raise FileError(f"{damaged[0].reason}{others}{limit}")
-    if damaged:
+    if damages:
         first = damaged[0].reason
-        logging.warning("%d of %d pictures are left out: damaged: %s", len(damaged), count, first)
-    return Sound(source, indices, damaged)
+        logging.warning("%d of %d pictures are left out: damaged: %s", damages, count, first)
+    return CheckedSource(source, indices, damaged)

@@ -4,7 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_distill.data.sources.rows import Group, Rows, as_bytes, columns_of, pyarrow_for, reading
+from jax_distill.data.sources.rows import (
+    Group,
+    Rows,
+    as_bytes,
+    columns_of,
+    name_of,
+    pyarrow_for,
+    reading,
+)
 from jax_distill.data.sources.source import USUAL, Columns
 from jax_distill.storage.files import check_regular
 
@@ -21,17 +29,19 @@ def open_parquet(paths: Sequence[Path], columns: Columns = USUAL) -> Rows:
     """
     arrow = pyarrow_for(paths[0])
     groups = [group for path in paths for group in _groups(path, columns, arrow)]
+    return Rows(name_of(paths), groups, _load)
 
-    def load(group: Group) -> tuple[Any, Any]:
-        with _opened(group.path, arrow) as file:
-            table = file.read_row_group(group.number, columns=list(group.columns))
-        image, caption = (table.column(name) for name in group.columns)
-        if table.num_rows != group.rows:
-            raise ValueError(f"row group {group.number} has {table.num_rows} of {group.rows} rows")
-        captions = [as_bytes(chunk, arrow) for chunk in caption.chunks]
-        return image, arrow.chunked_array(captions)
 
-    return Rows(f"'{paths[0]}'" + f" and {len(paths) - 1} more" * (len(paths) > 1), groups, load)
+def _load(group: Group) -> tuple[Any, Any]:
+    """The columns of a row group."""
+    arrow = pyarrow_for(group.path)
+    with _opened(group.path, arrow) as file:
+        table = file.read_row_group(group.place, columns=list(group.columns))
+    image, caption = (table.column(name) for name in group.columns)
+    if table.num_rows != group.rows:
+        raise ValueError(f"row group {group.place} has {table.num_rows} of {group.rows} rows")
+    captions = [as_bytes(chunk, arrow) for chunk in caption.chunks]
+    return image, arrow.chunked_array(captions)
 
 
 def _opened(path: Path, arrow: Any) -> Any:

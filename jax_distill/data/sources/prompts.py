@@ -9,7 +9,9 @@ from jax_distill.data.sources.source import (
     Captioned,
     Columns,
     check_caption,
+    check_index,
     check_keys,
+    check_unread,
     plain_caption,
 )
 from jax_distill.storage.files import FileError, read_lines
@@ -25,7 +27,8 @@ class Prompts:
       columns: of tables; by default, see `text_tables.read`.
 
     Raises:
-      FileError: a caption cannot be used, or there is none.
+      FileError: a caption cannot be used, or there is none, or no file has columns and one is
+        named.
       FileNotFoundError: a file is missing.
     """
 
@@ -33,26 +36,35 @@ class Prompts:
 
     def __init__(self, paths: Sequence[Path], columns: Columns = USUAL):
         self.name = " and ".join(f"'{path}'" for path in paths)
+        if not any(_is_table(path) for path in paths):
+            check_unread(columns, self.name)
         self._examples = [example for path in paths for example in _captions(path, columns)]
         if not self._examples:
             raise FileError(f"{self.name} has no caption")
-        check_keys([example.key for example in self._examples], self.name)
+        check_keys((example.key for example in self._examples), self.name)
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def key(self, index: int) -> str:
-        return self._examples[index].key
+        return self[index].key
 
     def __getitem__(self, index: int) -> Captioned:
+        check_index(index, len(self))
         return self._examples[index]
 
 
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in text_tables.ENDINGS
+
+
 def _captions(path: Path, columns: Columns) -> Iterator[Captioned]:
-    if path.suffix.lower() in text_tables.ENDINGS:
+    if _is_table(path):
         for line in text_tables.read(path, columns, files=False):
-            check_caption(line["caption"], line["where"])
-            yield Captioned(f"{path.name}:{line['number']}", line["caption"], None)
+            if line.caption is None:
+                raise FileError(line.damage)
+            check_caption(line.caption, f"'{path}', line {line.number}")
+            yield Captioned(f"{path.name}:{line.number}", line.caption, None)
         return
     for number, text in read_lines(path):
         if text.strip():

@@ -1,8 +1,8 @@
 """Rows of Arrow's tables, in memory a group at a time: what parquet and arrow files share."""
 
 import bisect
-import functools
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,7 @@ from jax_distill.data.sources.source import (
     Captioned,
     Columns,
     check_caption,
+    check_index,
     check_inside,
     check_keys,
 )
@@ -23,15 +24,16 @@ from jax_distill.storage.files import FileError, PassingError, unread
 if TYPE_CHECKING:
     import pyarrow
 
+    Arrays = tuple[pyarrow.Array, pyarrow.Array]
+
 IMAGE_COLUMNS = ("image",)
-_KEPT = 1  # group: examples are read in order, and a group may have gigabytes
 
 
 class Group(NamedTuple):
     """Rows of a file that are read together."""
 
     path: Path
-    number: int  # in the file
+    place: int  # in the file: the group's number, or the byte at which it begins
     start: int  # the file's row that is its first
     rows: int
     columns: tuple[str, str]  # of pictures and of captions
@@ -41,13 +43,15 @@ class Rows:
     """Captioned pictures in rows of files; a key is the file's name and the row, from 0.
 
     Pictures are bytes, or Hugging Face's structure of bytes and a path; without bytes, the path is
-    that of a file beside the table.
+    that of a file beside the table. The group that was read last is kept, as groups may have
+    gigabytes: reads in order are cheap, those in random order read a group each. Threads take turns
+    at reading a group.
 
     Args:
       name: of the source.
       groups: in order.
       load: reads a group's two columns, pictures and captions, each as an array of binary type
-        or of structures of it.
+        or of structures of it; can be pickled.
 
     Raises:
       FileError: there is no row, or two files have one name.
@@ -55,27 +59,32 @@ class Rows:
 
     has_pictures = True
 
-    def __init__(
-        self,
-        name: str,
-        groups: Sequence[Group],
-        load: Callable[[Group], "tuple[pyarrow.Array, pyarrow.Array]"],
-    ):
+    def __init__(self, name: str, groups: Sequence[Group], load: "Callable[[Group], Arrays]"):
         self.name = name
         self._groups = [group for group in groups if group.rows]
         if not self._groups:
             raise FileError(f"{name} has no rows; give files that have some")
-        check_keys(list({group.path: group.path.name for group in groups}.values()), name)
+        names = list({group.path: group.path.name for group in groups}.values())
+        check_keys(names, name, "files have the name")
         self._ends = list(itertools.accumulate(group.rows for group in self._groups))
-        self._load = functools.lru_cache(_KEPT)(functools.partial(_read, load))
+        self._load = load
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs, which reads groups anew."""
+        return {key: x for key, x in vars(self).items() if key not in ("_lock", "_kept")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
+        self._kept: tuple[Group, Arrays | FileError] | None = None
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def _place(self, index: int) -> tuple[Group, int]:
         """The group that has an example, and its row there."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+        check_index(index, len(self))
         place = bisect.bisect_right(self._ends, index)
         group = self._groups[place]
         return group, index - (self._ends[place] - group.rows)
@@ -87,7 +96,7 @@ class Rows:
     def __getitem__(self, index: int) -> Captioned:
         group, row = self._place(index)
         where = f"'{group.path}', row {group.start + row}"
-        columns = self._load(group)
+        columns = self._columns(group)
         if isinstance(columns, FileError):
             raise FileError(str(columns))
         with reading(group.path):
@@ -95,6 +104,14 @@ class Rows:
         return Captioned(
             self.key(index), self._caption(caption, where), _picture(picture, where, group)
         )
+
+    def _columns(self, group: Group) -> "Arrays | FileError":
+        """The columns of a group; what is wrong if it is damaged, so that it is read only once."""
+        with self._lock:
+            if self._kept is None or self._kept[0] != group:
+                self._kept = None  # makes room before the next one is read
+                self._kept = group, _read(self._load, group)
+            return self._kept[1]
 
     def _caption(self, value: bytes | None, where: str) -> str:
         try:
@@ -107,8 +124,7 @@ class Rows:
         return caption
 
 
-def _read(load: Callable[[Group], Any], group: Group) -> Any:
-    """The columns of a group; what is wrong if it is damaged, so that this is found out once."""
+def _read(load: "Callable[[Group], Arrays]", group: Group) -> "Arrays | FileError":
     try:
         with reading(group.path):
             return load(group)
@@ -149,6 +165,11 @@ def pyarrow_for(path: Path) -> Any:
     return pyarrow
 
 
+def name_of(paths: Sequence[Path]) -> str:
+    """The name of a source of so many files, for messages."""
+    return f"'{paths[0]}'" + f" and {len(paths) - 1} more" * (len(paths) > 1)
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Names the file in any error of pyarrow's."""
@@ -176,19 +197,29 @@ def columns_of(
     where, names = f"'{path}'", schema.names
     image = columns.image_among(names, where, IMAGE_COLUMNS)
     caption = columns.caption_among(names, where)
+    types = arrow.types
     for name in (image, caption):
         if names.count(name) > 1:
             raise FileError(f"{where} has several columns {name!r}; rename all but one")
+        kind = schema.field(name).type
+        if types.is_dictionary(kind):
+            raise FileError(
+                f"{where}: column {name!r} is of type {kind}, and dictionaries are not read; write"
+                f" it as {kind.value_type}"
+            )
     kind = schema.field(image).type
-    fields = {field.name: field.type for field in kind} if arrow.types.is_struct(kind) else {}
+    fields = {field.name: field.type for field in kind} if types.is_struct(kind) else {}
     content = fields.get("bytes", kind)
-    if not any(test(content) for test in (arrow.types.is_binary, arrow.types.is_large_binary)):
+    binary = types.is_binary, types.is_large_binary, types.is_binary_view
+    if not any(test(content) for test in binary):
         raise FileError(
             f"{where}: column {image!r} is of type {kind}, which is no picture's bytes; name"
             " another with --image_column"
         )
     kind = schema.field(caption).type
-    if not any(test(kind) for test in (arrow.types.is_string, arrow.types.is_large_string)):
+    if not any(
+        test(kind) for test in (types.is_string, types.is_large_string, types.is_string_view)
+    ):
         raise FileError(
             f"{where}: column {caption!r} is of type {kind}, which is no text; name another with"
             " --caption_column"
@@ -197,6 +228,8 @@ def columns_of(
 
 
 def as_bytes(captions: "pyarrow.Array", arrow: Any) -> "pyarrow.Array":
-    """Text as its bytes, whose encoding is checked row by row."""
-    large = arrow.types.is_large_string(captions.type)
-    return captions.view(arrow.large_binary() if large else arrow.binary())
+    """Text as its bytes, not copied: offsets and encoding are still to be checked."""
+    for test, kind in (("is_large_string", "large_binary"), ("is_string_view", "binary_view")):
+        if getattr(arrow.types, test)(captions.type):
+            return captions.view(getattr(arrow, kind)())
+    return captions.view(arrow.binary())

@@ -1,6 +1,6 @@
 """The interface of sources of captioned pictures, and the names of their columns."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ class Captioned(NamedTuple):
 
 
 class CaptionedSource(Protocol):
-    """Captioned pictures by random access, in the source's own order.
+    """Captioned pictures by random access, in the source's own order; can be pickled.
 
     Attributes:
       name: of the source in messages, such as "'photos'".
@@ -35,9 +35,10 @@ class CaptionedSource(Protocol):
         """The key of an example, which may itself be damaged."""
 
     def __getitem__(self, index: int) -> Captioned:
-        """Reads one example, whose picture is not decoded.
+        """Reads one example, whose picture is not decoded; several threads may.
 
         Raises:
+          IndexError: there is no such example; negative indices are none.
           FileError: it has no picture or no caption that can be used.
           PassingError: it cannot be read for now.
         """
@@ -74,13 +75,43 @@ def _among(
     names: Collection[str], where: str, flag: str, given: str | None, usual: Sequence[str]
 ) -> str:
     wanted = [given] if given else usual
-    found = next((name for name in wanted if name in names), None)
-    if found is None:
-        raise FileError(
-            f"{where} has no column {' or '.join(map(repr, wanted))} (it has:"
-            f" {', '.join(map(str, names)) or 'none'}); name one of them with --{flag}"
-        )
-    return found
+    for name in wanted:
+        if name in names:
+            return name
+    raise FileError(
+        f"{where} has no column {' or '.join(map(repr, wanted))} (it has:"
+        f" {', '.join(map(str, names)) or 'none'}); name one of them with --{flag}"
+    )
+
+
+def check_unread(columns: Columns, where: str) -> None:
+    """Checks that no column is named for a source that has none.
+
+    Args:
+      columns: as they were given.
+      where: begins the message.
+
+    Raises:
+      FileError: one is.
+    """
+    for flag, name in (("image_column", columns.image), ("caption_column", columns.caption)):
+        if name:
+            raise FileError(f"{where} has no columns, and --{flag} names {name!r}; leave that out")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or holds what macOS adds to archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def endings_told(endings: Mapping[str, int]) -> str:
+    """The most frequent endings of files, for a message; '' if there are none.
+
+    Args:
+      endings: how often there is each.
+    """
+    named = sorted((-count, ending) for ending, count in endings.items() if ending)
+    return ", ".join(ending for _, ending in named[:5]) + ", .." * (len(named) > 5)
 
 
 def check_inside(name: str, where: str) -> PurePosixPath:
@@ -97,12 +128,27 @@ def check_inside(name: str, where: str) -> PurePosixPath:
     return path
 
 
-def check_keys(keys: Sequence[str], name: str) -> None:
-    """Raises FileError if a key names two examples."""
+def check_index(index: int, count: int) -> None:
+    """Raises IndexError unless an example of so many has that index; none counts from the end."""
+    if not 0 <= index < count:
+        raise IndexError(f"there is no example {index} of {count}")
+
+
+def check_keys(keys: Iterable[str], name: str, what: str = "examples have the key") -> None:
+    """Checks that all keys differ.
+
+    Args:
+      keys: of examples, or what makes them.
+      name: of the source.
+      what: comes after "two" in the message, and before the key.
+
+    Raises:
+      FileError: two are equal.
+    """
     seen: set[str] = set()
     for key in keys:
         if key in seen:
-            raise FileError(f"{name}: two examples have the key {key!r:.200}; rename one of them")
+            raise FileError(f"{name}: two {what} {key!r:.200}; rename one of them")
         seen.add(key)
 
 
@@ -128,7 +174,7 @@ def check_caption(caption: str, where: str) -> None:
 
     Args:
       caption: of a picture, or to be drawn.
-      where: the place it was found, which begins the message.
+      where: its place, which begins the message.
 
     Raises:
       FileError: it is empty, too long, or has NUL characters.

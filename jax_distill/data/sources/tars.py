@@ -1,7 +1,10 @@
 """WebDataset's tars: members that share a name up to its first dot are one example."""
 
+import bisect
+import itertools
 import tarfile
-from collections import defaultdict
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -15,7 +18,10 @@ from jax_distill.data.sources.source import (
     Captioned,
     Columns,
     check_caption,
+    check_index,
     check_keys,
+    endings_told,
+    is_hidden,
     plain_caption,
 )
 from jax_distill.storage import disks
@@ -30,7 +36,8 @@ from jax_distill.storage.files import (
 )
 
 _BLOCK = tarfile.BLOCKSIZE
-_MOST_END = 2**20  # zeros that end a tar: two blocks, padded to a record
+# Zeros end a tar: two blocks, padded to a record. More of them are a part that was never written.
+_MOST_END = 2 * _BLOCK + tarfile.RECORDSIZE
 _FIX = "restore it or pack it again"
 
 
@@ -46,12 +53,23 @@ class _Example(NamedTuple):
     members: Mapping[str, _Member]  # by the ending: what comes after the first dot of the name
 
 
+class _Headers(NamedTuple):
+    """The examples of a tar, in little memory."""
+
+    tar: Path
+    keys: list[str]
+    endings: list[tuple[str, ...]]  # of each example's members; equal ones are one object
+    starts: array  # of each example, and the end: numbers of members
+    offsets: array  # of each member
+    sizes: array
+
+
 class Tars:
     """Captioned pictures in tars: `cat.png` and its caption, `cat.txt` or in `cat.json`.
 
-    Their headers are read once; after that, access is random. Members without a picture beside
-    them, and hidden ones, are left out and counted in the log. A key is the tar's name and what the
-    members' names have in common.
+    Their headers are read once; after that, access is random. Endings may be of either case.
+    Members without a picture beside them, and hidden ones, are left out and counted in the log. A
+    key is the tar's name and what the members' names have in common.
 
     Args:
       paths: of the tars, in order.
@@ -60,7 +78,7 @@ class Tars:
         unless that field is given.
 
     Raises:
-      FileError: a tar is cut short or damaged, or members cannot be used.
+      FileError: a tar is cut short or damaged, or has no pictures.
     """
 
     has_pictures = True
@@ -68,38 +86,68 @@ class Tars:
     def __init__(self, paths: Sequence[Path], columns: Columns = USUAL):
         self.name = " and ".join(f"'{path}'" for path in paths[:2])
         self.name += f" and {len(paths) - 2} more" * (len(paths) > 2)
-        self._columns = columns
-        self._examples: list[_Example] = []
-        for path in paths:
-            found = _examples(path)
-            with_picture = [example for example in found if self._endings(example)]
-            if others := [example for example in found if not self._endings(example)]:
-                name = next(iter(others[0].members.values())).name
-                logging.warning(
-                    "'%s': %d keys are left out: they have no picture, such as '%s'",
-                    *(path, len(others), name),
-                )
-            self._examples += with_picture
-        if not self._examples:
-            ending = f"*.{columns.image}" if columns.image else ", ".join(pictures.endings())
-            raise FileError(f"{self.name} has no pictures ({ending})")
-        check_keys([self.key(index) for index in range(len(self))], self.name)
+        image = columns.image and columns.image.removeprefix(".").lower()
+        self._columns = columns._replace(image=image)
+        endings: Counter[str] = Counter()
+        self._tars = [_packed(path, self._with_pictures(path, endings)) for path in paths]
+        self._ends = list(itertools.accumulate(len(headers.keys) for headers in self._tars))
+        wanted = not image or image in endings
+        if not len(self) or not wanted:
+            others = endings_told(endings)
+            raise FileError(
+                f"{self.name} has no pictures"
+                f" ({f'*.{image}' if image else ', '.join(pictures.endings())})"
+                + f", but members that end in {others}" * bool(others)
+                + "; pack some, or name their ending with --image_column"
+            )
+        times = Counter(headers.tar.name for headers in self._tars)
+        again = [headers for headers in self._tars if times[headers.tar.name] > 1]
+        keys = (f"{headers.tar.name}/{key}" for headers in again for key in headers.keys)
+        check_keys(keys, self.name)
+
+    def _with_pictures(self, path: Path, endings: Counter[str]) -> Iterator[_Example]:
+        """The examples of a tar that have pictures; counts endings of all members."""
+        lacking, first = 0, ""
+        for example in _examples(path):
+            endings.update(list(example.members))
+            # Beside others that have the wanted one, an example of another picture is damaged.
+            if self._endings(example) or (self._columns.image and _any_picture(example)):
+                yield example
+                continue
+            lacking += 1
+            first = first or next(iter(example.members.values())).name
+        if lacking:
+            what = "keys are left out: they have no picture, such as"
+            logging.warning("'%s': %d %s '%s'", path, lacking, what, first)
 
     def _endings(self, example: _Example) -> list[str]:
         """The endings of its pictures."""
         if self._columns.image:
             return [self._columns.image] if self._columns.image in example.members else []
-        return [ending for ending in example.members if f".{ending}".lower() in _ENDINGS]
+        return [ending for ending in example.members if f".{ending}" in _ENDINGS]
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return self._ends[-1]
+
+    def _place(self, index: int) -> tuple[_Headers, int]:
+        """The tar that has an example, and its number there."""
+        check_index(index, len(self))
+        place = bisect.bisect_right(self._ends, index)
+        headers = self._tars[place]
+        return headers, index - (self._ends[place] - len(headers.keys))
 
     def key(self, index: int) -> str:
-        return f"{self._examples[index].tar.name}/{self._examples[index].key}"
+        headers, number = self._place(index)
+        return f"{headers.tar.name}/{headers.keys[number]}"
 
     def __getitem__(self, index: int) -> Captioned:
-        example = self._examples[index]
+        example = _unpacked(*self._place(index))
         endings = self._endings(example)
+        if not endings:
+            raise FileError(
+                f"{_where(example.tar, example.key)} has no picture that ends in"
+                f" {self._columns.image} (it has: {', '.join(example.members)}); {_FIX}"
+            )
         if len(endings) > 1:
             raise FileError(
                 f"{_where(example.tar, example.key)} has several pictures ({', '.join(endings)});"
@@ -138,26 +186,58 @@ def _where(tar: Path, name: str) -> str:
 _ENDINGS = frozenset(pictures.endings())
 
 
+def _any_picture(example: _Example) -> bool:
+    """Whether a member ends as pictures do, whatever is before that, as in "orig.png"."""
+    return any(PurePosixPath(f"x.{ending}").suffix in _ENDINGS for ending in example.members)
+
+
 def _examples(path: Path) -> list[_Example]:
     """The examples of a tar in order, those without a picture too."""
-    found: dict[str, dict[str, _Member]] = defaultdict(dict)
+    by_key: dict[str, dict[str, _Member]] = defaultdict(dict)
     hidden: list[str] = []
     for member in _members(path):
         name = PurePosixPath(member.name)
-        if name.name.startswith(".") or "__MACOSX" in name.parts:
+        if is_hidden(name.name) or "__MACOSX" in name.parts:
             hidden.append(member.name)
             continue
         stem, _, ending = name.name.partition(".")
-        members = found[str(name.with_name(stem))]
-        if ending in members:
-            raise FileError(f"'{path}': two members have the name {member.name!r:.200}; {_FIX}")
-        members[ending] = member
+        members = by_key[str(name.with_name(stem))]
+        if other := members.get(ending.lower()):
+            raise FileError(
+                f"'{path}': {other.name!r:.200} and {member.name!r:.200} are two members of one"
+                f" name; {_FIX}"
+            )
+        members[ending.lower()] = member
     if hidden:
         logging.warning(
             "'%s': %d members are left out: hidden, or of another system, such as '%s'",
             *(path, len(hidden), hidden[0]),
         )
-    return [_Example(path, key, members) for key, members in found.items()]
+    return [_Example(path, key, members) for key, members in by_key.items()]
+
+
+def _packed(path: Path, examples: Iterator[_Example]) -> _Headers:
+    headers = _Headers(path, [], [], array("q", [0]), array("q"), array("q"))
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for example in examples:
+        # As they are written: the name of a member is its key and its ending.
+        endings = tuple(member.name.rpartition("/")[2] for member in example.members.values())
+        endings = tuple(name.partition(".")[2] for name in endings)
+        headers.keys.append(example.key)
+        headers.endings.append(known.setdefault(endings, endings))
+        for member in example.members.values():
+            headers.offsets.append(member.offset)
+            headers.sizes.append(member.size)
+        headers.starts.append(len(headers.offsets))
+    return headers
+
+
+def _unpacked(headers: _Headers, number: int) -> _Example:
+    key, members = headers.keys[number], {}
+    for place, ending in enumerate(headers.endings[number], headers.starts[number]):
+        name = f"{key}.{ending}" if ending else key
+        members[ending.lower()] = _Member(name, headers.offsets[place], headers.sizes[place])
+    return _Example(headers.tar, key, members)
 
 
 def _members(path: Path) -> Iterator[_Member]:

@@ -1,11 +1,12 @@
 """Prepared data sets of tensorflow-datasets, in ArrayRecord's format, without TensorFlow."""
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
 
 from jax_distill.data.pictures import Encoded
-from jax_distill.data.sources.source import USUAL, Captioned, Columns, check_caption
+from jax_distill.data.sources.source import USUAL, Captioned, Columns, check_caption, check_index
 from jax_distill.storage import disks
 from jax_distill.storage.files import FileError, unread
 
@@ -20,8 +21,8 @@ _MAKE = "make it with tfds build NAME --file_format=array_record"
 class TensorflowDataset:
     """Captioned pictures of a data set that tfds has prepared.
 
-    Pictures are kept encoded: nothing of TensorFlow is imported. A key is the split as it was
-    named, and the index in it.
+    Pictures are kept encoded: nothing of TensorFlow is imported. A key is the split and the index
+    in the whole of it, whichever part is read.
 
     Args:
       address: tfds:NAME[:SPLIT], where NAME is tfds's, with `/config` and `:version` if need be,
@@ -37,10 +38,10 @@ class TensorflowDataset:
 
     def __init__(self, address: str, columns: Columns = USUAL):
         self.name = f"'{address}'"
-        found = _NAME.fullmatch(address)
-        if found is None:
+        named = _NAME.fullmatch(address)
+        if named is None:
             raise FileError(f"{self.name} is no address; write tfds:NAME or tfds:NAME:SPLIT")
-        name, self._split = found["name"], found["split"] or "train"
+        name, split = named["name"], named["split"] or "train"
         try:
             import tensorflow_datasets as tfds
         except ImportError:
@@ -67,15 +68,32 @@ class TensorflowDataset:
         self._decoders = {image: tfds.decode.SkipDecoding()}
         try:
             self._records = builder.as_data_source(
-                self._split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+                split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
+            splits = builder.info.splits
+            parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(splits)
+            whole = [range(splits[part.splitname].num_examples) for part in parts]
+            self._parts = [
+                (part.splitname, rows[part.from_ : part.to]) for part, rows in zip(parts, whole)
+            ]
         except NotImplementedError as error:
             raise self._refused("has no random access", error, _MAKE) from None
         except Exception as error:
             fix = f"it has the splits {', '.join(builder.info.splits)}"
-            raise self._refused(f"has no split {self._split!r}", error, fix) from None
+            raise self._refused(f"has no split {split!r}", error, fix) from None
         if not len(self):
             raise FileError(f"{self.name} has no examples; name another split")
+        if len(self) != sum(len(rows) for _, rows in self._parts):
+            raise FileError(
+                f"{self.name} has {len(self)} examples where its description has others; {_MAKE}"
+            )
+        for first, second in itertools.combinations(self._parts, 2):
+            begin, end = max(first[1].start, second[1].start), min(first[1].stop, second[1].stop)
+            if first[0] == second[0] and begin < end:
+                raise FileError(
+                    f"{self.name} reads examples of {first[0]!r} twice; name parts that do not"
+                    " overlap"
+                )
 
     def _refused(self, what: str, error: Exception, fix: str) -> FileError:
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
@@ -95,10 +113,16 @@ class TensorflowDataset:
         return len(self._records)
 
     def key(self, index: int) -> str:
-        return f"{self._split}:{index}"
+        check_index(index, len(self))
+        for split, rows in self._parts:
+            if index < len(rows):
+                return f"{split}:{rows[index]}"
+            index -= len(rows)
+        raise IndexError(index)
 
     def __getitem__(self, index: int) -> Captioned:
-        where = f"{self.name}, example {index} of {self._split}"
+        key = self.key(index)
+        where = f"{self.name}, example {key}"
         try:
             example = self._features.deserialize_example_np(
                 self._records[index], decoders=self._decoders
@@ -111,4 +135,4 @@ class TensorflowDataset:
                 f"{where} is damaged ({reason}); restore or prepare the data set again"
             ) from None
         check_caption(caption, where)
-        return Captioned(self.key(index), caption, Encoded(picture, where))
+        return Captioned(key, caption, Encoded(picture, where))

@@ -1,12 +1,13 @@
 """Tables as text: a JSON object a line, or comma-separated values below a line of names."""
 
 import csv
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from jax_distill.data.sources.source import CAPTION_COLUMNS, Columns
-from jax_distill.storage.files import FileError, check_kind, read_json_lines, read_lines
+from jax_distill.storage.files import FileError, check_kind, parse_json, read_lines
 
 ENDINGS = (".jsonl", ".csv")
 FILE_COLUMNS = ("file_name", "image")
@@ -14,13 +15,13 @@ _MEND = "mend or remove that line"
 _NAME = "mend that line, or name the columns with --image_column and --caption_column"
 
 
-class Line(TypedDict):
+class Line(NamedTuple):
     """What is read of a line."""
 
-    where: str  # begins messages, such as "'a.csv', line 3"
     number: int
-    file_name: str | None  # None where captions alone are read
-    caption: str
+    file_name: str | None  # None where captions alone are read, or it is damaged
+    caption: str | None  # None where the line is damaged
+    damage: str | None = None  # a sentence
 
 
 def read(path: Path, columns: Columns, *, files: bool) -> Iterator[Line]:
@@ -31,57 +32,94 @@ def read(path: Path, columns: Columns, *, files: bool) -> Iterator[Line]:
       columns: their names; by default `FILE_COLUMNS` and `CAPTION_COLUMNS`, the first that it has.
       files: whether it has names of files.
 
+    Returns:
+      The lines, damaged ones among them: those that lack a column or hold something else there.
+
     Raises:
-      FileError: it lacks a column, or a line is no line of a table.
+      FileError: it is no table, so that nobody knows which lines it has.
       FileNotFoundError: there is no file.
     """
-    rows = _of_csv(path) if path.suffix.lower() == ".csv" else read_json_lines(path)
-    taken: list[str] = []
+    rows = _of_csv(path) if path.suffix.lower() == ".csv" else _of_json_lines(path)
+    usual = {"file_name": FILE_COLUMNS, "caption": CAPTION_COLUMNS}
+    names = {"file_name": columns.image, "caption": columns.caption}
+    if not files:
+        del usual["file_name"]
     for number, row in rows:
-        where = f"'{path}', line {number}"
-        if not taken:
-            usual = [(columns.image, FILE_COLUMNS), (columns.caption, CAPTION_COLUMNS)][not files :]
-            taken = [given or next(_there(names, row), names[0]) for given, names in usual]
-            kind = TypedDict("Row", dict.fromkeys(taken, str))
-        fix = _MEND if all(name in row for name in taken) else _NAME
-        check_kind(row, kind, where=where, fix=fix)
-        file_name = row[taken[0]] if files else None
-        yield Line(where=where, number=number, file_name=file_name, caption=row[taken[-1]])
+        if isinstance(row, FileError):
+            yield Line(number, None, None, str(row))
+            continue
+        for what, known in usual.items():
+            names[what] = names[what] or next((name for name in known if name in row), None)
+        wanted = {what: names[what] or known[0] for what, known in usual.items()}
+        fix = _MEND if all(name in row for name in wanted.values()) else _NAME
+        try:
+            check_kind(row, _texts(*wanted.values()), where=f"'{path}', line {number}", fix=fix)
+        except FileError as error:
+            file_name = row.get(wanted.get("file_name"))
+            yield Line(number, file_name if isinstance(file_name, str) else None, None, str(error))
+        else:
+            file_name = row[wanted["file_name"]] if files else None
+            yield Line(number, file_name, row[wanted["caption"]])
 
 
-def _there(names: Sequence[str], row: dict) -> Iterator[str]:
-    return (name for name in names if name in row)
+@functools.cache
+def _texts(*names: str) -> Any:
+    """The type of rows that have text in these columns."""
+    return TypedDict("Row", dict.fromkeys(names, str))
 
 
-def _of_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The rows below the line of names, each with the number of its first line."""
+def _of_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | FileError]]:
+    """The rows with their lines' numbers, or what is wrong with one; empty lines are skipped."""
+    for number, text in read_lines(path):
+        if not text.strip():
+            continue
+        try:
+            yield number, parse_json(text, dict, where=f"'{path}', line {number}", fix=_MEND)
+        except FileError as error:
+            yield number, error
+
+
+def _of_csv(path: Path) -> Iterator[tuple[int, dict[str, str] | FileError]]:
+    """As `_of_json_lines`, of the rows below the line of names, by the first of their lines."""
     rows = csv.reader((f"{line}\n" for _, line in read_lines(path)), strict=True)
     names: list[str] = []
     while True:
         number = rows.line_num + 1
+        where = f"'{path}', line {number}"
         try:
             row = next(rows, None)
         except csv.Error as error:
-            raise FileError(
-                f"'{path}', line {number} is not valid CSV ({error}); {_MEND}"
-            ) from None
+            raise FileError(f"{where} is not valid CSV ({error}); {_MEND}") from None
         if row is None:
             break
         if not row:
             continue
         if not names:
             names = row
-            if len(set(names)) < len(names) or not all(names):
-                raise FileError(
-                    f"'{path}', line {number}: two columns have one name, or one has none; the"
-                    " first line names the columns"
-                )
-            continue
-        if len(row) != len(names):
-            raise FileError(
-                f"'{path}', line {number} has {len(row)} fields where the first line names"
-                f" {len(names)}; put fields with commas or line ends in double quotes"
+            _check_names(names, where)
+        elif len(row) != len(names):
+            yield (
+                number,
+                FileError(
+                    f"{where} has {len(row)} fields where the first line names {len(names)}; put"
+                    " fields with commas or line ends in double quotes"
+                ),
             )
-        yield number, dict(zip(names, row))
+        else:
+            yield number, dict(zip(names, row))
     if not names:
         raise FileError(f"'{path}' is empty; its first line names the columns, such as text")
+
+
+def _check_names(names: list[str], where: str) -> None:
+    if len(names) == 1 and (mark := next((x for x in ";\t|" if x in names[0]), None)):
+        raise FileError(f"{where}: columns are separated by {mark!r}; separate them by commas")
+    if blank := next((name for name in names if name != name.strip()), None):
+        raise FileError(
+            f"{where}: column {blank!r:.200} has blanks around its name; separate columns by commas"
+            " alone"
+        )
+    if len(set(names)) < len(names) or not all(names):
+        raise FileError(
+            f"{where}: two columns have one name, or one has none; the first line names the columns"
+        )

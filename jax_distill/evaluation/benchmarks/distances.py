@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -33,37 +33,40 @@ def cmmd(drawn: np.ndarray, real: np.ndarray) -> float:
 def cmmd_figure(drawn: np.ndarray, real: np.ndarray, prompts: Sequence[int]) -> Figure:
     """CMMD as a function of the prompts' weights; the real pictures keep theirs.
 
+    No matrix of all pairs of pictures, or of prompts, is kept: the kernel is computed block by
+    block for all weights at once.
+
     Args:
       drawn, real: as of `cmmd`.
       prompts: n, the place of each picture's prompt, 0..P-1.
     """
     drawn, real = _pair(drawn, real, least=1)
     drawn, real = _unit(drawn, "drawn"), _unit(real, "real")
-    order, starts = _by_prompt(prompts, len(drawn))
-    drawn, counts = drawn[order], np.diff([*starts, len(drawn)])
-    # A constant falls out of the distance: less 1, kernels of near pictures lose no digits.
-    within = np.add.reduceat(_kernel_sums(drawn, drawn, starts), starts, axis=0)
-    across = np.add.reduceat(_kernel_sums(drawn, real, np.zeros(1, int))[:, 0], starts) / len(real)
-    among = _kernel_sums(real, real, np.zeros(1, int)).sum() / len(real) ** 2
+    places = _places(prompts, len(drawn))
+    across = np.concatenate([kernel.mean(1) for _, kernel in _kernels(drawn, real)])
+    among = sum(kernel.sum() for _, kernel in _kernels(real, real)) / len(real) ** 2
 
-    def figure(weights: np.ndarray) -> float:
-        count = weights @ counts
-        own, other = weights @ within @ weights / count**2, weights @ across / count
-        return float(_SCALE * (own + among - 2 * other))
+    def figure(weights: np.ndarray) -> np.ndarray:
+        times = np.asarray(weights)[..., places]  # of each picture
+        count = times.sum(-1)
+        own = sum(
+            (times[..., rows] @ kernel * times).sum(-1) for rows, kernel in _kernels(drawn, drawn)
+        )
+        return _SCALE * (own / count**2 + among - 2 * times @ across / count)
 
     return figure
 
 
-def _kernel_sums(first: np.ndarray, second: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """The kernel less 1 of all pairs, summed over runs of the second: (n, number of runs)."""
+def _kernels(first: np.ndarray, second: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows of the kernel's matrix less 1, and which they are.
+
+    A constant falls out of the distance: less 1, kernels of near pictures lose no digits.
+    """
     squares = [(each**2).sum(1) for each in (first, second)]
-    sums = np.empty((len(first), len(starts)))
     for start in range(0, len(first), _BLOCK):
         rows = slice(start, start + _BLOCK)
         apart = squares[0][rows, None] + squares[1] - 2 * first[rows] @ second.T
-        kernel = np.expm1(-np.maximum(apart, 0) / (2 * _SIGMA**2))
-        sums[rows] = np.add.reduceat(kernel, starts, axis=1)
-    return sums
+        yield rows, np.expm1(-np.maximum(apart, 0) / (2 * _SIGMA**2))
 
 
 def frechet(drawn: np.ndarray, real: np.ndarray) -> float:
@@ -98,18 +101,17 @@ def frechet_figure(drawn: np.ndarray, real: np.ndarray, prompts: Sequence[int]) 
       prompts: n, the place of each picture's prompt, 0..P-1.
     """
     drawn, real = _pair(drawn, real, least=2)
-    _by_prompt(prompts, len(drawn))
-    places = np.asarray(prompts)
+    places = _places(prompts, len(drawn))
     real_mean, real_factor = _moments(real, np.ones(len(real)))
 
-    def figure(weights: np.ndarray) -> float:
+    def distance(weights: np.ndarray) -> float:
         mean, factor = _moments(drawn, weights[places])
         shift = mean - real_mean
         root = np.linalg.svd(factor @ real_factor.T, compute_uv=False).sum()
         variances = (factor**2).sum() + (real_factor**2).sum()
         return float(shift @ shift + variances - 2 * root)
 
-    return figure
+    return lambda weights: np.apply_along_axis(distance, -1, weights)[()]
 
 
 def _moments(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,8 +148,8 @@ def clip_scores(pictures: np.ndarray, texts: np.ndarray) -> np.ndarray:
 def clip_figure(pictures: np.ndarray, texts: np.ndarray, prompts: Sequence[int]) -> Figure:
     """The mean of `clip_scores` over pictures as a function of the prompts' weights."""
     scores = clip_scores(pictures, texts)
-    _by_prompt(prompts, len(scores))
-    return ratio(np.bincount(prompts, scores), np.bincount(prompts))
+    places = _places(prompts, len(scores))
+    return ratio(np.bincount(places, scores), np.bincount(places))
 
 
 def _pair(
@@ -185,14 +187,14 @@ def _unit(values: np.ndarray, name: str) -> np.ndarray:
     return values / lengths
 
 
-def _by_prompt(prompts: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order (n,) that puts pictures of a prompt together, and where each begins (P,)."""
+def _places(prompts: Sequence[int], count: int) -> np.ndarray:
+    """The place (n,) of each picture's prompt, checked."""
     places = np.asarray(prompts)
     known = np.unique(places)
-    if places.shape != (count,) or not np.array_equal(known, np.arange(len(known))):
+    whole = places.dtype.kind in "iu" and np.array_equal(known, np.arange(len(known)))
+    if places.shape != (count,) or not whole:
         raise ValueError(
-            f"prompts: give the place of the prompt, from 0, for each of {count} pictures, and"
-            " pictures of every prompt"
+            f"prompts: give the place of the prompt, a whole number from 0, for each of {count}"
+            " pictures, and pictures of every prompt"
         )
-    order = np.argsort(places, kind="stable")
-    return order, np.searchsorted(places[order], known)
+    return places

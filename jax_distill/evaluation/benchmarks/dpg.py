@@ -23,6 +23,7 @@ Answers = Mapping[int, bool]
 """Of a picture, by the questions' numbers; true is yes."""
 
 _FIX = "mend that line or ask again"
+_REPLIES = {True: True, False: False, "yes": True, "no": False}
 
 
 class _Line(msgspec.Struct):
@@ -74,7 +75,7 @@ def figures(
         np.mean([picture_score(prompt, each) for each in pictures])
         for pictures, prompt in zip(answers, prompts, strict=True)
     ]
-    found = {"score": ratio(np.array(scores), np.ones(len(prompts)), 100)}
+    figures_by_name = {"score": ratio(np.array(scores), np.ones(len(prompts)), 100)}
     questions = [question for prompt in prompts for question in prompt.questions]
     broad = dict.fromkeys(question.broad for question in questions)
     detailed = sorted({question.detailed for question in questions} - set(broad))
@@ -84,33 +85,35 @@ def figures(
             asked = [q.number for q in prompt.questions if category in (q.broad, q.detailed)]
             totals[place] = sum(each[number] for each in pictures for number in asked)
             counts[place] = len(pictures) * len(asked)
-        found[category] = ratio(totals, counts, 100)
-    return found
+        figures_by_name[category] = ratio(totals, counts, 100)
+    return figures_by_name
 
 
 def read_answers(path: Path, prompts: Sequence[DensePrompt]) -> list[list[dict[int, bool]]]:
     """Reads the answers to all questions about the pictures of a benchmark.
 
     Each line of the file is of one picture: {"item_id": "kettle0", "picture": 0, "answers": {"1":
-    "yes", "2": "no", ..}}. true is a yes, too; any other text than "yes" is a no.
+    "yes", "2": "no", ..}}. Blanks and capitals do not matter; true is a yes and false a no. The
+    authors' program takes any other text as a no; here it is refused, as a model that answers in
+    sentences would have a low score unseen.
 
     Returns:
       For each prompt its pictures, in the order of their numbers, and for each the answers.
 
     Raises:
-      FileError: the file is not of that form, has a picture twice, or lacks an answer or the
-        pictures of a prompt.
+      FileError: the file is not of that form, has a picture twice or an answer that is neither yes
+        nor no, or lacks an answer or the pictures of a prompt.
       FileNotFoundError: there is none.
     """
     asked = {prompt.item: {str(q.number): q.number for q in prompt.questions} for prompt in prompts}
-    found: dict[str, dict[int, dict[int, bool]]] = {item: {} for item in asked}
+    answered: dict[str, dict[int, dict[int, bool]]] = {item: {} for item in asked}
     for number, entry in read_json_lines(path, _Line, fix=_FIX):
         where = f"'{path}', line {number}"
         line = msgspec.convert(entry, _Line)
         numbers = asked.get(line.item_id)
         if numbers is None:
             raise FileError(f"{where}: there is no prompt {shown(line.item_id)}; {_FIX}")
-        if line.picture in found[line.item_id]:
+        if line.picture in answered[line.item_id]:
             raise FileError(
                 f"{where}: picture {shown(line.picture)} of {shown(line.item_id)} is listed twice;"
                 " remove one"
@@ -118,13 +121,21 @@ def read_answers(path: Path, prompts: Sequence[DensePrompt]) -> list[list[dict[i
         if odd := sorted(numbers.keys() ^ line.answers.keys()):
             what = "is not answered" if odd[0] in numbers else "is not asked"
             raise FileError(f"{where}: question {shown(odd[0])} {what}; {_FIX}")
-        found[line.item_id][line.picture] = {
-            numbers[key]: answer is True or str(answer).strip().lower() == "yes"
+        replies = {
+            key: answer.strip().lower() if isinstance(answer, str) else answer
             for key, answer in line.answers.items()
         }
-    if lacking := [item for item, pictures in found.items() if not pictures]:
+        if odd := [key for key, reply in replies.items() if reply not in _REPLIES]:
+            raise FileError(
+                f"{where}: the answer to question {shown(odd[0])} is {shown(line.answers[odd[0]])},"
+                f" neither yes nor no; {_FIX}"
+            )
+        answered[line.item_id][line.picture] = {
+            numbers[key]: _REPLIES[reply] for key, reply in replies.items()
+        }
+    if lacking := [item for item, pictures in answered.items() if not pictures]:
         raise FileError(
-            f"'{path}' has no answers about {len(lacking)} of {len(found)} prompts, such as"
+            f"'{path}' has no answers about {len(lacking)} of {len(answered)} prompts, such as"
             f" {shown(lacking[0])}; ask about them, too"
         )
-    return in_order(found, path)
+    return in_order(answered, path)

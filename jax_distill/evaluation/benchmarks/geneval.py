@@ -98,7 +98,7 @@ def kept(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]
     for detection in sorted(reversed(detections), key=lambda each: -each.score):
         if np.float32(detection.score) > np.float32(threshold):  # as detectors give them
             objects.setdefault(detection.name, []).append(detection)
-    return {name: found[:MOST_OBJECTS] for name, found in objects.items()}
+    return {name: surest[:MOST_OBJECTS] for name, surest in objects.items()}
 
 
 def relations(first: Detection, second: Detection) -> list[Relation]:
@@ -137,9 +137,9 @@ def judge(detections: Sequence[Detection], prompt: Prompt) -> Verdict:
     groups: list[list[Detection] | None] = []
     reasons = []
     for clause in prompt.include:
-        found = objects.get(clause.name, [])[: clause.count]
-        reason = _unmet(clause, found, groups)
-        groups.append(None if reason else found)
+        group = objects.get(clause.name, [])[: clause.count]
+        reason = _unmet(clause, group, groups)
+        groups.append(None if reason else group)
         if reason:
             reasons.append(reason)
     reasons += _too_many(prompt.exclude, objects)
@@ -147,14 +147,14 @@ def judge(detections: Sequence[Detection], prompt: Prompt) -> Verdict:
 
 
 def _unmet(
-    clause: Included, found: Sequence[Detection], groups: Sequence[list[Detection] | None]
+    clause: Included, group: Sequence[Detection], groups: Sequence[list[Detection] | None]
 ) -> str | None:
     """Why a clause does not hold; None if it does."""
     name = clause.name
-    if len(found) < clause.count:
-        return f"{name}: {len(found)} of {clause.count} found"
+    if len(group) < clause.count:
+        return f"{name}: {len(group)} of {clause.count} found"
     if clause.color is not None:
-        colors = [each.color for each in found]
+        colors = [each.color for each in group]
         if colors.count(clause.color) < clause.count:
             return f"{name}: not {clause.color} but {', '.join(sorted(set(colors)))}"
     if clause.position is None:
@@ -162,7 +162,7 @@ def _unmet(
     relation, place = clause.position
     if groups[place] is None:
         return f"{name}: nothing that it could be {relation}"
-    for each in found:
+    for each in group:
         for other in groups[place]:
             where = relations(each, other)
             if relation not in where:
@@ -191,7 +191,7 @@ def read_detections(path: Path, prompts: Sequence[Prompt]) -> list[list[tuple[De
       FileError: the file is not of that form, has a picture twice, or lacks those of a prompt.
       FileNotFoundError: there is none.
     """
-    found: list[dict[int, tuple[Detection, ...]]] = [{} for _ in prompts]
+    detections: list[dict[int, tuple[Detection, ...]]] = [{} for _ in prompts]
     for number, entry in read_json_lines(path, _Line, fix=_FIX):
         where = f"'{path}', line {number}"
         check_finite_numbers(entry, where=where, fix=_FIX)
@@ -207,7 +207,7 @@ def read_detections(path: Path, prompts: Sequence[Prompt]) -> list[list[tuple[De
                 f"{where}: picture {shown(line.picture)} is of prompt {prompt}, but there are"
                 f" {len(prompts)}; give the prompts that were drawn"
             )
-        if sample in found[prompt]:
+        if sample in detections[prompt]:
             raise FileError(f"{where}: picture {shown(line.picture)} is listed twice; remove one")
         for each in line.objects:
             if each.colors is not None and len(each.colors) < len(get_args(Color)):
@@ -221,18 +221,18 @@ def read_detections(path: Path, prompts: Sequence[Prompt]) -> list[list[tuple[De
                     f"{where}: box {shown(list(each.box))} ends before it begins; give left, top,"
                     " right, bottom"
                 )
-        found[prompt][sample] = line.objects
-    lacking = [place for place, pictures in enumerate(found) if not pictures]
+        detections[prompt][sample] = line.objects
+    lacking = [place for place, pictures in enumerate(detections) if not pictures]
     if lacking:
         raise FileError(
             f"'{path}' has no picture of {len(lacking)} of {len(prompts)} prompts, such as"
             f" {lacking[0]:05d}; add them, with no objects where none were found"
         )
-    return in_order({f"{place:05d}": pictures for place, pictures in enumerate(found)}, path)
+    return in_order({f"{place:05d}": pictures for place, pictures in enumerate(detections)}, path)
 
 
 def verdicts(
-    found: Sequence[Sequence[Sequence[Detection]]], prompts: Sequence[Prompt]
+    detections: Sequence[Sequence[Sequence[Detection]]], prompts: Sequence[Prompt]
 ) -> list[list[Verdict]]:
     """Judges all pictures of a benchmark: for each prompt, for each of its pictures.
 
@@ -240,11 +240,11 @@ def verdicts(
       ValueError: as `judge`, naming the picture.
     """
     judged = []
-    for place, (pictures, prompt) in enumerate(zip(found, prompts, strict=True)):
+    for place, (pictures, prompt) in enumerate(zip(detections, prompts, strict=True)):
         judged.append([])
-        for number, detections in enumerate(pictures):
+        for number, objects in enumerate(pictures):
             try:
-                judged[-1].append(judge(detections, prompt))
+                judged[-1].append(judge(objects, prompt))
             except ValueError as error:
                 raise ValueError(f"picture {number} of prompt {place}: {error}") from None
     return judged

@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-Figure = Callable[[np.ndarray], float]
-"""A figure of a benchmark as a function of the weights (P,) of its prompts; at ones its value."""
+Figure = Callable[[np.ndarray], np.ndarray]
+"""A benchmark's figure as a function of its prompts' weights, (.., P) to (..); at ones its value.
+
+It is given all resamples at once, as some figures share much of their work."""
 
 
 class Estimate(NamedTuple):
@@ -36,16 +38,16 @@ def ratio(totals: np.ndarray, counts: np.ndarray, scale: float = 1.0) -> Figure:
     """
     totals, counts = np.asarray(totals, np.float64), np.asarray(counts, np.float64)
 
-    def figure(weights: np.ndarray) -> float:
+    def figure(weights: np.ndarray) -> np.ndarray:
         count = weights @ counts
-        return scale * float(weights @ totals / count) if count else np.nan
+        return scale * (weights @ totals) / np.where(count, count, np.nan)
 
     return figure
 
 
 def mean_of(figures: Sequence[Figure]) -> Figure:
     """The mean of several figures."""
-    return lambda weights: float(np.mean([figure(weights) for figure in figures]))
+    return lambda weights: np.mean([figure(weights) for figure in figures], axis=0)
 
 
 def resamples(groups: Sequence[Hashable], count: int, seed: int) -> np.ndarray:
@@ -73,7 +75,8 @@ def estimate(
     The interval is the value plus quantiles of resampled figures, taken from their own mean: a
     resample repeats pictures, which makes distances of sets too large, all of them alike. A group
     of a single prompt adds nothing to the width. Intervals of distances between sets that hardly
-    differ are too wide, as their errors are not those of means.
+    differ are too wide, as their errors are not those of means. Ends may lie beyond what a figure
+    can be, such as above 100: whoever shows them cuts them there.
 
     Args:
       figure: as function of weights.
@@ -89,8 +92,8 @@ def estimate(
         raise ValueError("an interval needs prompts, and there are none")
     if not 0 < level < 1 or count < 2:
         raise ValueError(f"level {level} is not between 0 and 1, or count {count} is below 2")
-    value = figure(np.ones(len(groups)))
-    drawn = np.array([figure(weights) for weights in resamples(groups, count, seed)])
+    value = float(figure(np.ones(len(groups))))
+    drawn = figure(resamples(groups, count, seed))
     drawn = drawn[~np.isnan(drawn)]  # of a category that few prompts have and a resample has not
     if not len(drawn):
         return Estimate(value, np.nan, np.nan)
@@ -114,7 +117,13 @@ def differences(
     """What the second model has more than the first, paired: both with the same prompts drawn.
 
     The intervals are narrower than those of two models apart, since a hard prompt is hard for both.
+
+    Raises:
+      ValueError: one of them has a figure that the other lacks; or as `estimate`.
     """
+    if lacking := sorted(first.keys() ^ second.keys()):
+        where = "first" if lacking[0] in second else "second"
+        raise ValueError(f"the {where} model has no figure {lacking[0]!r}; give both the same ones")
 
     def difference(name: str) -> Figure:
         return lambda weights: second[name](weights) - first[name](weights)

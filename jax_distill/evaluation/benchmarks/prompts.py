@@ -228,22 +228,22 @@ def _number(text: str, where: str) -> int:
     return int(text)
 
 
-def in_order(found: Mapping[str, Mapping[int, Findings]], path: Path) -> list[list[Findings]]:
+def in_order(findings: Mapping[str, Mapping[int, Findings]], path: Path) -> list[list[Findings]]:
     """What was found in each prompt's pictures, in the order of their numbers.
 
     Args:
-      found: by the prompt's name and the picture's number.
+      findings: by the prompt's name and the picture's number.
       path: of the file, for the message.
 
     Raises:
       FileError: a picture is missing: all prompts have as many, numbered from 0.
     """
-    count = 1 + max(max(pictures) for pictures in found.values())
-    for name, pictures in found.items():
+    count = 1 + max(max(pictures) for pictures in findings.values())
+    for name, pictures in findings.items():
         lacking = next((number for number in range(count) if number not in pictures), None)
         if lacking is not None:
             raise FileError(
                 f"'{path}' lacks picture {lacking} of prompt {shown(name)}, and others have one"
                 f" numbered {count - 1}; add it"
             )
-    return [[pictures[number] for number in range(count)] for pictures in found.values()]
+    return [[pictures[number] for number in range(count)] for pictures in findings.values()]

@@ -188,11 +188,11 @@ class Flux:
         damaged_share: float = 0.0,
     ) -> int:
         """Encodes captioned pictures, fitted to the world's height and width."""
-        sound = checked(source, self.resolution, damaged_share=damaged_share)
+        usable = checked(source, self.resolution, damaged_share=damaged_share)
         encode_pictures(
-            output, sound, self.resolution, self.codec.encode, self.encoder(), seed=seed
+            output, usable, self.resolution, self.codec.encode, self.encoder(), seed=seed
         )
-        return len(sound)
+        return len(usable)
 
     def check(self, records: LatentRecords | None) -> None:
         config = self._config
