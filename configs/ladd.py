@@ -4,8 +4,7 @@ python -m jax_distill.main --config=configs/ladd.py
 
 From the teacher: not run to its end with these settings.
 
-python -m jax_distill.main --config=configs/ladd.py --config.start.checkpoint=runs/scm
-    --config.batch_size=16 --config.total_steps=4900
+python -m jax_distill.main --config=configs/ladd.py:refine --config.start.checkpoint=runs/scm
 
 From the student of configs/scm.py: expect 0.660, 0.760 and 0.775 in 1, 2 and 4 steps, which are
 88%, 101% and 103% of the teacher's score; with seed 1, and that seed's student, 0.633, 0.743 and
@@ -28,8 +27,8 @@ from jax_distill.config import as_teacher, overrides, shorten, student
 
 
 def get_config(preset: str = ""):
-    config = student(preset)
-    config.name = "ladd_lora" if preset == "lora" else "ladd"
+    config = student(preset, own=("refine",))
+    config.name = f"ladd_{preset}" if preset in ("lora", "refine") else "ladd"
     config.optimizers.heads = overrides(
         config.optimizer, name="adamw", learning_rate=1e-5, frozen="", b1=0.0
     )
@@ -39,7 +38,7 @@ def get_config(preset: str = ""):
         config.objective = objective_settings("ladd", blocks=tuple(range(3, 46, 4)))
         config.optimizers.heads.clip_norm = 1.0
         return config.lock()
-    config.total_steps = 3500
+    config.total_steps = 2795  # as many evaluations as configs/scm.py
     config.batch_size = 8  # many moves of few samples go further, see docs/findings.md
     config.ema_decay = 0.99
     config.optimizer.learning_rate = 1.5e-3
@@ -52,8 +51,11 @@ def get_config(preset: str = ""):
         share_warmup=0,
         judge_mean=-1.0,  # with the published mean of 1 heads see little but noise here
         judge_std=1.4,
-        heads_first=1000,
+        heads_first=600,
     )
+    if preset == "refine":
+        config.total_steps, config.batch_size = 4900, 16
+        config.objective.heads_first = 1000
     if preset == "smoke":
         shorten(config)
         config.objective.heads_first = 1

@@ -29,7 +29,7 @@ def get_config(preset: str = ""):
         config.optimizer.learning_rate = 2e-6 if preset == "flux_lite" else 1e-4
         config.optimizers.fake.learning_rate = config.optimizer.learning_rate / 5
         return config.lock()
-    config.total_steps = 2000
+    config.total_steps = 1885  # as many evaluations as configs/scm.py
     config.batch_size = 16  # many moves of few samples go further, see docs/findings.md
     config.ema_decay = 0.99
     config.optimizers.fake.update(name="muon", learning_rate=1e-3, schedule="constant")

@@ -27,8 +27,8 @@ METHODS = (
     ("rCM", "configs/rcm.py", BUNDLED),
     ("TDM", "configs/tdm.py", BUNDLED),
     ("SiD", "configs/sid.py", BUNDLED),
-    # Their defaults cost more, of which so many steps of heads alone would be too large a share.
-    ("LADD", "configs/ladd.py", BUNDLED, "objective.heads_first=600"),
+    ("LADD", "configs/ladd.py", BUNDLED),
+    # Its default costs more, of which so many steps of heads alone would be too large a share.
     ("Sprint", "configs/sprint.py", BUNDLED, "objective.heads_first=400"),
 )
 
@@ -37,7 +37,7 @@ FROM_SCM = "start.checkpoint={workdir}/sCM-{seed}"
 REFINE = (BUNDLED, FROM_SCM, "evaluation.every=1700")
 REFINED = (
     ("Sprint from sCM", "configs/sprint.py:refine", *REFINE, "total_steps=6200"),
-    ("LADD from sCM", "configs/ladd.py", *REFINE, "batch_size=16", "total_steps=4900"),
+    ("LADD from sCM", "configs/ladd.py:refine", *REFINE, "total_steps=4900"),
 )
 
 SCM, MEANFLOW = "configs/scm.py", "configs/meanflow.py"
