@@ -96,22 +96,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
         write_json(workdir / RESULTS, study)
     pipes = {"teacher": pipeline.load(teacher)}
     pipes |= {row: pipeline.load(workdir / folder(row, config.seeds[0])) for row, *_ in config.rows}
-    study["sampling"] = {
-        name: sampling_costs(
-            pipe,
-            config.teacher_steps
-            if name == "teacher"
-            else drawable(config.student_steps, pipe.config),
-        )
-        for name, pipe in pipes.items()
-    }
+    counts = {name: drawable(config.student_steps, pipe.config) for name, pipe in pipes.items()}
+    counts["teacher"] = config.teacher_steps
+    study["sampling"] = {name: sampling_costs(pipe, counts[name]) for name, pipe in pipes.items()}
     study["measures"] = _results(teacher).get("measures", {})
     beside = Beside(pipes["teacher"], study["teacher"]["nfe"])
     for cell in study["cells"] if study["measures"] else ():
-        counts = [int(count) for count in cell["student"]]
-        cell["measures"] = beside.measured(
-            workdir / folder(cell["row"], cell["seed"]), counts, cell
-        )
+        path = workdir / folder(cell["row"], cell["seed"])
+        cell["measures"] = beside.measured(path, [int(n) for n in cell["student"]], cell)
     write_json(workdir / RESULTS, study)
     grid = workdir / "samples.png"
     draw_grid(grid, config, pipes)
@@ -361,8 +353,9 @@ def draw_grid(path: Path, config: ConfigDict, pipes: Mapping[str, pipeline.Pipel
     prompts = preview_captions(config.grid_prompts)
     rows, labels = [], []
     for name, pipe in pipes.items():
-        few = drawable(config.grid_steps, pipe.config)
-        counts = [max(config.teacher_steps)] if name == "teacher" else few
+        counts = [max(config.teacher_steps)]
+        if name != "teacher":
+            counts = drawable(config.grid_steps, pipe.config)
         for steps in counts:
             rows.append(pipe(prompts, steps=steps))
             labels.append(f"{name}, {steps} step{'s' * (steps > 1)}")
