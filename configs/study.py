@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from jax_distill.config import ConfigError
 
 BUNDLED = "teacher.checkpoint=embedded"  # as the configs have it, each with a rescale of its own
+SMALL = "evaluation.every=900"  # of small batches, which take more steps for the budget
 # A row's name, its config file, and settings of its own as "key=value"; {workdir} is the study's
 # and {seed} the cell's. A row's own total_steps is not of the budget.
 METHODS = (
@@ -24,12 +25,12 @@ METHODS = (
     ("MeanFlow", "configs/meanflow.py", BUNDLED, "objective.discrete_warmup=570"),
     ("IMM", "configs/imm.py", BUNDLED),
     ("DMD2", "configs/dmd2.py", BUNDLED),
-    ("rCM", "configs/rcm.py", BUNDLED),
+    ("rCM", "configs/rcm.py", BUNDLED, SMALL),
     ("TDM", "configs/tdm.py", BUNDLED),
     ("SiD", "configs/sid.py", BUNDLED),
-    ("LADD", "configs/ladd.py", BUNDLED),
+    ("LADD", "configs/ladd.py", BUNDLED, SMALL),
     # Its default costs more, of which so many steps of heads alone would be too large a share.
-    ("Sprint", "configs/sprint.py", BUNDLED, "objective.heads_first=400"),
+    ("Sprint", "configs/sprint.py", BUNDLED, SMALL, "objective.heads_first=400"),
 )
 
 # Not of the budget: longer runs, from the first row's students, for about four times as much.

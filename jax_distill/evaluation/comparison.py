@@ -140,7 +140,7 @@ def score_by_steps(study: Mapping[str, Any]) -> Callable[[Axes, Theme], None]:
                 list(found),
                 [value.mean for value in found.values()],
                 [value.half or 0 for value in found.values()],
-                color=theme.methods[index % len(theme.methods)],
+                **theme.method(index),
                 marker="o",
                 capsize=2.5,
                 linewidth=1.6,
@@ -189,7 +189,7 @@ def score_by_spent(
                 axes.plot(
                     [cell["spent"][str(step)][kind] / unit for step in at],
                     [known[step][str(steps)]["score"] / full for step in at],
-                    color=theme.methods[index % len(theme.methods)],
+                    **theme.method(index),
                     marker=".",
                     linewidth=1.4,
                     label=None if seed else plots.label(name),

@@ -38,6 +38,11 @@ class Theme(NamedTuple):
     student: tuple[str, ...]
     methods: tuple[str, ...]  # that can be told apart
 
+    def method(self, index: int) -> dict[str, str]:
+        """How the curve of a study's method is drawn: dashed where colours come round again."""
+        turn, place = divmod(index, len(self.methods))
+        return {"color": self.methods[place], "linestyle": ("-", "--", ":")[turn % 3]}
+
 
 LIGHT = Theme(
     *("#1f2328", "#d8dee4", "#6e7781", "#bc4c00", ("#9ecbf5", "#4f9ce8", "#0a58b8")),
