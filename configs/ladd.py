@@ -19,7 +19,8 @@ FLUX.1-lite-8B at 512 px on a pod, with a head on every fourth block; not run at
 presets `:lora` and `:flux_lite_lora` train adapters, as those of configs/scm.py do.
 
 The published method learns from pictures that the teacher has drawn; a student that learns from
-others can be held to the teacher by `objective.distillation_weight`.
+others can be held to the teacher by `objective.distillation_weight`. That other captions are fakes,
+`objective.mismatched`, is SANA-Sprint's.
 """
 
 from jax_distill.assembly.build import objective_settings
@@ -35,7 +36,8 @@ def get_config(preset: str = ""):
     if preset.startswith("flux_lite"):
         as_teacher(config)
         config.name = f"ladd_{preset}"
-        config.objective = objective_settings("ladd", blocks=tuple(range(3, 46, 4)))
+        blocks = tuple(range(3, 46, 4))
+        config.objective = objective_settings("ladd", blocks=blocks, mismatched=True)
         config.optimizers.heads.clip_norm = 1.0
         return config.lock()
     config.total_steps = 2795  # as many evaluations as configs/scm.py
@@ -51,6 +53,7 @@ def get_config(preset: str = ""):
         share_warmup=0,
         judge_mean=-1.0,  # with the published mean of 1 heads see little but noise here
         judge_std=1.4,
+        mismatched=True,
         heads_first=600,
     )
     if preset == "refine":

@@ -19,7 +19,7 @@ from jax_distill.objectives.sprint import Sprint
 
 ROWS = 8
 SETTINGS = {"guidance_scales": (1.0,), "blocks": (0,), "head_width": 16}
-METHOD = LADD(toy.perceptron(), toy.TEACHER, **SETTINGS)
+METHOD = LADD(toy.perceptron(), toy.TEACHER, mismatched=True, **SETTINGS)
 
 
 def captions():
@@ -73,24 +73,31 @@ def test_the_gradient_goes_through_the_frozen_teacher_to_the_sample(point):
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient["network"]["blocks"]))
 
 
-def test_the_heads_learn_from_logits_of_data_samples_and_mismatched_captions(point):
-    trees, view, batch, draws = point
-    judge, zero = draws.judge, jnp.zeros((), jnp.int32)
+def logits_of(method, trees, view, batch, draws):
+    """Of data, of samples, and of data with the captions of others."""
+    judge = draws.judge
 
     def logits(x, noise, text):
         t = judge.tau[:, None, None]
         x_t = (1 - t) * x + t * noise
-        return METHOD.logits(trees[HEADS], view, x_t, judge.tau, text, draws.guidance)
+        return method.logits(trees[HEADS], view, x_t, judge.tau, text, draws.guidance)
 
-    made = METHOD.made(trees[STUDENT], batch, draws, zero)
+    made = method.made(trees[STUDENT], batch, draws, jnp.zeros((), jnp.int32))
     rolled = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, 0), batch.text)
-    real = logits(batch.x, judge.real_noise, batch.text)
-    fake = logits(made, judge.fake_noise, batch.text)
-    wrong = logits(batch.x, judge.real_noise, rolled)
+    return (
+        logits(batch.x, judge.real_noise, batch.text),
+        logits(made, judge.fake_noise, batch.text),
+        logits(batch.x, judge.real_noise, rolled),
+    )
 
-    def bend(x):
-        return jnp.mean(jnp.maximum(1 + x, 0))
 
+def bend(x):
+    return jnp.mean(jnp.maximum(1 + x, 0))
+
+
+def test_the_heads_learn_from_logits_of_data_samples_and_mismatched_captions(point):
+    trees, view, batch, draws = point
+    real, fake, wrong = logits_of(METHOD, *point)
     loss, metrics = heads_loss(point)
     both = bend(-real) + (bend(fake) + bend(wrong)) / 2
     np.testing.assert_allclose(loss, both, rtol=1e-5)
@@ -199,10 +206,18 @@ def test_sprint_is_the_sum_of_two_losses(point):
     made = method.made(trees[STUDENT], batch, draws, 7)
     fooling = method.fooling(made, view, batch, draws)
     np.testing.assert_allclose(loss, expected + 0.3 * fooling, rtol=1e-6)
-    assert np.isfinite(method.heads_loss(trees[HEADS], view, batch, draws, 7)[0])
+    # The heads' loss has half of the hinge, mismatched captions among the fakes.
+    heads, _ = method.heads_loss(trees[HEADS], view, batch, draws, 7)
+    real, fake, wrong = logits_of(method, trees, view, batch, draws)
+    np.testing.assert_allclose(heads, (bend(-real) + (bend(fake) + bend(wrong)) / 2) / 2, rtol=1e-5)
     same = alone.draw(jax.random.key(4), batch)
     assert isinstance(draws.consistency, type(same))
-    assert 0.2 < np.mean(method.draw(jax.random.key(5), toy_batch(200)).t == 1) < 0.8
+    many = method.draw(jax.random.key(5), toy_batch(200))
+    assert 0.2 < np.mean(many.t == 1) < 0.8
+    # Angles atan(e^(n - 0.6) / 0.5) in the time of the straight path.
+    angle = np.arctan(np.exp(-0.6) / 0.5)
+    middle = np.sin(angle) / (np.sin(angle) + np.cos(angle))
+    assert abs(np.median(many.judge.tau) - middle) < 0.06
 
 
 def toy_batch(rows):

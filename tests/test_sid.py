@@ -202,6 +202,27 @@ def test_a_fake_score_under_guidance_is_compared_with_the_teacher_under_guidance
     np.testing.assert_allclose(guided, 2 * one - other, rtol=1e-10)
 
 
+def test_a_fake_score_learns_null_captions_from_samples_without_captions():
+    """Whose captions are dropped has no caption as it is drawn, either."""
+    params, shape = smooth_params(dtype=np.float64), (8, 4, 3)
+    plain = smooth_network()
+    plain = plain._replace(
+        velocity=lambda p, x, t, text, w=None: smooth_network().velocity(p, x, t, text)
+    )
+    nets = {"fake": {"network": params}, "student": {"network": smooth_params(3, np.float64)}}
+    seen, given = View({"teacher": params, "null": NULL}, nets), draws(shape=shape)
+    null = jax.tree.map(lambda n, c: jnp.broadcast_to(n, c.shape), NULL, TEXT)
+    kept = given._replace(dropped=jnp.zeros(8, bool))
+
+    def loss(text, given):
+        objective = SiD(plain, classifier_free(plain), time_shift=0.0)
+        return objective.fake_loss(nets["fake"], seen, Batch(jnp.zeros(shape), text), given, 0)[0]
+
+    all_dropped = given._replace(dropped=jnp.ones(8, bool))
+    np.testing.assert_allclose(loss(TEXT, all_dropped), loss(null, kept), rtol=1e-12)
+    assert abs(loss(TEXT, kept) - loss(null, kept)) > 1e-3
+
+
 def test_captions_are_dropped_for_a_fake_score_under_guidance_alone():
     batch = Batch(jnp.zeros((2000, 1, 1)))
     for settings, share in (({}, 0.0), ({"compared_scale": 2.0}, 0.1)):

@@ -62,7 +62,7 @@ class Judged:
     blocks: tuple[int, ...] = setting((0, 1, 2, 3, 4, 5), BLOCKS)
     head_width: int = positive(128, 2**15)
     gan_loss: str = choice("hinge", "softplus")
-    mismatched: bool = True
+    mismatched: bool = False
     judge_mean: float = finite(1.0)
     judge_std: float = positive(1.0)
     r1_weight: float = not_negative(0.0)
@@ -70,6 +70,8 @@ class Judged:
     r1_input: str = choice("noised", "clean")
     heads_first: int = steps(0)
     student_every: int = positive(1, 10**4)
+
+    heads_weight = 1.0  # of their loss, beside the penalty
 
     @property
     def players(self) -> dict[str, Player]:
@@ -147,6 +149,7 @@ class Judged:
         if self.mismatched and self.heads_first:
             of_captions = adversarial.discriminator_loss(real, fakes[1], self.gan_loss)
             loss = jnp.where(step < 0, of_captions, loss)
+        loss = self.heads_weight * loss
         metrics = {"real": jnp.mean(real)}
         metrics |= {name: jnp.mean(x) for name, x in zip(("fake", "mismatched"), fakes)}
         if self.r1_weight:

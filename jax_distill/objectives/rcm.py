@@ -64,6 +64,7 @@ class RCM(Matching, SCM):
       dmd_weight: of the second loss.
       scm_steps: moves of the student by the first loss, before all else; none where that has no
         weight.
+      guidance_scales: see `Matching`; the original counts from the conditional velocity, 5.
       least: c.
       steps: the longest rollout.
       restarts: their times are "drawn" as those of the scores are, uniform under `shift`, each at
@@ -78,7 +79,7 @@ class RCM(Matching, SCM):
 
     data_scale: float = positive(1.0)
     angle_mean: float = finite(0.7)
-    guidance_scales: tuple[float, ...] = scales(5.0)
+    guidance_scales: tuple[float, ...] = scales(6.0)
     tangent_warmup: int = steps(1000)
     warmup: str = choice("rcm", "scm")
     weighting: str = choice("sum", "learned")

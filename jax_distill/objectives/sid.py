@@ -79,7 +79,7 @@ class SiD(Matching):
     the error of its noise. Both move at each step, the fake score first. Data are not read.
 
     The fake score may be guided, f_null + k (f - f_null), as it learns and as it is compared; some
-    captions are then the null caption to it.
+    of the samples that it learns are then drawn and shown with the null caption.
 
     Attributes:
       steps: of the student; their number in a rollout is drawn.
@@ -88,7 +88,7 @@ class SiD(Matching):
       guidance_scales: of the teacher (kappa_4), drawn uniformly; the two players embed it.
       learned_scale: k as the fake score learns (kappa_1).
       compared_scale: k in the student's loss (kappa_2 and kappa_3); with 1 for both, no guidance.
-      drop_rate: share of captions that the fake score takes for the null caption, under guidance.
+      drop_rate: share of null captions among those samples, under guidance.
       score_from, score_to: tau is uniform between them.
       alpha, least_error: see `sid_loss`, the latter of w.
       fake_predicts: "noise", as above, or "velocity", without (1 - t)^2.
@@ -185,8 +185,9 @@ class SiD(Matching):
         self, own: dict, view: View, batch: Batch, draws: SiDDraws, moves: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         made = draws.fake
+        text = drop_text(batch.text, view.frozen["null"], draws.dropped)
+        batch, given = batch._replace(text=text), (text, draws.guidance)
         x = jax.lax.stop_gradient(self.made(view.nets[STUDENT], batch, made, draws.guidance))
-        given = drop_text(batch.text, view.frozen["null"], draws.dropped), draws.guidance
         x_t = interpolate(x, made.noise, made.t)
         velocity = self.guided(own, view, x_t, made.t, given, self.learned_scale)
         loss = velocity_loss(velocity, x, made.noise, made.t)

@@ -4,6 +4,7 @@ Source: Chen et al., arXiv:2503.09641.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -34,7 +35,8 @@ class Sprint(Judged, SCM):
     Attributes:
       adversarial_weight: of the heads' opinion.
       noise_share: how often the samples that are judged begin at noise.
-      judge_mean: see `Judged`.
+      mismatched, judge_mean: see `Judged`; the latter as published for angles, whose tangent is
+        divided by a deviation of the data of 0.5: -0.6 + log 2.
     """
 
     name = "sprint"
@@ -42,7 +44,9 @@ class Sprint(Judged, SCM):
 
     adversarial_weight: float = not_negative(0.5)
     noise_share: float = share(0.5)
-    judge_mean: float = finite(-0.6)
+    mismatched: bool = True
+    judge_mean: float = finite(-0.6 + math.log(2))
+    heads_weight = 0.5
 
     def draw(self, key: jax.Array, batch: Batch) -> SprintDraws:
         key, key_angle, key_start, key_noise, key_judge = jax.random.split(key, 5)
