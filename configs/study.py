@@ -29,8 +29,7 @@ METHODS = (
     ("TDM", "configs/tdm.py", BUNDLED),
     ("SiD", "configs/sid.py", BUNDLED),
     ("LADD", "configs/ladd.py", BUNDLED, SMALL),
-    # Its default costs more, of which so many steps of heads alone would be too large a share.
-    ("Sprint", "configs/sprint.py", BUNDLED, SMALL, "objective.heads_first=400"),
+    ("Sprint", "configs/sprint.py", BUNDLED, SMALL),
 )
 
 # Not of the budget: longer runs, from the first row's students, for about four times as much.
