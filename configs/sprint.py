@@ -2,17 +2,16 @@
 
 python -m jax_distill.main --config=configs/sprint.py
 
-From the teacher, an sCM student and its heads at once: expect 0.435, 0.603 and 0.650 in 1, 2 and 4
-steps (sCM: 0.332, 0.623, 0.647), and a diversity of 0.56, 0.76 and 0.80 of the teacher's in what it
-spreads least. 22 minutes on one CPU core.
+From the teacher, an sCM student and its heads at once: expect 0.423, 0.610 and 0.650 in 1, 2 and 4
+steps (sCM: 0.332, 0.623, 0.647). 16 minutes on one CPU core, beside other work.
 
 python -m jax_distill.main --config=configs/sprint.py:refine --config.start.checkpoint=runs/scm
 
-From the student of configs/scm.py: expect 0.583, 0.698 and 0.757 in 1, 2 and 4 steps, which are
-77%, 93% and 100% of the teacher's score; with seed 1, and that seed's student, 0.547, 0.648 and
-0.690. The pictures are as near to real ones as others of these (a distance of 0.012; the teacher's
-have 0.038), and their diversity is 0.67 to 0.71 of the teacher's in what it spreads least, places.
-35 minutes on one CPU core; with what its start cost, 3.6 times the network evaluations of
+From the student of configs/scm.py: expect 0.533, 0.647 and 0.710 in 1, 2 and 4 steps, which are
+71%, 86% and 94% of the teacher's score; with seed 1, and that seed's student, 0.547, 0.648 and
+0.690. The pictures are as near to real ones as others of these (a distance of 0.010 to 0.015; the
+teacher's have 0.043), and their diversity is 0.5 to 0.6 of the teacher's in what it spreads least,
+sizes. 35 minutes on one CPU core; with what its start cost, 3.6 times the network evaluations of
 configs/scm.py.
 
 python -m jax_distill.main --config=configs/sprint.py:flux_lite

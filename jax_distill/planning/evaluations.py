@@ -6,6 +6,7 @@ what optimizers and averages compute beside them counts nothing.
 """
 
 import bisect
+import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,7 +137,22 @@ def _needed(config: ConfigDict) -> list[ConfigDict]:
     return list(found.values())
 
 
+_KNOWN: dict[tuple, Moves] = {}
+"""Costs that were counted: the cells of a study differ in little that costs."""
+_FREE = ("name", "seed", "start", "total_steps", "samples", "checkpoint", "evaluation", "log_every")
+
+
 def _moves(stage: stages.Stage, player: str) -> Moves:
+    """The cost of a player's moves, counted once for runs that cost the same."""
+    kept = {key: value for key, value in stage.config.to_dict().items() if key not in _FREE}
+    teacher = stage.teacher and stage.teacher.to_json_best_effort()
+    key = (json.dumps(kept, sort_keys=True, default=str), teacher, stage.adapted, player, COUNTED)
+    if key not in _KNOWN:
+        _KNOWN[key] = _counted(stage, player)
+    return _KNOWN[key]
+
+
+def _counted(stage: stages.Stage, player: str) -> Moves:
     """The cost of a player's moves, which changes once in a run at most."""
     config, forward = stage.config, example_flops(stage.config)
 
