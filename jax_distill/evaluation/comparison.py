@@ -269,7 +269,7 @@ def write(folder: Path, study: Mapping[str, Any], grid: Path | None = None) -> P
     rows, full = by_row(study), study["teacher"]
     note = (
         "Means over the seeds, and half of the range they span. Evaluations are forwards of the"
-        " student's network for a batch, by arithmetic: of the whole training, with what comes"
+        " student's network for one picture, by arithmetic: of the whole training, with what comes"
         " before the student's own steps, and of one of these. The teacher's own score at"
         f" {full['nfe']} steps is {full['score']:.3f}."
     )
