@@ -304,6 +304,10 @@ def test_a_cell_of_the_embedded_teacher_is_measured_as_any(tmp_path):
 
 
 def test_page_holds_everything_and_needs_no_other_file(tmp_path):
+    long = "python -m jax_distill.main " + " ".join(f"--config.{n}=1" for n in range(200))
+    first, *others = STUDY["cells"]
+    comparison.write(tmp_path, {**STUDY, "cells": [first, {**first, "command": long}, *others]})
+    assert f"\n    {long}\n" in (tmp_path / "study.md").read_text()
     comparison.write(tmp_path, STUDY)
     page = (tmp_path / "study.html").read_text()
     assert "0.60 ±0.10" in page and "--config=&lt;sCM&gt;" in page

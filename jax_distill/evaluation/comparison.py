@@ -14,7 +14,7 @@ from jax_distill.evaluation import page, plots
 from jax_distill.evaluation.plots import Theme
 from jax_distill.evaluation.results import MEASURES, Measures, parse_results
 from jax_distill.storage.files import write_atomically
-from jax_distill.storage.quoting import one_line, prose
+from jax_distill.storage.quoting import COMMAND, one_line, prose
 
 
 class Spread(NamedTuple):
@@ -295,7 +295,8 @@ def write(folder: Path, study: Mapping[str, Any], grid: Path | None = None) -> P
     for name, caption, draw in plots_of(study):
         plots.save(folder / f"{name}.svg", draw, PLOT)
         text.append(f"![{caption}]({name}.svg)")
-    text.append("## Commands\n\n" + "\n".join(f"    {one_line(x)}" for x in commands))
+    lines = (f"    {one_line(command, COMMAND)}" for command in commands)
+    text.append("## Commands\n\n" + "\n".join(lines))
     write_atomically(
         folder / "study.md", f"# {prose(str(study['name']))}\n\n" + "\n\n".join(text) + "\n"
     )

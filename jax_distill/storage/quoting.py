@@ -6,7 +6,7 @@ import shlex
 from typing import Any
 
 _LENGTH = 500  # characters of a stranger's text; a longer one says nothing more
-_COMMAND = 10_000  # of a command, which must be whole
+COMMAND = 10_000  # of a command, which must be whole
 _MARKUP = re.compile(r"([\\`*<>&\[\]])")
 
 
@@ -57,7 +57,7 @@ def prose(text: str) -> str:
 
 def code(text: str) -> str:
     """Text as code in a line of Markdown, whose end no backtick in it can be."""
-    text = one_line(text, _COMMAND)
+    text = one_line(text, COMMAND)
     runs = [len(run) for run in re.findall("`+", text)]
     fence = "`" * next(n for n in range(1, len(runs) + 2) if n not in runs)
     space = " " if text.startswith("`") or text.endswith("`") else ""
@@ -66,4 +66,4 @@ def code(text: str) -> str:
 
 def word(text: str) -> str:
     """Text as one word of a shell command; what is not printable is no part of it."""
-    return shlex.quote(one_line(text, _COMMAND))
+    return shlex.quote(one_line(text, COMMAND))
