@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -16,6 +17,15 @@ class Identity(TypedDict):
 
     examples: int
     digest: str
+
+
+def identity_of(folders: Sequence[str | Path]) -> Identity:
+    """Identifies the data of a run: one folder or several, in their order."""
+    found = [identity(Path(folder)) for folder in folders]
+    if len(found) == 1:
+        return found[0]
+    digest = hashlib.sha256("".join(each["digest"] for each in found).encode())
+    return {"examples": sum(each["examples"] for each in found), "digest": digest.hexdigest()}
 
 
 def identity(folder: Path) -> Identity:

@@ -2,13 +2,35 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
+from absl import logging
 
+from jax_distill.data.mixture import Course, Mixture, Part, Sizes, Start, is_dropped
 from jax_distill.data.records import LatentRecords
 from jax_distill.flow import Batch, Text
+from jax_distill.storage.files import FileError, PassingError
+
+
+class Ahead(NamedTuple):
+    """How batches are read while a step runs; the batches are the same, whatever it is.
+
+    Attributes:
+      threads: that read, a batch each.
+      kept: batches at most that wait to be taken.
+      workers: processes that read in the place of this one's threads; 0: none. Their batches are
+        copied once more, so they pay where examples are computed in Python.
+    """
+
+    threads: int = 1
+    kept: int = 2
+    workers: int = 0
+
+
+ONE_THREAD = Ahead()
 
 
 class EmbeddedLatents:
@@ -43,15 +65,28 @@ def example_of_row(batch_size: int, accumulate: int, rows_per_example: int) -> n
 
 
 class Batches:
-    """An endless stream of batches that counts the examples it has given.
+    """An endless stream of batches that knows its position.
+
+    Attributes:
+      size: of the pictures in the batch that was given last, a number in `Mixture.resolutions`.
 
     Args:
-      read: makes the batch that begins at a given position of the stream of examples.
+      read: makes the batch that begins at a given place.
       count: of examples in a batch.
+      sizes: which size each batch has; by default there is one.
+      ahead: how batches are read ahead.
     """
 
-    def __init__(self, read: Callable[[int], Batch], count: int):
-        self._read, self._count = read, count
+    def __init__(
+        self,
+        read: Callable[[Start], Batch],
+        count: int,
+        sizes: Sizes | None = None,
+        ahead: Ahead = ONE_THREAD,
+    ):
+        self._read, self._count, self._reading = read, count, ahead
+        self._sizes = Sizes([1], 0) if sizes is None else sizes
+        self.size = 0
         self.set_state({"examples": 0})
 
     def __iter__(self) -> "Batches":
@@ -59,28 +94,123 @@ class Batches:
 
     def __next__(self) -> Batch:
         batch = next(self._ahead)
-        self._taken += self._count
+        self.size = self._course.start(self._taken).size
+        self._taken += 1
         return batch
 
-    def get_state(self) -> dict[str, int]:
-        """The position, JSON-able; examples read ahead do not count."""
-        return {"examples": self._taken}
+    def get_state(self) -> dict[str, Any]:
+        """The position, JSON-able; examples read ahead do not count. See `Course`."""
+        return self._course.position(self._taken)
 
-    def set_state(self, position: dict[str, int]) -> None:
+    def set_state(self, position: dict[str, Any]) -> None:
         """Continues from the position of a stream, whatever the size of its batches."""
-        start = self._taken = position["examples"]
-        numbers = grain.MapDataset.range((sys.maxsize - start) // self._count)
-        dataset = numbers.map(lambda number: self._read(start + number * self._count))
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        self._ahead = iter(dataset.to_iter_dataset(options))
+        self._taken = 0
+        self._course = course = Course(self._sizes, self._count, position)
+        numbers = grain.MapDataset.range((sys.maxsize - position["examples"]) // self._count)
+        dataset = numbers.map(Read(self._read, course))
+        threads, kept, workers = self._reading
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(kept, threads))
+        dataset = dataset.to_iter_dataset(options)
+        if workers:
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        self._ahead = iter(dataset)
+
+
+class Read(NamedTuple):
+    """A function from the number of a batch to the batch; workers are sent it."""
+
+    read: Callable[[Start], Batch]
+    course: Course
+
+    def __call__(self, number: int) -> Batch:
+        return self.read(self.course.start(int(number)))
+
+
+class Examples:
+    """Reads the rows of batches that this process holds.
+
+    Args:
+      mixture: of sources.
+      seed: of the order and of what is dropped.
+      held: the examples of a batch that are read, by their places in it.
+      rows: for each row, which of those it is.
+      caption_dropout: the share of examples that are given with the empty caption.
+      damaged_share: the largest share of a source's examples that may be replaced because they are
+        damaged; see `example`.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        seed: int,
+        held: np.ndarray,
+        rows: np.ndarray,
+        caption_dropout: float = 0.0,
+        damaged_share: float = 0.0,
+    ):
+        self._mixture, self._orders = mixture, mixture.orders(seed)
+        self._seed, self._held, self._rows = seed, held, rows
+        self._dropout, self._damaged_share = caption_dropout, damaged_share
+        self._null = None
+        if caption_dropout:
+            self._null = Text(*(np.asarray(leaf)[0] for leaf in mixture.null))
+        self._damaged: dict[int, set[int]] = {}
+
+    def __call__(self, start: Start) -> Batch:
+        """The batch that begins there."""
+        examples = [self.example(start, int(place)) for place in self._held]
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *[examples[i] for i in self._rows])
+
+    def example(self, start: Start, place: int) -> Batch:
+        """One example of a batch, without the leading axis.
+
+        In the place of a damaged one, which a warning names once, stands the next good one of its
+        source's epoch. Other places of the stream stay as they are, on every process.
+
+        Raises:
+          FileError: it is damaged, as are more than may be.
+          PassingError: it cannot be read for now.
+        """
+        order = self._orders[start.size]
+        found = order[start.within + place]
+        source = self._mixture.parts[found.part].source
+        for later in range(len(source)):
+            index = order.index(found, later)
+            try:
+                example = source[index]
+                break
+            except PassingError:
+                raise
+            except FileError as error:
+                self._note(found.part, index, error)
+        if self._null is not None and is_dropped(self._seed, start.position + place, self._dropout):
+            example = example._replace(text=self._null)
+        return example
+
+    def _note(self, part: int, index: int, error: FileError) -> None:
+        """Counts a damaged example; raises its error if there are too many."""
+        damaged = self._damaged.setdefault(part, set())
+        new = index not in damaged
+        damaged.add(index)
+        count = len(self._mixture.parts[part].source)
+        if len(damaged) > self._damaged_share * count:
+            limit = f"; data.damaged_share={self._damaged_share:g} allows no more"
+            raise FileError(f"{error}{limit * (self._damaged_share > 0)}") from None
+        if new:
+            known = f"{len(damaged)} of {count}"
+            logging.warning("replaced by the next one (%s so far): %s", known, error)
 
 
 def batches(
-    source,
+    source: Any,
     batch_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
     layout: Sequence[int] | None = None,
+    *,
+    caption_dropout: float = 0.0,
+    damaged_share: float = 0.0,
+    ahead: Ahead = ONE_THREAD,
 ) -> Batches:
     """An endless stream of shuffled batches whose position can be saved and restored.
 
@@ -89,27 +219,27 @@ def batches(
     that read, or on their rows.
 
     Args:
-      source: random-access, of `Batch` without the leading axis.
+      source: random-access, of `Batch` without the leading axis; or a `Mixture` of such.
       batch_size: of all processes together.
       seed: of the shuffle, which differs from epoch to epoch.
       rows: of each batch, to be read here, see `sharding.local_rows`; all by default.
       layout: index of the example in each row, see `example_of_row`; by default each row has its
         own. An example is read once, by the processes that have rows of it.
+      caption_dropout: the share of examples that are given with the empty caption, whichever
+        process reads them.
+      damaged_share: see `Examples`; 0 lets the first damaged example end the stream.
+      ahead: how batches are read ahead.
 
     Raises:
       ValueError: see `check_batch_size`.
     """
+    mixture = source if isinstance(source, Mixture) else Mixture([Part(source)])
     layout = np.arange(batch_size) if layout is None else np.asarray(layout)
     count = int(layout.max()) + 1
-    check_batch_size(batch_size, len(source), rows_per_example=batch_size // count)
+    check_batch_size(batch_size, mixture.smallest(), rows_per_example=batch_size // count)
     held, places = np.unique(layout if rows is None else layout[rows], return_inverse=True)
-    indices = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
-
-    def read(start: int) -> Batch:
-        examples = [source[indices[start + int(place)]] for place in held]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *[examples[i] for i in places])
-
-    return Batches(read, count)
+    read = Examples(mixture, seed, held, places, caption_dropout, damaged_share)
+    return Batches(read, count, mixture.sizes(seed), ahead)
 
 
 def check_batch_size(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from jax_distill import streams, worlds
 from jax_distill.assembly import adapters, build, resolution, stages
 from jax_distill.assembly.frozen import frozen_network
 from jax_distill.config import ConfigError
+from jax_distill.data.folders import folders, resolutions
+from jax_distill.data.records import DESCRIPTION
 from jax_distill.devices import sharding
 from jax_distill.flow import Batch, Text
 from jax_distill.objectives.methods import OBJECTIVES
@@ -155,10 +158,23 @@ def run_stages(config: ConfigDict) -> list[stages.Stage]:
     resolution.validate(config)
     if config.objective.name == "autoencoder":
         raise ConfigError("objective.name: the autoencoder has no plan; give another --config")
+    config = _largest(config)
     teacher = None if config.teacher.checkpoint else worlds.of(config).planned_teacher()
     resolved = resolution.resolve(_shifted(config.copy_and_resolve_references()), teacher)
     every = [stage._replace(config=_shifted(stage.config)) for stage in resolved.stages]
     return [stage for stage in every if stage.config.total_steps]
+
+
+def _largest(config: ConfigDict) -> ConfigDict:
+    """The configuration at the largest of the sizes that its data has, where that is there."""
+    path = config.data.path
+    if not all((Path(folder) / DESCRIPTION).is_file() for folder in folders(path)):
+        return config
+    changed = config.copy_and_resolve_references()
+    with changed.unlocked():
+        sizes = [*resolutions(path), tuple(config.data.resolution)]
+        changed.data.resolution = max(sizes, key=math.prod)
+    return changed
 
 
 def _shifted(config: ConfigDict) -> ConfigDict:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_distill.config import optimizer_of
-from jax_distill.data.loader import Batches, batches, example_of_row
+from jax_distill.data.loader import Ahead, Batches, batches, example_of_row
 from jax_distill.devices import processes, sharding
 from jax_distill.devices.signals import Interrupted, Signals
 from jax_distill.objectives.objective import STUDENT, Method
@@ -54,7 +54,7 @@ class Initial(NamedTuple):
 def fit(
     config: ConfigDict,
     workdir: Path,
-    objective: Method,
+    objective: Method | Sequence[Method],
     initial: Initial | dict,
     frozen: dict,
     source: Any,
@@ -71,7 +71,8 @@ def fit(
     Args:
       config: the run's configuration.
       workdir: of this stage; checkpoints, metrics and samples go there.
-      objective: what is trained.
+      objective: what is trained; where the source has pictures of several sizes, one for each of
+        them, in their order, which differ in nothing but the size.
       initial: the student network's parameters; as `Initial` they are not made where there is a
         checkpoint, and not kept once there is a state.
       frozen: parameters that no gradient reaches, passed to the loss.
@@ -85,6 +86,8 @@ def fit(
       NonFiniteLoss: with `on_nonfinite="stop"`, naming the step and the last good checkpoint.
       Interrupted: after saving.
     """
+    objectives = objective if isinstance(objective, Sequence) else (objective,)
+    objective = objectives[0]
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(config.mesh)
     average = finished(config, workdir, mesh)
@@ -100,14 +103,12 @@ def fit(
 
     abstract = jax.eval_shape(create, initial.shapes)
     shardings = sharding.shard_state(abstract, mesh)
-    rows = sharding.local_rows(config.batch_size, mesh)
-    layout = example_of_row(config.batch_size, config.accumulate, objective.rows_per_example)
     with (
         Signals() as signals,
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
         Report(workdir, config.total_steps, config.batch_size) as report,
     ):
-        iterator = batches(source, config.batch_size, config.seed, rows, layout)
+        iterator = stream(config, source, objective, mesh)
         found = checkpoints.restore_latest(with_shardings(abstract, shardings))
         if found is None:
             start, window = 0, {}
@@ -128,10 +129,28 @@ def fit(
         total, begins = config.total_steps, "after" if start else "from"
         logging.info("%s, %s step %d of %d", what, begins, start, total)
         report.begin(start, window)
-        programs = functools.partial(jit_step, objective, optimizers, config, shardings)
+
+        def program(size: int, turn: tuple[str, ...]) -> Callable:
+            return jit_step(objectives[size], optimizers, config, shardings, turn)
+
         frozen = sharding.put(frozen, sharding.shard_state(frozen, mesh))
-        run = _Run(config, objective, functools.cache(programs), frozen, checkpoints, report)
+        run = _Run(config, objective, functools.cache(program), frozen, checkpoints, report)
         return run.train(state, start, iterator, signals, hooks)
+
+
+def stream(config: ConfigDict, source: Any, objective: Method, mesh: Mesh) -> Batches:
+    """The batches of a run, of which this process reads the rows that its devices hold."""
+    data = config.data
+    return batches(
+        source,
+        config.batch_size,
+        config.seed,
+        sharding.local_rows(config.batch_size, mesh),
+        example_of_row(config.batch_size, config.accumulate, objective.rows_per_example),
+        caption_dropout=data.caption_dropout,
+        damaged_share=data.damaged_share if data.damaged == "skip" else 0.0,
+        ahead=Ahead(data.threads, data.prefetch, data.workers),
+    )
 
 
 class _Run:
@@ -141,7 +160,7 @@ class _Run:
         self,
         config: ConfigDict,
         objective: Method,
-        program: Callable[[tuple[str, ...]], Callable],
+        program: Callable[[int, tuple[str, ...]], Callable],
         frozen: dict,
         checkpoints: Checkpoints,
         report: Report,
@@ -162,14 +181,15 @@ class _Run:
         """Takes the steps after `start`; returns the student's average."""
         config, total = self._config, self._config.total_steps
         moves = {name: int(player.moves) for name, player in state.players.items()}
-        compiled = set()
+        compiled: set[tuple[int, tuple[str, ...]]] = set()
         for step in range(start + 1, total + 1):
             turn = self._objective.turn(step - 1)
             batch = sharding.shard_batch(next(iterator), state.step.sharding.mesh)
-            state, metrics = self._program(turn)(state, self._frozen, batch)
-            if turn not in compiled:
+            which = (iterator.size, turn)
+            state, metrics = self._program(*which)(state, self._frozen, batch)
+            if which not in compiled:
                 self._report.start_clock(step - 1)
-                compiled.add(turn)
+                compiled.add(which)
             moves |= {name: moves[name] + 1 for name in turn}
             self._running.append((step, metrics))
             self._settle(leave=1)  # the last runs while the next batch is made

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
+from jax_distill.data.mixture import Mixture
 from jax_distill.data.records import LatentRecords
 from jax_distill.data.sources.source import CaptionedSource
 from jax_distill.flow import Batch, Text
@@ -98,8 +99,8 @@ class World(Protocol):
     def examples(self, count: int) -> list[str]:
         """Captions to be exported as embeddings; none where text encoders of PyTorch make them."""
 
-    def source(self, workdir: Path) -> Source:
-        """The data of a run; may be made, below `workdir`."""
+    def source(self, workdir: Path) -> Mixture:
+        """The data of a run, of the folders of `data.path`; may be made, below `workdir`."""
 
     def pictures(self) -> Sequence[Batch] | None:
         """Pictures to train an autoencoder on; None in a world that comes with its own."""
@@ -135,11 +136,12 @@ class World(Protocol):
     def preview(self, source: Source, count: int) -> tuple[list[str], Text]:
         """Captions for sample grids, always the same `count`, as words and embedded."""
 
-    def check(self, records: LatentRecords | None) -> None:
+    def check(self, records: LatentRecords | None, folder: str = "") -> None:
         """Checks this world's own requirements before a run begins.
 
         Args:
-          records: of `data.path`; None where the world makes its data itself.
+          records: of a folder of `data.path`; None where the world makes its data itself.
+          folder: that they lie in.
 
         Raises:
           ConfigError: naming the key and the fix.

@@ -14,7 +14,9 @@ from ml_collections import ConfigDict
 
 from jax_distill import flow
 from jax_distill.config import ConfigError, load
+from jax_distill.data import mixture
 from jax_distill.data.encoding import NULL_CAPTION, encode_pictures
+from jax_distill.data.folders import folders, resolution_of, weighed
 from jax_distill.data.loader import EmbeddedLatents
 from jax_distill.data.records import LatentRecords
 from jax_distill.data.sources.checking import checked
@@ -118,7 +120,7 @@ class Flux:
     def null(self) -> Text:
         """The empty caption, from `data.path` if it is set, otherwise embedded anew."""
         if self._config.data.path:
-            return LatentRecords(Path(self._config.data.path)).null
+            return LatentRecords(Path(folders(self._config.data.path)[0])).null
         return self.encode([NULL_CAPTION])
 
     def time_shift(self, tokens: int) -> float:
@@ -164,10 +166,14 @@ class Flux:
         """FLUX.1-lite-8B."""
         return flux_lite(self._config.model.get("remat", "none"), self.resolution)
 
-    def source(self, workdir: Path) -> EmbeddedLatents:
-        """`data.path`, captions embedded, as `jax_distill.prepare` made it."""
+    def source(self, workdir: Path) -> mixture.Mixture:
+        """The folders of `data.path`, captions embedded, as `jax_distill.prepare` made them."""
         del workdir
-        return EmbeddedLatents(LatentRecords(Path(self._config.data.path)))
+        parts = []
+        for folder, weight in weighed(self._config.data.path, self._config.data.weights):
+            records = LatentRecords(Path(folder))
+            parts.append(mixture.Part(EmbeddedLatents(records), weight, resolution_of(records)))
+        return mixture.Mixture(parts)
 
     def preview(self, source: EmbeddedLatents, count: int) -> tuple[list[str], Text]:
         """Captions of the data, taken evenly: no text encoder is needed."""
@@ -194,14 +200,15 @@ class Flux:
         )
         return len(usable)
 
-    def check(self, records: LatentRecords | None) -> None:
+    def check(self, records: LatentRecords | None, folder: str = "") -> None:
         config = self._config
         if records is None:
             raise ConfigError(
                 "data.path: missing; make the folder with python -m jax_distill.prepare"
                 f" --checkpoint={self.folder} --source=PICTURES --output=DIR"
             )
-        if config.samples.prompts > len(records):
+        first = folder == folders(config.data.path)[0]  # grids have its captions
+        if first and config.samples.prompts > len(records):
             raise ConfigError(
                 f"samples.prompts: {config.samples.prompts} is more than the {len(records)}"
                 " examples there are"
@@ -209,21 +216,21 @@ class Flux:
         sequence = records[0].sequence
         if sequence is None or not records.has_null:
             raise ConfigError(
-                f"data.path: '{config.data.path}' has no embedded captions; make the folder with"
+                f"data.path: '{folder}' has no embedded captions; make the folder with"
                 f" python -m jax_distill.prepare --checkpoint={self.folder}"
             )
         length = config.data.text_length
-        made_for = records.description.get("resolution", ())
-        if tuple(made_for) != self.resolution:
+        made_for = resolution_of(records)
+        if first and made_for != self.resolution:
             raise ConfigError(
-                f"data.path: the pictures in '{config.data.path}' are of {tuple(made_for)} pixels,"
-                f" data.resolution is {self.resolution}; they must be equal"
+                f"data.path: the pictures in '{folder}' are of {made_for} pixels, data.resolution"
+                f" is {self.resolution}; they must be equal"
             )
         if sequence.shape != (length, self.text_widths[0]):
             raise ConfigError(
-                f"data.path: the captions in '{config.data.path}' are of shape {sequence.shape},"
-                f" the teacher's text encoders make {(length, self.text_widths[0])}; prepare the"
-                " folder with its text encoders"
+                f"data.path: the captions in '{folder}' are of shape {sequence.shape}, the"
+                f" teacher's text encoders make {(length, self.text_widths[0])}; prepare the folder"
+                " with its text encoders"
             )
 
 

@@ -9,6 +9,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from jax_distill.config import ConfigError
+from jax_distill.data.folders import weighed
+from jax_distill.data.mixture import Mixture, Part
 from jax_distill.data.records import DESCRIPTION, LatentRecords
 from jax_distill.flow import Text
 from jax_distill.interop.orbax_tree import StoredLeaf
@@ -73,14 +75,20 @@ class Shapes:
 
     planned_teacher = default_teacher
 
-    def source(self, workdir: Path) -> CaptionedLatents:
+    def source(self, workdir: Path) -> Mixture:
         """`data.path`, or the stream of `data.seed`, encoded once into the workdir."""
         data = self._config.data
-        path = Path(data.path or workdir / "data")
-        if not data.path and not (path / DESCRIPTION).exists():
+        if data.path:
+            parts = weighed(data.path, data.weights)
+            return Mixture([Part(self._opened(folder), weight) for folder, weight in parts])
+        path = workdir / "data"
+        if not (path / DESCRIPTION).exists():
             logging.info("encoding %d pictures into %s", data.examples, path)
             self.prepare(path)
-        return CaptionedLatents(LatentRecords(path), self._encoder)
+        return Mixture([Part(self._opened(path))])
+
+    def _opened(self, folder: str | Path) -> CaptionedLatents:
+        return CaptionedLatents(LatentRecords(Path(folder)), self._encoder)
 
     def pictures(self) -> Pictures:
         return Pictures(self._config.data.examples, self._config.data.seed)
@@ -106,7 +114,8 @@ class Shapes:
         captions = preview_captions(count)
         return captions, self.encode(captions)
 
-    def check(self, records: LatentRecords | None) -> None:
+    def check(self, records: LatentRecords | None, folder: str = "") -> None:
+        del folder
         limit = len(renderer.held_out_prompts())
         if self._config.samples.prompts > limit:
             raise ConfigError(
