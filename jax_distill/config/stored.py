@@ -17,7 +17,7 @@ from jax_distill.storage.files import FileError, read_json, write_atomically
 
 LATER = (
     *("world", "ema_dtype", "ema_power", "ema_warmup", "teacher.guidance", "data.resolution"),
-    *("evaluation.every",),
+    *("data.embedding", "evaluation.every"),
     *("evaluation.diversity_prompts", "evaluation.diversity_pictures"),
     *("lora.rank", "lora.alpha", "lora.targets", "lora.base", "samples.teacher_steps"),
     *("start.checkpoint", "rescale.total_steps", "rescale.batch_size", "rescale.learning_rate"),

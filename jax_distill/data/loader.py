@@ -1,12 +1,15 @@
 """Input pipelines: a random-access source, shuffled and repeated by grain, in batches."""
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import grain
 import jax
 import numpy as np
 
+from jax_distill.data.encoding import NULL_CAPTION
 from jax_distill.data.records import LatentRecords
 from jax_distill.flow import Batch, Text
 
@@ -30,6 +33,70 @@ class EmbeddedLatents:
         records = [self._records[index] for index in indices]
         text = Text(*(np.stack([getattr(r, name) for r in records]) for name in Text._fields))
         return [record.caption for record in records], text
+
+    def embed(self, batch: Batch) -> Batch:
+        return batch
+
+
+class Embedder(Protocol):
+    """Text encoders on the mesh of a run."""
+
+    def __call__(self, tokens: Any) -> Text:
+        """Embeds token ids that are split over the mesh as batches are; returns at once."""
+
+    def gathered(self, tokens: Any) -> Text:
+        """Embeds the token ids of any number of captions, into the memory of every host."""
+
+
+class TokenizedLatents:
+    """Latents with captions as token ids, which `embed` embeds on the devices of the run.
+
+    Text encoders are read where something is first embedded: by all processes at the same time.
+
+    Args:
+      records: with captions, embedded or not.
+      tokenize: captions (B,) to token ids, arrays (B, ..).
+      read: reads the text encoders.
+    """
+
+    def __init__(
+        self,
+        records: LatentRecords,
+        tokenize: Callable[[Sequence[str]], Any],
+        read: Callable[[], Embedder],
+    ):
+        self._records, self._tokenize, self._read = records, tokenize, read
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the workers of a loader, which embed nothing."""
+        kept = {name: self.__dict__[name] for name in ("_records", "_tokenize")}
+        return {**kept, "_read": None}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Batch:
+        record = self._records[int(index)]
+        tokens = jax.tree.map(lambda ids: ids[0], self._tokenize([record.caption]))
+        return Batch(record.latents.astype(np.float32), tokens)
+
+    @functools.cached_property
+    def _embedder(self) -> Embedder:
+        return self._read()
+
+    @functools.cached_property
+    def null(self) -> Text:
+        """The empty caption, embedded once, with a leading axis of length one."""
+        return self._embedder.gathered(self._tokenize([NULL_CAPTION]))
+
+    def captions(self, indices: Sequence[int]) -> tuple[list[str], Text]:
+        """The captions of some examples, as words and embedded (B, ...)."""
+        captions = [self._records[index].caption for index in indices]
+        return captions, self._embedder.gathered(self._tokenize(captions))
+
+    def embed(self, batch: Batch) -> Batch:
+        """A batch of token ids on the mesh, with its captions embedded there."""
+        return batch._replace(text=self._embedder(batch.text))
 
 
 def example_of_row(batch_size: int, accumulate: int, rows_per_example: int) -> np.ndarray:

@@ -50,6 +50,9 @@ class CaptionedLatents:
             raise ValueError(f"data.text_length, example {int(index)}: {error}") from None
         return Batch(record.latents.astype(np.float32), Text(sequence[0], pooled[0]))
 
+    def embed(self, batch: Batch) -> Batch:
+        return batch
+
 
 def encode_shapes(
     path: Path, examples: int, seed: int, encode: Callable[[np.ndarray], Any]
