@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 from random_pipeline import save_random
+from regression import Regression, Source, frozen, parameters, small_config
 from test_flux_training import LENGTH, SIZE, WORDS, flags, train
 
 from jax_distill import config as configuration
@@ -28,7 +29,7 @@ from jax_distill.flow import Batch
 from jax_distill.planning import chips, planner, table
 from jax_distill.runs import checks
 from jax_distill.runs.porting import port
-from jax_distill.training import checkpoint
+from jax_distill.training import checkpoint, loop, progress
 from jax_distill.worlds.flux.world import Flux, ported_config
 
 ROOT = Path(__file__).parents[1]
@@ -166,6 +167,33 @@ def test_micro_batches_and_adapters_embed_likewise(run, folders, tmp_path):
     )
     np.testing.assert_allclose(losses(found), losses(expected), rtol=1e-3)
     assert (found / "time_rescale/rescale.json").exists()
+
+
+def test_the_next_captions_are_embedded_while_a_step_runs(monkeypatch, tmp_path):
+    """The loop asks for them before it waits for the step's metrics; losses get what is made."""
+    order, add = [], progress.Report.add
+
+    def embed(batch):
+        order.append("embedded")
+        assert isinstance(batch.x, jax.Array)
+        return batch._replace(x=batch.x + 1)
+
+    def added(report, values):
+        order.append("waited")
+        add(report, values)
+
+    class Shifted(Source):
+        def __getitem__(self, index):
+            batch = super().__getitem__(index)
+            return batch._replace(x=batch.x + np.ones_like(batch.x))
+
+    config = small_config(total_steps=5, log_every=5, checkpoint__every=5)
+    start = Regression(), parameters(), frozen()
+    expected = loop.fit(config, tmp_path / "plain", *start, Shifted())
+    monkeypatch.setattr(progress.Report, "add", added)
+    found = loop.fit(config, tmp_path / "embedded", *start, Source(), embed=embed)
+    assert order == ["embedded", *["embedded", "waited"] * 4, "waited"]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 REFUSED = [
