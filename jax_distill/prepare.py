@@ -94,9 +94,13 @@ def main(argv: list[str]) -> None:
         raise ValueError("--caption_column needs --source or --captions, which have captions")
     if flags.FLAGS["damaged_share"].present and _DAMAGED.value != "skip":
         raise ValueError("--damaged_share needs --damaged=skip, which it limits")
-    for flag in ("height", "width", "embed"):
+    for flag in ("height", "width"):
         if flags.FLAGS[flag].present and not (_TEACHER.value or _SOURCE.value):
-            raise ValueError(f"--{flag} needs --source or --teacher; the shapes world has its own")
+            raise ValueError(f"--{flag} needs --source or --teacher; rendered pictures have a size")
+    if flags.FLAGS["embed"].present and not (_TEACHER.value or _SOURCE.value):
+        raise ValueError(
+            "--embed needs --source or --teacher; rendered pictures have words alone"
+        )
     if output.is_dir() and not any(output.iterdir()):
         output.rmdir()
     with made_whole(output) as partial:

@@ -34,7 +34,8 @@ from jax_distill.worlds.flux.world import Flux, ported_config
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = [f"{index} times a {WORDS[index % 3]}" for index in range(12)]
-RUN = ("optimizer.schedule=constant", "total_steps=4", "optimizer.learning_rate=1e-3")
+RUN = ("optimizer.schedule=constant", "optimizer.warmup_steps=0", "total_steps=4")
+RUN += ("optimizer.learning_rate=1e-3",)
 TRAINING = "data.embedding=training"
 
 
@@ -213,9 +214,10 @@ def test_what_cannot_be_embedded_is_said_in_one_sentence(
 ):
     path = folders[1]
     if folder == "none":
-        rows = [record._replace(caption="") for record in records.LatentRecords(path)]
+        found = records.LatentRecords(path)
+        rows = [found[index]._replace(caption="") for index in range(len(found))]
         path = tmp_path / "latents"
-        records.write(path, rows, records.LatentRecords(folders[1]).description)
+        records.write(path, rows, found.description)
     error = train(monkeypatch, "scm", ported, path, changes, tmp_path / "run")
     assert expected in error and "\n" not in error and not (tmp_path / "run").exists()
 
@@ -246,7 +248,7 @@ def test_captions_are_prepared_as_words_alone(ported, folders, monkeypatch, tmp_
         prepare.flags.FLAGS(argv)
         prepare.main(argv[:1])
     found = records.LatentRecords(tmp_path / "words")
-    assert [record.caption for record in found] == CAPTIONS[:2]
+    assert [found[index].caption for index in range(len(found))] == CAPTIONS[:2]
     assert found[0].sequence is None and not found.has_null
 
 
