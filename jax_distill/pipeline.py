@@ -22,7 +22,7 @@ from jax_distill.models import finite
 from jax_distill.storage.files import check_no_partial
 from jax_distill.training import checkpoint
 from jax_distill.worlds import World
-from jax_distill.worlds.flux.world import load_stored
+from jax_distill.worlds.flux.stored import load_stored
 from jax_distill.worlds.shapes import bundled
 
 

@@ -60,6 +60,9 @@ _WIDTH = flags.DEFINE_integer(
 _LATENTS = flags.DEFINE_enum(
     "latents", "mean", ["mean", "sample"], "Part of the autoencoder's posterior to take."
 )
+_EMBED = flags.DEFINE_boolean(
+    "embed", True, "Store FLUX's captions embedded; --embed=false: for data.embedding=training."
+)
 _TEACHER = flags.DEFINE_string(
     "teacher", None, "Draws the latents: a run's workdir, a ported folder, or 'embedded'."
 )
@@ -94,6 +97,8 @@ def main(argv: list[str]) -> None:
     for flag in ("height", "width"):
         if flags.FLAGS[flag].present and not (_TEACHER.value or _SOURCE.value):
             raise ValueError(f"--{flag} needs --source or --teacher; rendered pictures have a size")
+    if flags.FLAGS["embed"].present and not (_TEACHER.value or _SOURCE.value):
+        raise ValueError("--embed needs --source or --teacher; rendered pictures have words alone")
     if output.is_dir() and not any(output.iterdir()):
         output.rmdir()
     with made_whole(output) as partial:
@@ -112,7 +117,9 @@ def prepare(output: Path) -> int:
         seed = _SEED.value if _LATENTS.value == "sample" else None
         share = _DAMAGED_SHARE.value if _DAMAGED.value == "skip" else 0.0
         source = open_source(_SOURCE.value, columns())
-        return worlds.of(config).prepare(output, source, seed=seed, damaged_share=share)
+        return worlds.of(config).prepare(
+            output, source, seed=seed, damaged_share=share, embed=_EMBED.value
+        )
     config = configuration.base()
     with config.unlocked():
         config.data.examples, config.data.seed = _EXAMPLES.value, _SEED.value
@@ -157,7 +164,8 @@ def draw(output: Path) -> int:
         "resolution": list(size),
     }
     embed = pipe.world.encoder()
-    null = embed([NULL_CAPTION]) if pipe.world.stores_text else None
+    stored = pipe.world.stores_text and _EMBED.value
+    null = embed([NULL_CAPTION]) if stored else None
     encode_drawn(output, captions, embed, drawn, description, null=null)
     return len(captions)
 

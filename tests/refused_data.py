@@ -12,10 +12,12 @@ from test_pictures import DEEP, HEIGHT, RAMP, RGB, deep_colours, png
 from test_records import SHARD, embedded, null, some
 
 from jax_distill import prepare
+from jax_distill.config import base
 from jax_distill.data import encoding, pictures, records
 from jax_distill.data.sources.checking import checked
 from jax_distill.data.sources.folder import PictureFolder
 from jax_distill.storage import files
+from jax_distill.worlds.flux.world import Flux
 
 
 def ask_all(root, ask):
@@ -24,6 +26,21 @@ def ask_all(root, ask):
     _pictures(root, ask)
     _captions(root, ask)
     _latents(root, ask)
+    _words(root, ask)
+
+
+def _words(root, ask):
+    config = base()
+    with config.unlocked():
+        config.data.path, config.data.resolution = str(root / "words"), (32, 32)
+        config.samples.prompts = 1
+    world = Flux(config)
+    world.folder = root / "ported"
+    for embedding, caption in (("prepared", "a fox"), ("training", "")):
+        config.data.embedding = embedding
+        rows = [records.LatentRecord(np.zeros((4, 8), np.float16), caption)]
+        records.write(root / "words", rows, {"resolution": [32, 32]})
+        ask(world.check, records.LatentRecords(root / "words"))
 
 
 def _texts(root, ask):

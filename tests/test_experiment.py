@@ -42,7 +42,7 @@ def distil(monkeypatch, tmp_path):
         network = build.initial_parameters(teacher_config)
         ran, saved = [], {}
 
-        def fit(config, workdir, objective, initial, frozen, source, hooks=()):
+        def fit(config, workdir, objective, initial, frozen, source, hooks=(), embed=None):
             made = initial.make()
             assert jax.tree.structure(made) == jax.tree.structure(initial.shapes)
             ran.append(Ran(objective, made, frozen, workdir))
@@ -62,7 +62,9 @@ def distil(monkeypatch, tmp_path):
             ("scoring.conclude", lambda *args, **kwargs: None),
         ):
             monkeypatch.setattr(f"jax_distill.runs.experiment.{name}", stub)
-        monkeypatch.setattr(Shapes, "source", lambda self, workdir: SimpleNamespace(null=None))
+        monkeypatch.setattr(
+            Shapes, "source", lambda self, workdir: SimpleNamespace(null=None, embed=None)
+        )
         experiment.run(config, tmp_path)
         return network, ran
 

@@ -25,7 +25,7 @@ class Named:
     def __init__(self, first, count, tokens=1, bad=(), error=FileError):
         self._names, self._tokens = range(first, first + count), tokens
         self._bad, self._error = bad, error
-        self.null = NULL
+        self.null, self.empty = NULL, Text(NULL.sequence[0], NULL.pooled[0])
 
     def __len__(self):
         return len(self._names)

@@ -54,6 +54,7 @@ def test_a_teacher_draws_for_captions_without_a_picture(run, monkeypatch, tmp_pa
         (["--steps=4"], "--steps needs --teacher"),
         (["--teacher=x", "--latents=sample"], "--latents needs --source"),
         (["--height=128"], "--height needs --source or --teacher"),
+        (["--embed=false"], "--embed needs --source or --teacher"),
         (["--teacher=embedded", "--source=x", "--checkpoint=y"], "give one of them"),
         (["--teacher=embedded", "--captions=no.txt"], "'no.txt' is missing"),
         (["--teacher=no/where"], "'no/where' is no workdir of a run"),
@@ -73,8 +74,8 @@ def test_flags_choose_the_source_its_columns_and_what_may_be_left_out(run, monke
     asked = []
 
     class World:
-        def prepare(self, output, source, *, seed, damaged_share):
-            asked.append((source[0].caption, len(source), seed, damaged_share))
+        def prepare(self, output, source, *, seed, damaged_share, embed):
+            asked.append((source[0].caption, len(source), seed, damaged_share, embed))
             return len(source)
 
     config = base()
@@ -84,14 +85,14 @@ def test_flags_choose_the_source_its_columns_and_what_may_be_left_out(run, monke
     one, other = (f"--source={tmp_path / name}" for name in ("a.parquet", "b.parquet"))
     flags = [f"--image_column={columns.image}", f"--caption_column={columns.caption}"]
     assert run("--checkpoint=y", one, other, *flags) is None
-    assert run("--checkpoint=y", other, *flags, "--damaged=skip") is None
+    assert run("--checkpoint=y", other, *flags, "--damaged=skip", "--embed=false") is None
     more = ["--damaged=skip", "--damaged_share=0.2", "--latents=sample", "--seed=3"]
     assert run("--checkpoint=y", f"--source={names[0]}", *flags, *more) is None
     assert "no column 'image'" in run("--checkpoint=y", one)
     assert asked == [
-        (CAPTIONS[0], 5, None, 0.0),
-        (CAPTIONS[3], 2, None, 0.01),
-        (CAPTIONS[0], 5, 3, 0.2),
+        (CAPTIONS[0], 5, None, 0.0, True),
+        (CAPTIONS[3], 2, None, 0.01, False),
+        (CAPTIONS[0], 5, 3, 0.2, True),
     ]
 
 

@@ -91,6 +91,11 @@ def validate(config: ConfigDict) -> None:
     configuration.check(given, partial=("model",) if distils else ())
     if not config.name:
         raise ConfigError("name: '' is not a word; it names the default workdir")
+    if config.data.embedding == "training" and not worlds.of(config).stores_text:
+        raise ConfigError(
+            f"data.embedding: 'training', but captions of world={config.world!r} are embedded as"
+            " they are read, without a network; set it to prepared"
+        )
 
 
 def absolute(source: str) -> str:

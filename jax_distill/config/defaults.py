@@ -62,6 +62,7 @@ DATA = {
     "examples": 100_000,  # of the shapes world, when the folder is made
     "seed": 0,
     "text_length": 10,
+    "embedding": "prepared",  # of FLUX's captions; or "training": embedded beside the steps
     "resolution": (512, 512),  # of FLUX's world: height and width in pixels
 }
 OPTIMIZER = {

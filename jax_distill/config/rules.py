@@ -83,6 +83,7 @@ _RESOLUTION = f"a height and a width, multiples of {PATCH} up to {MOST_PIXELS} p
 CHOICES = {
     "on_nonfinite": ("stop", "skip"),
     "dtype": ("float32", "bfloat16"),
+    "data.embedding": ("prepared", "training"),
     "ema_dtype": ("float32", "bfloat16"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.moments": ("float32", "bfloat16"),

@@ -17,8 +17,8 @@ from jax_distill.storage.files import FileError, read_json, write_atomically
 
 LATER = (
     *("world", "ema_dtype", "ema_power", "ema_warmup", "teacher.guidance", "data.resolution"),
-    *("evaluation.every", "data.weights", "data.caption_dropout", "data.damaged"),
-    *("data.damaged_share", "data.threads", "data.prefetch", "data.workers"),
+    *("data.embedding", "evaluation.every", "data.weights", "data.caption_dropout"),
+    *("data.damaged", "data.damaged_share", "data.threads", "data.prefetch", "data.workers"),
     *("evaluation.diversity_prompts", "evaluation.diversity_pictures"),
     *("lora.rank", "lora.alpha", "lora.targets", "lora.base", "samples.teacher_steps"),
     *("start.checkpoint", "rescale.total_steps", "rescale.batch_size", "rescale.learning_rate"),

@@ -70,7 +70,7 @@ def encode_pictures(
     source: CheckedSource,
     resolution: tuple[int, int],
     encode: Callable[..., Any],
-    embed: Callable[[Sequence[str]], Text],
+    embed: Callable[[Sequence[str]], Text] | None,
     *,
     seed: int | None = None,
 ) -> None:
@@ -85,7 +85,7 @@ def encode_pictures(
       source: pictures with their captions.
       resolution: height and width in pixels to fit pictures to.
       encode: pictures (B, H, W, 3) uint8, `key=` optional, to packed latents (B, N, C).
-      embed: captions (B,) to their embeddings.
+      embed: captions (B,) to their embeddings; None stores them as words alone.
       seed: of latents drawn from the autoencoder's posterior; None takes its mean.
 
     Raises:
@@ -104,7 +104,9 @@ def encode_pictures(
                 encode(np.stack([*images, *images[:1] * padding]), key=key),
                 [row.picture.where for row in batch],
             )
-            text = _half(embed([*captions, *captions[:1] * padding]), captions)
+            text = ()
+            if embed is not None:
+                text = _half(embed([*captions, *captions[:1] * padding]), captions)
             for row, *fields in zip(batch, latents, *text):
                 yield records.LatentRecord(fields[0], row.caption, *fields[1:])
             logging.info("encoded %d of %d pictures", start + len(batch), count)
@@ -114,8 +116,10 @@ def encode_pictures(
         lines = (json.dumps(damaged._asdict()) + "\n" for damaged in source.damaged)
         write_atomically(path / DAMAGED, "".join(lines))
         description["damaged"] = len(source.damaged)
-    empty = embed([NULL_CAPTION] * EMBEDDED_BATCH)
-    null = _half(jax.tree.map(lambda leaf: leaf[:1], empty), [NULL_CAPTION])
+    null = None
+    if embed is not None:
+        empty = embed([NULL_CAPTION] * EMBEDDED_BATCH)
+        null = _half(jax.tree.map(lambda leaf: leaf[:1], empty), [NULL_CAPTION])
     records.write(path, encoded(), description, null=null)
 
 

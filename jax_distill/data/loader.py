@@ -1,14 +1,16 @@
 """Input pipelines: a random-access source, shuffled and repeated by grain, in batches."""
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import jax
 import numpy as np
 from absl import logging
 
+from jax_distill.data.encoding import NULL_CAPTION
 from jax_distill.data.mixture import Course, Mixture, Part, Sizes, Start, is_dropped
 from jax_distill.data.records import LatentRecords
 from jax_distill.flow import Batch, Text
@@ -33,6 +35,11 @@ class Ahead(NamedTuple):
 ONE_THREAD = Ahead()
 
 
+def first_of(batch: Any) -> Any:
+    """The first row of arrays, without their leading axis."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[0], batch)
+
+
 class EmbeddedLatents:
     """Latents with captions embedded when they were prepared: those of FLUX's world."""
 
@@ -52,6 +59,78 @@ class EmbeddedLatents:
         records = [self._records[index] for index in indices]
         text = Text(*(np.stack([getattr(r, name) for r in records]) for name in Text._fields))
         return [record.caption for record in records], text
+
+    @functools.cached_property
+    def empty(self) -> Text:
+        return first_of(self.null)
+
+    def embed(self, batch: Batch) -> Batch:
+        return batch
+
+
+class Embedder(Protocol):
+    """Text encoders on the mesh of a run."""
+
+    def __call__(self, tokens: Any) -> Text:
+        """Embeds token ids that are split over the mesh as batches are; returns at once."""
+
+    def gathered(self, tokens: Any) -> Text:
+        """Embeds the token ids of any number of captions, into the memory of every host."""
+
+
+class TokenizedLatents:
+    """Latents with captions as token ids, which `embed` embeds on the devices of the run.
+
+    Text encoders are read where something is first embedded: by all processes at the same time.
+
+    Args:
+      records: with captions, embedded or not.
+      tokenize: captions (B,) to token ids, arrays (B, ..).
+      read: reads the text encoders.
+    """
+
+    def __init__(
+        self,
+        records: LatentRecords,
+        tokenize: Callable[[Sequence[str]], Any],
+        read: Callable[[], Embedder],
+    ):
+        self._records, self._tokenize, self._read = records, tokenize, read
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the workers of a loader, which embed nothing."""
+        kept = {name: self.__dict__[name] for name in ("_records", "_tokenize")}
+        return {**kept, "_read": None}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Batch:
+        record = self._records[int(index)]
+        tokens = first_of(self._tokenize([record.caption]))
+        return Batch(record.latents.astype(np.float32), tokens)
+
+    @functools.cached_property
+    def _embedder(self) -> Embedder:
+        return self._read()
+
+    @functools.cached_property
+    def null(self) -> Text:
+        """The empty caption, embedded once, with a leading axis of length one."""
+        return self._embedder.gathered(self._tokenize([NULL_CAPTION]))
+
+    @functools.cached_property
+    def empty(self) -> Any:
+        return first_of(self._tokenize([NULL_CAPTION]))
+
+    def captions(self, indices: Sequence[int]) -> tuple[list[str], Text]:
+        """The captions of some examples, as words and embedded (B, ...)."""
+        captions = [self._records[index].caption for index in indices]
+        return captions, self._embedder.gathered(self._tokenize(captions))
+
+    def embed(self, batch: Batch) -> Batch:
+        """A batch of token ids on the mesh, with its captions embedded there."""
+        return batch._replace(text=self._embedder(batch.text))
 
 
 def example_of_row(batch_size: int, accumulate: int, rows_per_example: int) -> np.ndarray:
@@ -151,9 +230,7 @@ class Examples:
         self._mixture, self._orders = mixture, mixture.orders(seed)
         self._seed, self._held, self._rows = seed, held, rows
         self._dropout, self._damaged_share = caption_dropout, damaged_share
-        self._null = None
-        if caption_dropout:
-            self._null = Text(*(np.asarray(leaf)[0] for leaf in mixture.null))
+        self._empty = mixture.empty if caption_dropout else None
         self._damaged: dict[int, set[int]] = {}
 
     def __call__(self, start: Start) -> Batch:
@@ -183,8 +260,8 @@ class Examples:
                 raise
             except FileError as error:
                 self._note(found.part, index, error)
-        if self._null is not None and is_dropped(self._seed, start.position + place, self._dropout):
-            example = example._replace(text=self._null)
+        if is_dropped(self._seed, start.position + place, self._dropout):
+            example = example._replace(text=self._empty)
         return example
 
     def _note(self, part: int, index: int, error: FileError) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from jax_distill.flow import Text
+from jax_distill.flow import Batch, Text
 
 MOST_PARTS = 10_000
 """The length of a round of turns; weights are kept to so many parts of their sum."""
@@ -63,6 +63,15 @@ class Mixture:
     def null(self) -> Text:
         """The empty caption, with a leading axis of length one."""
         return self.first.null
+
+    @property
+    def empty(self) -> Any:
+        """The empty caption as examples have theirs."""
+        return self.first.empty
+
+    def embed(self, batch: Batch) -> Batch:
+        """See `worlds.Source`."""
+        return self.first.embed(batch)
 
     def __len__(self) -> int:
         """The number of examples in all sources together."""

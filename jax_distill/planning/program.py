@@ -94,7 +94,7 @@ def training(stage: stages.Stage, mesh: Any) -> Iterator[Program]:
         jax.ShapeDtypeStruct((config.batch_size, *build.token_shape(config)), jnp.float32),
         text_like(config, config.batch_size),
     )
-    batch = _split(batch, mesh)
+    batch = split(batch, mesh)
     kinds = {}
     for name, player in state.players.items():
         whose = f"{name}'s " if len(state.players) > 1 else ""
@@ -135,7 +135,7 @@ def sampling(stage: stages.Stage, mesh: Any) -> Program:
     noise = jax.ShapeDtypeStruct((count, *build.token_shape(config)), jnp.float32)
     guidance = jax.ShapeDtypeStruct((count,), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(streams.key(0), count))
-    inputs = _split((noise, text_like(config, count), guidance, keys), mesh)
+    inputs = split((noise, text_like(config, count), guidance, keys), mesh)
     null = text_like(config, 1)
     null = with_shardings(null, sharding.shard_state(null, mesh))
 
@@ -261,8 +261,8 @@ def _frozen(stage: stages.Stage) -> dict:
     return network
 
 
-def _split(tree: Any, mesh: Any) -> Any:
-    """Shapes of arrays that are split along their first axis."""
+def split(tree: Any, mesh: Any) -> Any:
+    """Shapes of arrays that are split over a mesh along their first axis, as batches are."""
     place = NamedSharding(mesh, PartitionSpec(*sharding.BATCH))
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree

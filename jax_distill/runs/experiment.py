@@ -115,7 +115,9 @@ def train_teacher(config: ConfigDict, workdir: Path) -> None:
     hooks = [(config.samples.every, previews.under_way(preview))]
     fresh = functools.partial(build.initial_parameters, config)
     initial = loop.Initial(jax.eval_shape(fresh), fresh)
-    trained.params = loop.fit(config, workdir, objectives, initial, held, source, hooks=hooks)
+    trained.params = loop.fit(
+        config, workdir, objectives, initial, held, source, hooks=hooks, embed=source.embed
+    )
     preview(config.total_steps, trained.params)
     conclude(workdir, teacher=trained)
 
@@ -171,8 +173,9 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     hooks = [(every, previews.under_way(of_whole(hook, whole))) for every, hook in hooks]
     objectives = build.objectives(config, stage.teacher, source.resolutions)
     held = {"teacher": network, "null": source.null}
+    initial = initial_of(stage, read)
     trained = loop.fit(
-        config, workdir, objectives, initial_of(stage, read), held, source, hooks=hooks
+        config, workdir, objectives, initial, held, source, hooks=hooks, embed=source.embed
     )
     student.params = whole(trained)
     preview(config.total_steps, student.params)
@@ -260,7 +263,7 @@ def rescale(
     initial = initial_of(stage, stored_network(config, teacher))
     objectives = build.objectives(config, stage.teacher, source.resolutions)
     held = {"teacher": teacher.params["network"], "null": source.null}
-    loop.fit(config, workdir, objectives, initial, held, source)
+    loop.fit(config, workdir, objectives, initial, held, source, embed=source.embed)
 
     def read() -> dict:
         average = checkpoint.load_averaged(workdir, mesh_of(config))

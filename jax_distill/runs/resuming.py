@@ -106,6 +106,12 @@ TABLE = (
         "the same data lies there; other data is refused",
         NETWORKS,
     ),
+    Row(
+        ("data.embedding",),
+        SAID,
+        "captions are embedded elsewhere, the same to rounding to bfloat16",
+        NETWORKS,
+    ),
     Row(("optimizer.name",), REFUSED, "what it remembers is of another kind"),
     Row(("optimizer.moments",), REFUSED, "what the optimizer remembers is stored in that type"),
     Row(("optimizer.frozen",), REFUSED, "what is frozen has nothing remembered of it"),

@@ -15,6 +15,7 @@ from jax_distill.config import optimizer_of
 from jax_distill.data.loader import Ahead, Batches, batches, example_of_row
 from jax_distill.devices import processes, sharding
 from jax_distill.devices.signals import Interrupted, Signals
+from jax_distill.flow import Batch
 from jax_distill.objectives.objective import STUDENT, Method
 from jax_distill.training import acceptance, checkpoint, damage
 from jax_distill.training.checkpoint import Checkpoints
@@ -60,6 +61,7 @@ def fit(
     source: Any,
     *,
     hooks: Hooks = (),
+    embed: Callable[[Batch], Batch] | None = None,
 ) -> dict:
     """Trains until `config.total_steps`, from the latest checkpoint in `workdir` if there is one.
 
@@ -78,6 +80,8 @@ def fit(
       frozen: parameters that no gradient reaches, passed to the loss.
       source: random-access data, see `data/loader.py`.
       hooks: see `Hooks`.
+      embed: makes a batch on the mesh what losses take, such as by embedding captions; its programs
+        run after the step that is under way, and the host does not wait for them.
 
     Returns:
       The averaged (EMA) parameters of the student.
@@ -134,7 +138,7 @@ def fit(
             return jit_step(objectives[size], optimizers, config, shardings, turn)
 
         frozen = sharding.put(frozen, sharding.shard_state(frozen, mesh))
-        run = _Run(config, objective, functools.cache(program), frozen, checkpoints, report)
+        run = _Run(config, objective, functools.cache(program), frozen, checkpoints, report, embed)
         return run.train(state, start, iterator, signals, hooks)
 
 
@@ -164,10 +168,11 @@ class _Run:
         frozen: dict,
         checkpoints: Checkpoints,
         report: Report,
+        embed: Callable[[Batch], Batch] | None,
     ):
         self._config, self._objective = config, objective
         self._checkpoints, self._report = checkpoints, report
-        self._program, self._frozen = program, frozen
+        self._program, self._frozen, self._embed = program, frozen, embed
         self._running: deque[tuple[int, dict]] = deque()  # steps under way and their metrics
         moves = moves_of(objective, config.total_steps)
         self._schedules = {
@@ -185,6 +190,7 @@ class _Run:
         for step in range(start + 1, total + 1):
             turn = self._objective.turn(step - 1)
             batch = sharding.shard_batch(next(iterator), state.step.sharding.mesh)
+            batch = batch if self._embed is None else self._embed(batch)
             which = (iterator.size, turn)
             state, metrics = self._program(*which)(state, self._frozen, batch)
             if which not in compiled:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ml_collections import ConfigDict
 
@@ -20,9 +20,31 @@ class Source(Protocol):
     null: Text
     """The empty caption, with a leading axis of length one."""
 
+    empty: Any
+    """The empty caption as examples have theirs: embedded, or token ids that `embed` takes."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Batch: ...
+
+    def embed(self, batch: Batch) -> Batch:
+        """A batch on the mesh as losses take it; captions that came as token ids are embedded."""
+
+
+class Embedding(NamedTuple):
+    """The program that embeds the captions of a batch between steps, from shapes alone.
+
+    Attributes:
+      function: (parameters, token ids (B, ..)) to `Text`.
+      jitted: the same, placed on a mesh.
+      parameters: shapes of the text encoders' parameters, as a run holds them.
+      tokens: shapes of a batch's token ids.
+    """
+
+    function: Callable[[Any, Any], Text]
+    jitted: Any
+    parameters: Any
+    tokens: Any
 
 
 class World(Protocol):
@@ -93,6 +115,9 @@ class World(Protocol):
     def planned_teacher(self) -> ConfigDict:
         """Like `default_teacher`, for plans, which need no more than the sizes of its network."""
 
+    def planned_embedding(self, count: int, mesh: Any) -> Embedding | None:
+        """How a run embeds batches of `count` captions; None where they come embedded."""
+
     def part(self, name: str) -> StoredPart | None:
         """The "autoencoder", "clip" or "t5" of an exported network's pipeline, if there is one."""
 
@@ -115,6 +140,7 @@ class World(Protocol):
         *,
         seed: int | None = None,
         damaged_share: float = 0.0,
+        embed: bool = True,
     ) -> int:
         """Encodes pictures and captions into a folder of records.
 
@@ -125,6 +151,7 @@ class World(Protocol):
           seed: of latents drawn from the autoencoder's posterior; None takes its mean.
           damaged_share: the largest share of examples that may be left out, see
             `sources.checking`.
+          embed: whether captions are stored embedded, in a world that `stores_text`.
 
         Returns:
           The number of examples.

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx, traverse_util
-from jax.sharding import Mesh
+from flax import nnx
 from ml_collections import ConfigDict
 
 from jax_distill import flow
@@ -17,23 +16,26 @@ from jax_distill.config import ConfigError, load
 from jax_distill.data import mixture
 from jax_distill.data.encoding import NULL_CAPTION, encode_pictures
 from jax_distill.data.folders import folders, resolution_of, weighed
-from jax_distill.data.loader import EmbeddedLatents
+from jax_distill.data.loader import EmbeddedLatents, TokenizedLatents
 from jax_distill.data.records import LatentRecords
 from jax_distill.data.sources.checking import checked
 from jax_distill.data.sources.source import CaptionedSource
 from jax_distill.devices import sharding
 from jax_distill.flow import Text
 from jax_distill.interop import ported_folder, scheduler_config
-from jax_distill.interop.orbax_tree import open_tree
 from jax_distill.interop.parts import StoredPart
 from jax_distill.models import clip, t5
 from jax_distill.models.autoencoder import Autoencoder, AutoencoderConfig
 from jax_distill.models.binding import parameters
 from jax_distill.models.latents import LatentCodec
 from jax_distill.storage.quoting import shown
+from jax_distill.worlds.flux import embedding
+from jax_distill.worlds.flux.embedding import BatchEmbedder
 from jax_distill.worlds.flux.flux_lite import flux_lite
-from jax_distill.worlds.flux.text_encoders import Part, TextEncoders
+from jax_distill.worlds.flux.stored import load_stored
+from jax_distill.worlds.flux.text_encoders import Part, TextEncoders, shapes
 from jax_distill.worlds.flux.tokenizers import FluxTokenizer
+from jax_distill.worlds.world import Embedding
 
 _LARGEST_SHIFT = 50.0  # of mu: times are shifted by e^mu
 # Other settings of diffusers' FlowMatchEulerDiscreteScheduler, each with the supported value.
@@ -54,7 +56,7 @@ class Flux:
 
     The parts come from the ported folder that `teacher.checkpoint` leads to, through any number of
     runs. Parameters are read when they are needed, in the type they are stored in; the text
-    encoders are released again.
+    encoders are released again, but where `data.embedding` is "training".
     """
 
     batch_size = 4
@@ -96,18 +98,37 @@ class Flux:
         parts = self._described["parts"]
         return parts["t5"]["d_model"], parts["clip"]["hidden_size"]
 
+    def tokenizer(self) -> FluxTokenizer:
+        return FluxTokenizer.load(self.folder, self._config.data.text_length)
+
     def text_encoders(self) -> TextEncoders:
         """The text encoders, on all devices; they take memory until they are released."""
-        tokenizer = FluxTokenizer.load(self.folder, self._config.data.text_length)
         mesh = sharding.make_mesh(sharding.ALL_FSDP)
-        parts = []
-        for name, module, kind in (("clip", clip, clip.ClipConfig), ("t5", t5, t5.T5Config)):
-            config = kind.from_dict(self._described["parts"][name])
-            like = jax.eval_shape(
-                lambda module=module, config=config: module.initial_parameters(config, nnx.Rngs(0))
-            )
-            parts.append(Part(config, load_stored(self.folder, name, like, mesh)))
-        return TextEncoders(tokenizer.encode, *parts, dtype=self._config.dtype, mesh=mesh)
+        parts = [
+            Part(config, load_stored(self.folder, name, shapes(config), mesh))
+            for name, config in zip(("clip", "t5"), self._text_configs())
+        ]
+        return TextEncoders(self.tokenizer().encode, *parts, dtype=self._config.dtype, mesh=mesh)
+
+    def batch_embedder(self) -> BatchEmbedder:
+        """The text encoders on the mesh of the run, where they stay."""
+        mesh, configs = sharding.make_mesh(self._config.mesh), self._text_configs()
+        return BatchEmbedder.load(self.folder, configs, dtype=self._config.dtype, mesh=mesh)
+
+    def planned_embedding(self, count: int, mesh: Any) -> Embedding | None:
+        """With the sizes of FLUX's encoders where no folder says others."""
+        config = self._config
+        if config.data.embedding != "training":
+            return None
+        configs = clip.ClipConfig(), t5.T5Config()
+        if config.teacher.checkpoint:
+            configs = self._text_configs()
+        length = config.data.text_length
+        return embedding.planned(configs, count, length, dtype=config.dtype, mesh=mesh)
+
+    def _text_configs(self) -> tuple[clip.ClipConfig, t5.T5Config]:
+        parts = self._described["parts"]
+        return clip.ClipConfig.from_dict(parts["clip"]), t5.T5Config.from_dict(parts["t5"])
 
     def encode(self, captions: Sequence[str]) -> Text:
         """Reads the text encoders, embeds, and releases them: 10 GB in FLUX's size."""
@@ -118,8 +139,8 @@ class Flux:
 
     @functools.cached_property
     def null(self) -> Text:
-        """The empty caption, from `data.path` if it is set, otherwise embedded anew."""
-        if self._config.data.path:
+        """The empty caption, from `data.path` if it is embedded there, otherwise embedded anew."""
+        if self._config.data.path and self._config.data.embedding == "prepared":
             return LatentRecords(Path(folders(self._config.data.path)[0])).null
         return self.encode([NULL_CAPTION])
 
@@ -167,16 +188,23 @@ class Flux:
         return flux_lite(self._config.model.get("remat", "none"), self.resolution)
 
     def source(self, workdir: Path) -> mixture.Mixture:
-        """The folders of `data.path`, captions embedded, as `jax_distill.prepare` made them."""
+        """The folders of `data.path`, as `jax_distill.prepare` made them."""
         del workdir
         parts = []
         for folder, weight in weighed(self._config.data.path, self._config.data.weights):
             records = LatentRecords(Path(folder))
-            parts.append(mixture.Part(EmbeddedLatents(records), weight, resolution_of(records)))
+            parts.append(mixture.Part(self._opened(records), weight, resolution_of(records)))
         return mixture.Mixture(parts)
 
-    def preview(self, source: EmbeddedLatents, count: int) -> tuple[list[str], Text]:
-        """Captions of the data, taken evenly: no text encoder is needed."""
+    def _opened(self, records: LatentRecords) -> EmbeddedLatents | TokenizedLatents:
+        if self._config.data.embedding == "prepared":
+            return EmbeddedLatents(records)
+        return TokenizedLatents(records, self.tokenizer().encode, self.batch_embedder)
+
+    def preview(
+        self, source: EmbeddedLatents | TokenizedLatents, count: int
+    ) -> tuple[list[str], Text]:
+        """Captions of the data, taken evenly, embedded as in training."""
         return source.captions([index * len(source) // count for index in range(count)])
 
     def pictures(self) -> None:
@@ -192,12 +220,12 @@ class Flux:
         *,
         seed: int | None = None,
         damaged_share: float = 0.0,
+        embed: bool = True,
     ) -> int:
         """Encodes captioned pictures, fitted to the world's height and width."""
         usable = checked(source, self.resolution, damaged_share=damaged_share)
-        encode_pictures(
-            output, usable, self.resolution, self.codec.encode, self.encoder(), seed=seed
-        )
+        encoder = self.encoder() if embed else None
+        encode_pictures(output, usable, self.resolution, self.codec.encode, encoder, seed=seed)
         return len(usable)
 
     def check(self, records: LatentRecords | None, folder: str = "") -> None:
@@ -213,19 +241,30 @@ class Flux:
                 f"samples.prompts: {config.samples.prompts} is more than the {len(records)}"
                 " examples there are"
             )
-        sequence = records[0].sequence
-        if sequence is None or not records.has_null:
-            raise ConfigError(
-                f"data.path: '{folder}' has no embedded captions; make the folder with"
-                f" python -m jax_distill.prepare --checkpoint={self.folder}"
-            )
-        length = config.data.text_length
         made_for = resolution_of(records)
         if first and made_for != self.resolution:
             raise ConfigError(
                 f"data.path: the pictures in '{folder}' are of {made_for} pixels, data.resolution"
                 f" is {self.resolution}; they must be equal"
             )
+        if config.data.embedding == "prepared":
+            self._check_embedded(records, folder)
+        elif not records[0].caption.strip():
+            raise ConfigError(
+                f"data.path: '{folder}' has no captions to embed (the first is"
+                f" {records[0].caption!r}); prepare pictures that have some, with python -m"
+                f" jax_distill.prepare --checkpoint={self.folder}"
+            )
+
+    def _check_embedded(self, records: LatentRecords, folder: str) -> None:
+        config, sequence = self._config, records[0].sequence
+        if sequence is None or not records.has_null:
+            raise ConfigError(
+                f"data.path: '{folder}' has no embedded captions; embed them while"
+                " training with --config.data.embedding=training, or make the folder with"
+                f" python -m jax_distill.prepare --checkpoint={self.folder}, without --embed=false"
+            )
+        length = config.data.text_length
         if sequence.shape != (length, self.text_widths[0]):
             raise ConfigError(
                 f"data.path: the captions in '{folder}' are of shape {sequence.shape}, the"
@@ -319,13 +358,3 @@ def schedule_shift(scheduler: Mapping[str, Any], tokens: int) -> float:
             " mend scheduler_config.json and port it again"
         )
     return shift
-
-
-def load_stored(folder: Path, name: str, like: dict, mesh: Mesh | None = None) -> dict:
-    """Like `ported_folder.load_part`, with parameters of the types they have on disk."""
-    stored = traverse_util.flatten_dict(open_tree(folder / name))
-    flat = {
-        path: jax.ShapeDtypeStruct(leaf.shape, stored[path].dtype if path in stored else leaf.dtype)
-        for path, leaf in traverse_util.flatten_dict(like).items()
-    }
-    return ported_folder.load_part(folder, name, traverse_util.unflatten_dict(flat), mesh=mesh)

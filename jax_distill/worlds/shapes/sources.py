@@ -38,6 +38,7 @@ class CaptionedLatents:
     def __init__(self, records: LatentRecords, encoder: CaptionEncoder):
         self._records, self._encoder = records, encoder
         self.null = Text(*encoder.encode([""]))
+        self.empty = Text(*(leaf[0] for leaf in self.null))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -49,6 +50,9 @@ class CaptionedLatents:
         except ValueError as error:
             raise ValueError(f"data.text_length, example {int(index)}: {error}") from None
         return Batch(record.latents.astype(np.float32), Text(sequence[0], pooled[0]))
+
+    def embed(self, batch: Batch) -> Batch:
+        return batch
 
 
 def encode_shapes(

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
@@ -75,6 +76,9 @@ class Shapes:
 
     planned_teacher = default_teacher
 
+    def planned_embedding(self, count: int, mesh: Any) -> None:
+        return None
+
     def source(self, workdir: Path) -> Mixture:
         """`data.path`, or the stream of `data.seed`, encoded once into the workdir."""
         data = self._config.data
@@ -103,6 +107,7 @@ class Shapes:
         *,
         seed: None = None,
         damaged_share: float = 0.0,
+        embed: bool = False,
     ) -> int:
         """Renders and encodes the first `data.examples` of the stream `data.seed`."""
         data = self._config.data
