@@ -8,13 +8,12 @@ from typing import Any, NamedTuple, Protocol
 import grain
 import jax
 import numpy as np
-from absl import logging
 
 from jax_distill.data.encoding import NULL_CAPTION
-from jax_distill.data.mixture import Course, Mixture, Part, Sizes, Start, is_dropped
+from jax_distill.data.examples import Examples
+from jax_distill.data.mixture import Course, Mixture, Part, Sizes, Start
 from jax_distill.data.records import LatentRecords
 from jax_distill.flow import Batch, Text
-from jax_distill.storage.files import FileError, PassingError
 
 
 class Ahead(NamedTuple):
@@ -203,79 +202,6 @@ class Read(NamedTuple):
 
     def __call__(self, number: int) -> Batch:
         return self.read(self.course.start(int(number)))
-
-
-class Examples:
-    """Reads the rows of batches that this process holds.
-
-    Args:
-      mixture: of sources.
-      seed: of the order and of what is dropped.
-      held: the examples of a batch that are read, by their places in it.
-      rows: for each row, which of those it is.
-      caption_dropout: the share of examples that are given with the empty caption.
-      damaged_share: the largest share of a source's examples that may be replaced because they are
-        damaged; see `example`.
-    """
-
-    def __init__(
-        self,
-        mixture: Mixture,
-        seed: int,
-        held: np.ndarray,
-        rows: np.ndarray,
-        caption_dropout: float = 0.0,
-        damaged_share: float = 0.0,
-    ):
-        self._mixture, self._orders = mixture, mixture.orders(seed)
-        self._seed, self._held, self._rows = seed, held, rows
-        self._dropout, self._damaged_share = caption_dropout, damaged_share
-        self._empty = mixture.empty if caption_dropout else None
-        self._damaged: dict[int, set[int]] = {}
-
-    def __call__(self, start: Start) -> Batch:
-        """The batch that begins there."""
-        examples = [self.example(start, int(place)) for place in self._held]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *[examples[i] for i in self._rows])
-
-    def example(self, start: Start, place: int) -> Batch:
-        """One example of a batch, without the leading axis.
-
-        In the place of a damaged one, which a warning names once, stands the next good one of its
-        source's epoch. Other places of the stream stay as they are, on every process.
-
-        Raises:
-          FileError: it is damaged, as are more than may be.
-          PassingError: it cannot be read for now.
-        """
-        order = self._orders[start.size]
-        found = order[start.within + place]
-        source = self._mixture.parts[found.part].source
-        for later in range(len(source)):
-            index = order.index(found, later)
-            try:
-                example = source[index]
-                break
-            except PassingError:
-                raise
-            except FileError as error:
-                self._note(found.part, index, error)
-        if is_dropped(self._seed, start.position + place, self._dropout):
-            example = example._replace(text=self._empty)
-        return example
-
-    def _note(self, part: int, index: int, error: FileError) -> None:
-        """Counts a damaged example; raises its error if there are too many."""
-        damaged = self._damaged.setdefault(part, set())
-        new = index not in damaged
-        damaged.add(index)
-        count = len(self._mixture.parts[part].source)
-        if len(damaged) > self._damaged_share * count:
-            limit = f"; data.damaged_share={self._damaged_share:g} allows no more"
-            raise FileError(f"{error}{limit * (self._damaged_share > 0)}") from None
-        if new:
-            known = f"{len(damaged)} of {count}"
-            logging.warning("replaced by the next one (%s so far): %s", known, error)
 
 
 def batches(
