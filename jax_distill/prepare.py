@@ -98,9 +98,7 @@ def main(argv: list[str]) -> None:
         if flags.FLAGS[flag].present and not (_TEACHER.value or _SOURCE.value):
             raise ValueError(f"--{flag} needs --source or --teacher; rendered pictures have a size")
     if flags.FLAGS["embed"].present and not (_TEACHER.value or _SOURCE.value):
-        raise ValueError(
-            "--embed needs --source or --teacher; rendered pictures have words alone"
-        )
+        raise ValueError("--embed needs --source or --teacher; rendered pictures have words alone")
     if output.is_dir() and not any(output.iterdir()):
         output.rmdir()
     with made_whole(output) as partial:

@@ -285,7 +285,7 @@ def test_two_processes_end_with_the_parameters_of_one(ported, folders, tmp_path)
             for index in range(count)
         ]
         try:
-            errors = [process.communicate(timeout=400)[1] for process in running]
+            errors = [process.communicate(timeout=900)[1] for process in running]
         finally:
             for process in running:
                 process.kill()
@@ -341,7 +341,7 @@ def test_text_encoders_are_sharded_over_the_mesh_of_the_run():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr
