@@ -2,10 +2,10 @@
 
     python benchmarks/data.py [--examples=256] [--batch_size=16] [--repeats=3] [--folder=DIR]
 
-Records have the shapes of FLUX at 512 px: latents (1024, 64) float16, T5 (512, 4096) and CLIP (768,)
-in bfloat16, for captions of 20 to 120 tokens. They are stored in both ways: with all rows of T5's
-("kept"), and with those of the caption alone ("shared"). In turn, over the same records in the
-same order, examples a second are measured of
+Records have the shapes of FLUX at 512 px: latents (1024, 64) float16, T5 (512, 4096) and CLIP
+(768,) in bfloat16, for captions of 20 to 120 tokens. They are stored in both ways: with all rows of
+T5's ("kept"), and with those of the caption alone ("shared"). In turn, over the same records,
+examples a second are measured of
 
     bytes   the stored bytes of examples and captions read by two threads, and nothing made of them
     ours    batches of `jax_distill.data.loader`, read by two threads

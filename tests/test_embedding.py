@@ -29,7 +29,7 @@ from jax_distill.flow import Batch
 from jax_distill.planning import chips, planner, table
 from jax_distill.runs import checks
 from jax_distill.runs.porting import port
-from jax_distill.training import checkpoint, loop, progress
+from jax_distill.training import checkpoint, feed, loop, progress
 from jax_distill.worlds.flux.world import Flux, ported_config
 
 ROOT = Path(__file__).parents[1]
@@ -100,8 +100,8 @@ def test_embedded_rows_are_those_that_are_prepared(ported, folders):
     for _ in range(3):
         found, wanted = (sharding.shard_batch(next(stream), mesh) for stream in streams)
         assert found.text.t5.dtype == np.int32 and found.text.t5.shape == (4, LENGTH)
-        found = tokenized.embed(found)
-        assert isinstance(found, Batch) and prepared.embed(wanted) is wanted
+        (found,) = tokenized.embedder.embed([found])
+        assert isinstance(found, Batch) and prepared.embedder is None
         np.testing.assert_array_equal(found.x, wanted.x)
         jax.tree.map(assert_near, found.text, wanted.text)
 
@@ -170,14 +170,26 @@ def test_micro_batches_and_adapters_embed_likewise(run, folders, tmp_path):
     assert (found / "time_rescale/rescale.json").exists()
 
 
-def test_the_next_captions_are_embedded_while_a_step_runs(monkeypatch, tmp_path):
+class Shifting:
+    """Adds one to batches on the mesh, `count` of them at a time; notes how it is called."""
+
+    def __init__(self, count, order):
+        self.count, self.order = count, order
+
+    def together(self, batch_size):
+        assert batch_size == 4
+        return self.count
+
+    def embed(self, batches):
+        assert len(batches) == self.count and isinstance(batches[0].x, jax.Array)
+        self.order.append("embedded")
+        return [batch._replace(x=batch.x + 1) for batch in batches]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_next_captions_are_embedded_while_a_step_runs(monkeypatch, tmp_path, count):
     """The loop asks for them before it waits for the step's metrics; losses get what is made."""
     order, add = [], progress.Report.add
-
-    def embed(batch):
-        order.append("embedded")
-        assert isinstance(batch.x, jax.Array)
-        return batch._replace(x=batch.x + 1)
 
     def added(report, values):
         order.append("waited")
@@ -192,9 +204,42 @@ def test_the_next_captions_are_embedded_while_a_step_runs(monkeypatch, tmp_path)
     start = Regression(), parameters(), frozen()
     expected = loop.fit(config, tmp_path / "plain", *start, Shifted())
     monkeypatch.setattr(progress.Report, "add", added)
-    found = loop.fit(config, tmp_path / "embedded", *start, Source(), embed=embed)
-    assert order == ["embedded", *["embedded", "waited"] * 4, "waited"]
+    embedder = Shifting(count, order)
+    found = loop.fit(config, tmp_path / "embedded", *start, Source(), embedder=embedder)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
+    if count == 1:
+        assert order == ["embedded", *["embedded", "waited"] * 4, "waited"]
+    else:
+        assert order == ["embedded", "waited", "waited", "embedded", *["waited"] * 3]
+
+
+@pytest.mark.parametrize("taken", range(8))
+def test_batches_embedded_together_are_the_same_wherever_a_run_goes_on(taken):
+    """And the position of the stream is that of the batches given."""
+    mesh, windows = sharding.make_mesh(sharding.ALL_FSDP), []
+
+    class Noting(Shifting):
+        def embed(self, batches):
+            windows.append(np.stack([batch.x for batch in batches]))
+            return super().embed(batches)
+
+    plain, stream = (batches(Source(), 4, seed=2) for _ in range(2))
+    expected = [next(plain).x + 1 for _ in range(12)]
+    whole = feed.Feed(batches(Source(), 4, seed=2), mesh, 4, 0, Noting(3, []))
+    positions = []
+    for x in expected:
+        np.testing.assert_array_equal(next(whole).x, x)
+        positions.append(whole.get_state())
+    assert positions == [{"examples": 4 * step} for step in range(1, 13)]
+    every = list(windows)
+    windows.clear()
+    stream.set_state({"examples": 4 * taken})
+    resumed = feed.Feed(stream, mesh, 4, taken, Noting(3, []))
+    assert resumed.get_state() == {"examples": 4 * taken}
+    for x, position in zip(expected[taken:], positions[taken:]):
+        np.testing.assert_array_equal(next(resumed).x, x)
+        assert resumed.get_state() == position
+    np.testing.assert_array_equal(windows, every[taken // 3 :])
 
 
 REFUSED = [
@@ -285,7 +330,7 @@ def test_two_processes_end_with_the_parameters_of_one(ported, folders, tmp_path)
             for index in range(count)
         ]
         try:
-            errors = [process.communicate(timeout=400)[1] for process in running]
+            errors = [process.communicate(timeout=900)[1] for process in running]
         finally:
             for process in running:
                 process.kill()
@@ -301,6 +346,7 @@ MESH = """
     import jax, numpy as np
     from pathlib import Path
     from jax_distill.devices import sharding
+    from jax_distill.flow import Batch
     from jax_distill.models import clip, t5
     from jax_distill.worlds.flux.embedding import BatchEmbedder
     from jax_distill.worlds.flux.text_encoders import shapes
@@ -323,7 +369,8 @@ MESH = """
         mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), devices)
         held = sharding.put(params, sharding.shard_state(params, mesh))
         embedder = BatchEmbedder(configs, held, dtype="float32", mesh=mesh)
-        text = embedder(sharding.shard_batch(ids, mesh))
+        (batch,) = embedder.embed([Batch(None, sharding.shard_batch(ids, mesh))])
+    text = batch.text
         kernel = held["t5"]["blocks"]["mlp_in"]["kernel"]
         made.append(jax.tree.map(lambda x: np.asarray(x, np.float32), text))
         report["x".join(map(str, sizes))] = [
@@ -341,7 +388,7 @@ def test_text_encoders_are_sharded_over_the_mesh_of_the_run():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ def distil(monkeypatch, tmp_path):
         network = build.initial_parameters(teacher_config)
         ran, saved = [], {}
 
-        def fit(config, workdir, objective, initial, frozen, source, hooks=(), embed=None):
+        def fit(config, workdir, objective, initial, frozen, source, hooks=(), embedder=None):
             made = initial.make()
             assert jax.tree.structure(made) == jax.tree.structure(initial.shapes)
             ran.append(Ran(objective, made, frozen, workdir))
@@ -63,7 +63,7 @@ def distil(monkeypatch, tmp_path):
         ):
             monkeypatch.setattr(f"jax_distill.runs.experiment.{name}", stub)
         monkeypatch.setattr(
-            Shapes, "source", lambda self, workdir: SimpleNamespace(null=None, embed=None)
+            Shapes, "source", lambda self, workdir: SimpleNamespace(null=None, embedder=None)
         )
         experiment.run(config, tmp_path)
         return network, ran

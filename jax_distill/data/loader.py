@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import grain
 import jax
@@ -42,6 +42,8 @@ def first_of(batch: Any) -> Any:
 class EmbeddedLatents:
     """Latents with captions embedded when they were prepared: those of FLUX's world."""
 
+    embedder = None
+
     def __init__(self, records: LatentRecords):
         self._records = records
         self.null = records.null
@@ -63,36 +65,24 @@ class EmbeddedLatents:
     def empty(self) -> Text:
         return first_of(self.null)
 
-    def embed(self, batch: Batch) -> Batch:
-        return batch
-
-
-class Embedder(Protocol):
-    """Text encoders on the mesh of a run."""
-
-    def __call__(self, tokens: Any) -> Text:
-        """Embeds token ids that are split over the mesh as batches are; returns at once."""
-
-    def gathered(self, tokens: Any) -> Text:
-        """Embeds the token ids of any number of captions, into the memory of every host."""
-
 
 class TokenizedLatents:
-    """Latents with captions as token ids, which `embed` embeds on the devices of the run.
+    """Latents with captions as token ids, which `embedder` embeds on the devices of the run.
 
     Text encoders are read where something is first embedded: by all processes at the same time.
 
     Args:
       records: with captions, embedded or not.
       tokenize: captions (B,) to token ids, arrays (B, ..).
-      read: reads the text encoders.
+      read: reads the text encoders, see `training.feed.Embedder`; their `gathered` gives `Text` of
+        any number of captions in host memory.
     """
 
     def __init__(
         self,
         records: LatentRecords,
         tokenize: Callable[[Sequence[str]], Any],
-        read: Callable[[], Embedder],
+        read: Callable[[], Any],
     ):
         self._records, self._tokenize, self._read = records, tokenize, read
 
@@ -110,13 +100,13 @@ class TokenizedLatents:
         return Batch(record.latents.astype(np.float32), tokens)
 
     @functools.cached_property
-    def _embedder(self) -> Embedder:
+    def embedder(self) -> Any:
         return self._read()
 
     @functools.cached_property
     def null(self) -> Text:
         """The empty caption, embedded once, with a leading axis of length one."""
-        return self._embedder.gathered(self._tokenize([NULL_CAPTION]))
+        return self.embedder.gathered(self._tokenize([NULL_CAPTION]))
 
     @functools.cached_property
     def empty(self) -> Any:
@@ -125,11 +115,7 @@ class TokenizedLatents:
     def captions(self, indices: Sequence[int]) -> tuple[list[str], Text]:
         """The captions of some examples, as words and embedded (B, ...)."""
         captions = [self._records[index].caption for index in indices]
-        return captions, self._embedder.gathered(self._tokenize(captions))
-
-    def embed(self, batch: Batch) -> Batch:
-        """A batch of token ids on the mesh, with its captions embedded there."""
-        return batch._replace(text=self._embedder(batch.text))
+        return captions, self.embedder.gathered(self._tokenize(captions))
 
 
 def example_of_row(batch_size: int, accumulate: int, rows_per_example: int) -> np.ndarray:
@@ -179,6 +165,15 @@ class Batches:
     def get_state(self) -> dict[str, Any]:
         """The position, JSON-able; examples read ahead do not count. See `Course`."""
         return self._course.position(self._taken)
+
+    def go_back(self, count: int) -> bool:
+        """Goes back by so many batches of this length; False where there were fewer."""
+        position = self._course.position(self._taken - count)
+        numbers = [position["examples"], *position.get("of_sizes", ()), position.get("batches", 0)]
+        if min(numbers) < 0:
+            return False
+        self.set_state(position)
+        return True
 
     def set_state(self, position: dict[str, Any]) -> None:
         """Continues from the position of a stream, whatever the size of its batches."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from jax_distill.flow import Batch, Text
+from jax_distill.flow import Text
 
 MOST_PARTS = 10_000
 """The length of a round of turns; weights are kept to so many parts of their sum."""
@@ -69,9 +69,10 @@ class Mixture:
         """The empty caption as examples have theirs."""
         return self.first.empty
 
-    def embed(self, batch: Batch) -> Batch:
+    @property
+    def embedder(self) -> Any:
         """See `worlds.Source`."""
-        return self.first.embed(batch)
+        return self.first.embedder
 
     def __len__(self) -> int:
         """The number of examples in all sources together."""

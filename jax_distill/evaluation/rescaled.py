@@ -40,7 +40,8 @@ def compare(
     guidance = jnp.full(count, config.evaluation.guidance)
     split = NamedSharding(mesh, sharding.BATCH)
     batch, *points = sharding.put((batch, noise, t, guidance), split)
-    batch = source.embed(batch)
+    if source.embedder is not None:
+        (batch,) = source.embedder.embed([batch])
     held = {"teacher": teacher.params["network"], "null": source.null}
     old = build.teacher_velocity(teacher.config, teacher.world.resolution)
     network = build.network(config)

@@ -33,13 +33,15 @@ class Embedding:
       held: bytes of the text encoders on a chip, as long as the run lasts.
       peak: bytes of the program on a chip, the text encoders included.
       flops: a step, of all chips together.
-      roofline: seconds by part.
+      roofline: seconds a step by part.
+      steps: whose captions are embedded at a time.
     """
 
     held: int
     peak: int
     flops: int
     roofline: Roofline
+    steps: int
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -47,6 +49,7 @@ class Embedding:
             "held_gib": self.held / GIB,
             "peak_gib": self.peak / GIB,
             "flops_per_step": self.flops,
+            "steps_at_a_time": self.steps,
             "roofline_seconds": dataclasses.asdict(self.roofline),
             "seconds_per_step": self.roofline.seconds,
             "bound": self.roofline.bound,
@@ -67,13 +70,14 @@ def plan(
     found = program(config, mesh)
     if found is None:
         return None
-    flops, sizes = found.flops(), measured(found)
+    flops, sizes, steps = found.flops(), measured(found), len(found.arguments[1])
     parts = roofline(topology, flops, sizes.hbm_bytes, sizes.exchanges)
-    return Embedding(found.bytes_by_kind()[KIND], sizes.peak, flops, parts)
+    of_a_step = Roofline(*(seconds / steps for seconds in dataclasses.astuple(parts)))
+    return Embedding(found.bytes_by_kind()[KIND], sizes.peak, flops // steps, of_a_step, steps)
 
 
 def program(config: ConfigDict, mesh: Any) -> Program | None:
-    """The program that embeds the captions of a batch; None where they come embedded."""
+    """The program that embeds captions of some batches; None where they come embedded."""
     planned = worlds.of(config).planned_embedding(config.batch_size, mesh)
     if planned is None:
         return None
@@ -119,7 +123,8 @@ def _weight_bytes(planned: Program) -> int:
 
 def _tokens(planned: Program) -> int:
     """T5's tokens on a chip."""
-    count, length = planned.arguments[1].t5.shape
+    count, length = planned.arguments[1][0].t5.shape
+    count *= len(planned.arguments[1])
     return math.ceil(count / (planned.mesh.shape["data"] * planned.mesh.shape["fsdp"])) * length
 
 

@@ -116,7 +116,7 @@ def train_teacher(config: ConfigDict, workdir: Path) -> None:
     fresh = functools.partial(build.initial_parameters, config)
     initial = loop.Initial(jax.eval_shape(fresh), fresh)
     trained.params = loop.fit(
-        config, workdir, objectives, initial, held, source, hooks=hooks, embed=source.embed
+        config, workdir, objectives, initial, held, source, hooks=hooks, embedder=source.embedder
     )
     preview(config.total_steps, trained.params)
     conclude(workdir, teacher=trained)
@@ -175,7 +175,7 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     held = {"teacher": network, "null": source.null}
     initial = initial_of(stage, read)
     trained = loop.fit(
-        config, workdir, objectives, initial, held, source, hooks=hooks, embed=source.embed
+        config, workdir, objectives, initial, held, source, hooks=hooks, embedder=source.embedder
     )
     student.params = whole(trained)
     preview(config.total_steps, student.params)
@@ -263,7 +263,7 @@ def rescale(
     initial = initial_of(stage, stored_network(config, teacher))
     objectives = build.objectives(config, stage.teacher, source.resolutions)
     held = {"teacher": teacher.params["network"], "null": source.null}
-    loop.fit(config, workdir, objectives, initial, held, source, embed=source.embed)
+    loop.fit(config, workdir, objectives, initial, held, source, embedder=source.embedder)
 
     def read() -> dict:
         average = checkpoint.load_averaged(workdir, mesh_of(config))

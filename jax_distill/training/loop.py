@@ -15,10 +15,10 @@ from jax_distill.config import optimizer_of
 from jax_distill.data.loader import Ahead, Batches, batches, example_of_row
 from jax_distill.devices import processes, sharding
 from jax_distill.devices.signals import Interrupted, Signals
-from jax_distill.flow import Batch
 from jax_distill.objectives.objective import STUDENT, Method
 from jax_distill.training import acceptance, checkpoint, damage
 from jax_distill.training.checkpoint import Checkpoints
+from jax_distill.training.feed import Embedder, Feed
 from jax_distill.training.optimizer import learning_rate
 from jax_distill.training.progress import Report
 from jax_distill.training.step import (
@@ -61,7 +61,7 @@ def fit(
     source: Any,
     *,
     hooks: Hooks = (),
-    embed: Callable[[Batch], Batch] | None = None,
+    embedder: Embedder | None = None,
 ) -> dict:
     """Trains until `config.total_steps`, from the latest checkpoint in `workdir` if there is one.
 
@@ -80,8 +80,8 @@ def fit(
       frozen: parameters that no gradient reaches, passed to the loss.
       source: random-access data, see `data/loader.py`.
       hooks: see `Hooks`.
-      embed: makes a batch on the mesh what losses take, such as by embedding captions; its programs
-        run after the step that is under way, and the host does not wait for them.
+      embedder: of captions that come as token ids; its programs run after the step that is under
+        way, and the host does not wait for them.
 
     Returns:
       The averaged (EMA) parameters of the student.
@@ -138,8 +138,9 @@ def fit(
             return jit_step(objectives[size], optimizers, config, shardings, turn)
 
         frozen = sharding.put(frozen, sharding.shard_state(frozen, mesh))
-        run = _Run(config, objective, functools.cache(program), frozen, checkpoints, report, embed)
-        return run.train(state, start, iterator, signals, hooks)
+        run = _Run(config, objective, functools.cache(program), frozen, checkpoints, report)
+        feed = Feed(iterator, mesh, config.batch_size, start, embedder)
+        return run.train(state, start, feed, signals, hooks)
 
 
 def stream(config: ConfigDict, source: Any, objective: Method, mesh: Mesh) -> Batches:
@@ -168,11 +169,10 @@ class _Run:
         frozen: dict,
         checkpoints: Checkpoints,
         report: Report,
-        embed: Callable[[Batch], Batch] | None,
     ):
         self._config, self._objective = config, objective
         self._checkpoints, self._report = checkpoints, report
-        self._program, self._frozen, self._embed = program, frozen, embed
+        self._program, self._frozen = program, frozen
         self._running: deque[tuple[int, dict]] = deque()  # steps under way and their metrics
         moves = moves_of(objective, config.total_steps)
         self._schedules = {
@@ -181,7 +181,7 @@ class _Run:
         }
 
     def train(
-        self, state: TrainState, start: int, iterator: Batches, signals: Signals, hooks: Hooks
+        self, state: TrainState, start: int, feed: Feed, signals: Signals, hooks: Hooks
     ) -> dict:
         """Takes the steps after `start`; returns the student's average."""
         config, total = self._config, self._config.total_steps
@@ -189,9 +189,8 @@ class _Run:
         compiled: set[tuple[int, tuple[str, ...]]] = set()
         for step in range(start + 1, total + 1):
             turn = self._objective.turn(step - 1)
-            batch = sharding.shard_batch(next(iterator), state.step.sharding.mesh)
-            batch = batch if self._embed is None else self._embed(batch)
-            which = (iterator.size, turn)
+            batch = next(feed)
+            which = (feed.size, turn)
             state, metrics = self._program(*which)(state, self._frozen, batch)
             if which not in compiled:
                 self._report.start_clock(step - 1)
@@ -210,7 +209,7 @@ class _Run:
             if step % config.checkpoint.every == 0 or last or stop:
                 self._settle(leave=0)
                 # The input's position belongs to the state: both after `step` batches.
-                self._checkpoints.save(step, state, iterator.get_state(), self._report.window)
+                self._checkpoints.save(step, state, feed.get_state(), self._report.window)
             if stop:
                 where = self._checkpoints.directory.parent
                 raise Interrupted(f"{where}: stopped by a signal, saved at step {step}")

@@ -12,6 +12,7 @@ from jax_distill.data.sources.source import CaptionedSource
 from jax_distill.flow import Batch, Text
 from jax_distill.interop.parts import StoredPart
 from jax_distill.models.latents import LatentCodec
+from jax_distill.training.feed import Embedder
 
 
 class Source(Protocol):
@@ -21,30 +22,30 @@ class Source(Protocol):
     """The empty caption, with a leading axis of length one."""
 
     empty: Any
-    """The empty caption as examples have theirs: embedded, or token ids that `embed` takes."""
+    """The empty caption as examples have theirs: embedded, or as token ids."""
+
+    embedder: Embedder | None
+    """Embeds captions that come as token ids; None where they come embedded."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Batch: ...
 
-    def embed(self, batch: Batch) -> Batch:
-        """A batch on the mesh as losses take it; captions that came as token ids are embedded."""
-
 
 class Embedding(NamedTuple):
-    """The program that embeds the captions of a batch between steps, from shapes alone.
+    """The program that embeds captions between steps, from shapes alone.
 
     Attributes:
-      function: (parameters, token ids (B, ..)) to `Text`.
+      function: (parameters, batches of token ids) to a `Text` for each.
       jitted: the same, placed on a mesh.
       parameters: shapes of the text encoders' parameters, as a run holds them.
-      tokens: shapes of a batch's token ids.
+      tokens: shapes of the token ids, a tree for each of the batches that are embedded at a time.
     """
 
-    function: Callable[[Any, Any], Text]
+    function: Callable[[Any, Any], list[Text]]
     jitted: Any
     parameters: Any
-    tokens: Any
+    tokens: list[Any]
 
 
 class World(Protocol):
@@ -116,7 +117,7 @@ class World(Protocol):
         """Like `default_teacher`, for plans, which need no more than the sizes of its network."""
 
     def planned_embedding(self, count: int, mesh: Any) -> Embedding | None:
-        """How a run embeds batches of `count` captions; None where they come embedded."""
+        """How a run embeds its batches of `count` captions; None where they come embedded."""
 
     def part(self, name: str) -> StoredPart | None:
         """The "autoencoder", "clip" or "t5" of an exported network's pipeline, if there is one."""

@@ -1,10 +1,12 @@
 """Captions embedded while training: the text encoders stay on the devices that take the steps.
 
-A run with `data.embedding="training"` reads captions as token ids and embeds those of a batch on
-its own mesh, after the step that is running. JAX starts programs in the order of their calls, so
-that the devices go from one to the other without the host.
+A run with `data.embedding="training"` reads captions as token ids and embeds them on its own mesh,
+after the step that is running. JAX starts programs in the order of their calls, so that the devices
+go from one to the other without the host. Small batches are embedded several at a time: each device
+gathers all weights, once for all of them.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jax_distill.devices import sharding
-from jax_distill.flow import Text
+from jax_distill.flow import Batch, Text
 from jax_distill.interop import ported_folder
 from jax_distill.models import clip, t5
 from jax_distill.worlds.flux.stored import stored_shapes
@@ -23,6 +25,7 @@ from jax_distill.worlds.flux.tokenizers import TokenIds
 from jax_distill.worlds.world import Embedding
 
 STORED = jnp.bfloat16  # as prepared captions have it
+AT_A_TIME = 8  # captions on a device, where batches have fewer
 Configs = tuple[clip.ClipConfig, t5.T5Config]
 _PARTS = ("clip", "t5")
 
@@ -50,34 +53,61 @@ class BatchEmbedder:
             params[name] = ported_folder.load_part(folder, name, like, mesh=mesh)
         return cls(configs, params, dtype=dtype, mesh=mesh)
 
-    def __call__(self, ids: TokenIds) -> Text:
-        """Token ids (B, ..), split over the mesh as batches are, to bfloat16, split likewise.
+    def together(self, batch_size: int) -> int:
+        """Of how many batches the captions are embedded at a time."""
+        return together(batch_size, self._mesh)
+
+    def embed(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Batches of token ids, split over the mesh, to batches of `Text` in bfloat16.
 
         It returns at once; what is computed follows the programs that were called before.
         """
-        return self._encode(self._params, ids)
+        texts = self._encode(self._params, [batch.text for batch in batches])
+        return [batch._replace(text=text) for batch, text in zip(batches, texts)]
 
     def gathered(self, ids: TokenIds) -> Text:
-        """The same of any number of captions, in the host memory of every process."""
-        groups = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        """Embeds any number of captions, into the host memory of every process."""
         place = NamedSharding(self._mesh, sharding.BATCH)
         parts = []
-        for rows in portions(len(ids.t5), groups):
+        for rows in portions(len(ids.t5), _groups(self._mesh)):
             split = sharding.put(TokenIds(*(array[rows] for array in ids)), place)
-            parts.append(sharding.gather(self(split)))
+            parts.append(sharding.gather(self._encode(self._params, [split])[0]))
         return joined(parts, len(ids.t5))
 
 
 def jit_embedding(configs: Configs, dtype: Any, mesh: Mesh) -> Any:
-    """`encoding`, jitted for batches that are split over a mesh; it makes bfloat16."""
+    """`embedding`, jitted for batches that are split over a mesh."""
+    embed = embedding(configs, dtype)
+
+    def placed(params: dict, batches: Sequence[TokenIds]) -> list[Text]:
+        with sharding.activations_on(mesh):
+            return embed(params, batches)
+
+    return jax.jit(placed, out_shardings=NamedSharding(mesh, sharding.BATCH))
+
+
+def embedding(configs: Configs, dtype: Any) -> Callable[[dict, Sequence[TokenIds]], list[Text]]:
+    """Batches of token ids (B, ..) as one of them all, to their `Text` in bfloat16."""
     encode = encoding(*configs, dtype)
 
-    def embed(params: dict, ids: TokenIds) -> Text:
-        with sharding.activations_on(mesh):
-            text = encode(params, ids)
-        return jax.tree.map(lambda leaf: leaf.astype(STORED), text)
+    def embed(params: dict, batches: Sequence[TokenIds]) -> list[Text]:
+        count = len(batches)
+        # Rows in turns: each device has those that it had.
+        rows = jax.tree.map(lambda *ids: jnp.stack(ids, 1).reshape(-1, ids[0].shape[1]), *batches)
+        text = jax.tree.map(lambda leaf: leaf.astype(STORED), encode(params, rows))
+        split = jax.tree.map(lambda leaf: leaf.reshape(-1, count, *leaf.shape[1:]), text)
+        return [jax.tree.map(lambda leaf, n=n: leaf[:, n], split) for n in range(count)]
 
-    return jax.jit(embed, out_shardings=NamedSharding(mesh, sharding.BATCH))
+    return embed
+
+
+def together(batch_size: int, mesh: Any) -> int:
+    """How many batches have `AT_A_TIME` captions on a device; at least one."""
+    return max(1, AT_A_TIME * _groups(mesh) // batch_size)
+
+
+def _groups(mesh: Any) -> int:
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def narrowed(like: dict, dtype: Any) -> dict:
@@ -95,15 +125,16 @@ def planned(configs: Configs, count: int, text_length: int, *, dtype: Any, mesh:
 
     Args:
       configs: of the encoders.
-      count: captions of a batch.
+      count: captions of a batch, of which `together` says how many there are.
       text_length: of T5's ids.
       dtype: type of the matrix multiplications, and the widest of parameters.
       mesh: of the run; an abstract one will do for everything but compiling.
     """
     lengths = TokenIds(configs[0].max_position_embeddings, text_length)
+    tokens = TokenIds(*(jax.ShapeDtypeStruct((count, length), np.int32) for length in lengths))
     return Embedding(
-        encoding(*configs, dtype),
+        embedding(configs, dtype),
         jit_embedding(configs, dtype, mesh),
         {name: narrowed(shapes(config), dtype) for name, config in zip(_PARTS, configs)},
-        TokenIds(*(jax.ShapeDtypeStruct((count, length), np.int32) for length in lengths)),
+        [tokens] * together(count, mesh),
     )

@@ -35,6 +35,8 @@ class Pictures:
 class CaptionedLatents:
     """Latents with captions that are embedded as they are read."""
 
+    embedder = None
+
     def __init__(self, records: LatentRecords, encoder: CaptionEncoder):
         self._records, self._encoder = records, encoder
         self.null = Text(*encoder.encode([""]))
@@ -50,9 +52,6 @@ class CaptionedLatents:
         except ValueError as error:
             raise ValueError(f"data.text_length, example {int(index)}: {error}") from None
         return Batch(record.latents.astype(np.float32), Text(sequence[0], pooled[0]))
-
-    def embed(self, batch: Batch) -> Batch:
-        return batch
 
 
 def encode_shapes(
