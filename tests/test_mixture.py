@@ -201,6 +201,21 @@ def test_sizes_miss_no_example_when_batches_change_in_length():
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("source", [Named(0, 12, 4), SIZED], ids=["one", "sizes"])
+def test_a_stream_goes_back(source):
+    run = batches(source, 2, seed=4)
+    assert not run.go_back(1)
+    whole = take(run, 13)
+    position = run.get_state()
+    assert run.go_back(5)
+    np.testing.assert_array_equal(take(run, 5), whole[8:])
+    assert run.get_state() == position
+    restored = batches(source, 2, seed=4)
+    restored.set_state(position)
+    assert restored.go_back(13) and not restored.go_back(1)
+    np.testing.assert_array_equal(take(restored, 13), whole)
+
+
 def test_a_position_of_other_data_is_refused():
     with pytest.raises(ValueError, match="is not one of data of 2 sizes"):
         batches(SIZED, 2, seed=0).set_state({"examples": 4})
@@ -225,18 +240,18 @@ def test_captions_are_dropped_by_position_alone(source):
         return run
 
     run = stream()
-    first = [dropped(next(run)) for _ in range(100)]
+    first = [dropped(next(run)) for _ in range(50)]
     state = run.get_state()
-    whole = np.array(first + [dropped(next(run)) for _ in range(100)])
-    assert 0.3 < whole.mean() < 0.5
+    whole = np.array(first + [dropped(next(run)) for _ in range(50)])
+    assert 0.25 < whole.mean() < 0.55
     assert not np.array_equal(whole[0::2], whole[1::2])
     rest = stream(start=state)
-    np.testing.assert_array_equal([dropped(next(rest)) for _ in range(100)], whole[100:])
+    np.testing.assert_array_equal([dropped(next(rest)) for _ in range(50)], whole[50:])
     for rows in ([0, 3], [1, 2]):
         part = stream(rows)
-        np.testing.assert_array_equal([dropped(next(part)) for _ in range(50)], whole[:50, rows])
+        np.testing.assert_array_equal([dropped(next(part)) for _ in range(20)], whole[:20, rows])
     plain = stream(share=0.0)
-    assert not any(dropped(next(plain)).any() for _ in range(50))
+    assert not any(dropped(next(plain)).any() for _ in range(20))
 
 
 @pytest.fixture

@@ -378,7 +378,7 @@ def test_another_batch_size_takes_the_next_examples(half, tmp_path):
     [next(stream) for _ in range(60)]
     run = shutil.copytree(half, tmp_path / "run")
     source = Watched()
-    fit(run, small_config(total_steps=6, batch_size=10), source)
+    fit(run, small_config(total_steps=6, batch_size=10, data__threads=1), source)
     assert source.read[:20] == order.read[16:36]
 
 

@@ -73,35 +73,34 @@ class Examples:
         for later in range(len(source)):
             index = order.index(found, later)
             try:
-                if arrays is None:
-                    arrays = self._arrays(start.size, source, index)
                 dropped = is_dropped(self._seed, start.position + place, self._dropout)
-                self._write(arrays, row, found.part, index, dropped)
-                return arrays
+                return self._write(arrays, row, start.size, found.part, index, dropped)
             except PassingError:
                 raise
             except FileError as error:
                 self._note(found.part, index, error)
         raise AssertionError("all examples of a source are damaged, and none was too many")
 
-    def _arrays(self, size: int, source: Any, index: int) -> Arrays:
-        if size not in self._pools:
-            self._pools.setdefault(size, Pool(source[index], len(self._held)))
-        return self._pools[size].take()
-
-    def _write(self, arrays: Arrays, row: int, part: int, index: int, dropped: bool) -> None:
+    def _write(
+        self, arrays: Arrays | None, row: int, size: int, part: int, index: int, dropped: bool
+    ) -> Arrays:
         """Writes an example into a row, with the empty caption if its own is dropped."""
         source = self._mixture.parts[part].source
-        target = jax.tree.map(lambda leaf: leaf[row, ...], arrays.batch)
+        fills = hasattr(source, "fill")
+        example = source.like if fills else source[index]
+        if arrays is None:
+            if size not in self._pools:
+                self._pools.setdefault(size, Pool(example, len(self._held)))
+            arrays = self._pools[size].take()
         last, arrays.written[row] = arrays.written[row], None
-        if hasattr(source, "fill"):
+        if fills:
             held = last[1] if last is not None and last[0] == part else None
-            arrays.written[row] = part, source.fill(target, index, held, dropped=dropped)
-            return
-        example = source[index]
+            arrays.written[row] = part, source.fill(arrays.batch, row, index, held, dropped)
+            return arrays
         if dropped:
             example = example._replace(text=self._empty)
-        jax.tree.map(np.copyto, target, example)
+        jax.tree.map(lambda leaf, value: np.copyto(leaf[row, ...], value), arrays.batch, example)
+        return arrays
 
     def _note(self, part: int, index: int, error: FileError) -> None:
         """Counts a damaged example; raises its error if there are too many."""
