@@ -113,7 +113,7 @@ def start(folder, count, steps):
     command = [sys.executable, "-c", code, f"--config={ROOT}/configs/teacher.py"]
     command += [f"--workdir={folder / 'run'}", f"--coordinator_address=localhost:{port}"]
     command += [f"--num_processes={count}"]
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     running = [
         subprocess.Popen(
             [*command, f"--process_id={i}"], env=environment, stderr=subprocess.PIPE, text=True
