@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from jax_distill import flow
 from jax_distill.config import ConfigError, load
-from jax_distill.data.encoding import NULL_CAPTION, encode_pictures
+from jax_distill.data.encoding import NULL_CAPTION, Embed, EncodedPictures, StoredText
+from jax_distill.data.identity import of_weights
 from jax_distill.data.loader import EmbeddedLatents
 from jax_distill.data.records import LatentRecords
-from jax_distill.data.sources.checking import checked
 from jax_distill.data.sources.source import CaptionedSource
 from jax_distill.devices import sharding
 from jax_distill.flow import Text
@@ -34,6 +34,7 @@ from jax_distill.worlds.flux.text_encoders import Part, TextEncoders
 from jax_distill.worlds.flux.tokenizers import FluxTokenizer
 
 _LARGEST_SHIFT = 50.0  # of mu: times are shifted by e^mu
+_TEXT_ENCODERS = ("clip", "t5", "tokenizer", "tokenizer_2")
 # Other settings of diffusers' FlowMatchEulerDiscreteScheduler, each with the supported value.
 _FIXED = {
     "num_train_timesteps": 1000,
@@ -94,10 +95,13 @@ class Flux:
         parts = self._described["parts"]
         return parts["t5"]["d_model"], parts["clip"]["hidden_size"]
 
-    def text_encoders(self) -> TextEncoders:
-        """The text encoders, on all devices; they take memory until they are released."""
-        tokenizer = FluxTokenizer.load(self.folder, self._config.data.text_length)
-        mesh = sharding.make_mesh(sharding.ALL_FSDP)
+    @functools.cached_property
+    def _tokenizer(self) -> FluxTokenizer:
+        return FluxTokenizer.load(self.folder, self._config.data.text_length)
+
+    def text_encoders(self, mesh: Mesh | None = None) -> TextEncoders:
+        """The text encoders, by default on all devices; they take memory until they are released."""
+        mesh = sharding.make_mesh(sharding.ALL_FSDP) if mesh is None else mesh
         parts = []
         for name, module, kind in (("clip", clip, clip.ClipConfig), ("t5", t5, t5.T5Config)):
             config = kind.from_dict(self._described["parts"][name])
@@ -105,7 +109,7 @@ class Flux:
                 lambda module=module, config=config: module.initial_parameters(config, nnx.Rngs(0))
             )
             parts.append(Part(config, load_stored(self.folder, name, like, mesh)))
-        return TextEncoders(tokenizer.encode, *parts, dtype=self._config.dtype, mesh=mesh)
+        return TextEncoders(self._tokenizer.encode, *parts, dtype=self._config.dtype, mesh=mesh)
 
     def encode(self, captions: Sequence[str]) -> Text:
         """Reads the text encoders, embeds, and releases them: 10 GB in FLUX's size."""
@@ -179,20 +183,48 @@ class Flux:
     def captions(self, count: int, seed: int) -> None:
         return None
 
-    def prepare(
+    def stored_text(self, padding: str = "shared") -> StoredText:
+        length, (width, pooled) = self._config.data.text_length, self.text_widths
+        facts = {"sequence": [length, width], "pooled": pooled, "type": "bfloat16"}
+
+        def read() -> Embed:
+            return self.text_encoders(sharding.local_mesh()).encode
+
+        facts |= {"padding": padding}
+        return StoredText(facts, read, self._tokenizer.rows, self._digests(_TEXT_ENCODERS))
+
+    def _digests(self, names: Sequence[str]) -> dict[str, str]:
+        return {name: of_weights(self.folder / name) for name in names}
+
+    def work(
         self,
-        output: Path,
         source: CaptionedSource,
         *,
         seed: int | None = None,
         damaged_share: float = 0.0,
-    ) -> int:
-        """Encodes captioned pictures, fitted to the world's height and width."""
-        usable = checked(source, self.resolution, damaged_share=damaged_share)
-        encode_pictures(
-            output, usable, self.resolution, self.codec.encode, self.encoder(), seed=seed
+        padding: str = "shared",
+    ) -> EncodedPictures:
+        """Of captioned pictures, fitted to the world's height and width."""
+        text, devices = self.stored_text(padding), jax.local_devices()
+        rows, columns = (size // 16 for size in self.resolution)
+        latents = {"shape": [rows * columns, self.latent_channels], "type": "float16"}
+        latents |= {"taken": "mean"} if seed is None else {"taken": "sample", "seed": seed}
+        facts = {
+            "world": "flux",
+            "source": source.name,
+            "looked_at": len(source),
+            "resolution": list(self.resolution),
+            "latents": latents,
+            "text": text.facts,
+            "encoders": {**self._digests(["autoencoder"]), **text.encoders},
+        }
+
+        def encoders() -> list[Callable[..., Any]]:
+            return [self.codec.on(device).encode for device in devices]
+
+        return EncodedPictures(
+            source, self.resolution, encoders, text, facts, seed, damaged_share, len(devices)
         )
-        return len(usable)
 
     def check(self, records: LatentRecords | None) -> None:
         config = self._config
