@@ -9,6 +9,7 @@ import grain
 import jax
 import numpy as np
 
+from jax_distill.data.arrays import widen
 from jax_distill.data.encoding import NULL_CAPTION
 from jax_distill.data.examples import Examples
 from jax_distill.data.mixture import Course, Mixture, Part, Sizes, Start
@@ -54,6 +55,36 @@ class EmbeddedLatents:
     def __getitem__(self, index: int) -> Batch:
         record = self._records[int(index)]
         return Batch(record.latents.astype(np.float32), Text(record.sequence, record.pooled))
+
+    @functools.cached_property
+    def like(self) -> Batch:
+        """An example of zeros."""
+        return Batch(np.zeros(self._records.latents_shape, np.float32), self.empty)
+
+    def fill(self, batch: Batch, row: int, index: int, held: int | None, dropped: bool) -> int:
+        """Writes an example into a row of a batch, and of its caption what the row lacks.
+
+        Args:
+          batch: of arrays as of `like`, with a leading axis.
+          row: of the batch.
+          index: of the example.
+          held: how many tokens of a caption the row held last, the others being padding; None if
+            that is not known.
+          dropped: whether it is given with the empty caption.
+
+        Returns:
+          How many tokens of a caption it holds now.
+        """
+        record = self._records.stored(index)
+        sequence, pooled = self.empty if dropped else (record.sequence, record.pooled)
+        own = 0 if dropped else len(sequence)
+        rows = batch.text.sequence[row]
+        used = len(rows) if held is None else held
+        widen(record.latents, batch.x[row])
+        rows[:own] = sequence[:own]
+        rows[own:used] = self.empty.sequence[own:used]
+        batch.text.pooled[row] = pooled
+        return own
 
     def captions(self, indices: Sequence[int]) -> tuple[list[str], Text]:
         """The captions of some examples, as words and embedded (B, ...)."""

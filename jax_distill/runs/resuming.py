@@ -16,7 +16,7 @@ from jax_distill.config.rules import general
 from jax_distill.config.settings import flatten
 from jax_distill.data.folders import folders
 from jax_distill.data.identity import Identity, identity_of
-from jax_distill.data.records import DESCRIPTION
+from jax_distill.data.manifest import DESCRIPTION
 from jax_distill.objectives.methods import FROM_SCRATCH, KINDS
 from jax_distill.objectives.objective import STUDENT
 from jax_distill.objectives.settings import settings_of

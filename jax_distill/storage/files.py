@@ -35,6 +35,7 @@ _MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's does
 
 
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,9})\.partial")
+_UNFINISHED = re.compile(r"\..+\.unfinished")
 
 
 class FileError(ValueError):
@@ -352,6 +353,11 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
+def unfinished_of(path: Path) -> Path:
+    """The path at which a folder is made that one process may begin and another one end."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
 def check_no_partial(path: str | Path, name: str) -> None:
     """Checks that a source is not one that a process is making, or was when it died.
 
@@ -362,7 +368,8 @@ def check_no_partial(path: str | Path, name: str) -> None:
     Raises:
       FileError: it is.
     """
-    if any(_PARTIAL.fullmatch(part) for part in Path(path).absolute().parts):
+    parts = Path(path).absolute().parts
+    if any(_PARTIAL.fullmatch(part) or _UNFINISHED.fullmatch(part) for part in parts):
         raise FileError(f"{name}: '{path}' is half made; make it whole and give that")
 
 

@@ -7,13 +7,20 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from jax_distill.devices.processes import ALONE, Share
 from jax_distill.devices.signals import Interrupted, Signals
 from jax_distill.storage import disks, lease
-from jax_distill.storage.files import FileError, is_address, partial_of, remove_leftovers
+from jax_distill.storage.files import (
+    FileError,
+    is_address,
+    partial_of,
+    remove_leftovers,
+    unfinished_of,
+)
 
 
 class Stopped(RuntimeError):
-    """SIGTERM or SIGINT came while a folder was made; nothing of it is left."""
+    """SIGTERM or SIGINT came while a folder was made; it is not there."""
 
 
 @contextlib.contextmanager
@@ -57,6 +64,57 @@ def made_whole(folder: Path) -> Iterator[Path]:
         raise FileError(message) from error
 
 
+@contextlib.contextmanager
+def made_in_tries(folder: Path, share: Share = ALONE) -> Iterator[Path]:
+    """Makes a folder that appears once the block has ended well, and keeps what was done until then.
+
+    Several processes may make it together, on a disk that all of them see.
+
+    Args:
+      folder: to make; its parent is made if it is missing.
+      share: of this process.
+
+    Yields:
+      The folder beside it that is filled; it holds what earlier tries have done, and is kept if the
+      block fails, unless it is empty.
+
+    Raises:
+      ValueError: the folder exists, others are making it, or the disk is full.
+      Stopped: by a signal.
+    """
+    what, unfinished = f"--output: '{folder}'", unfinished_of(folder)
+
+    def begin() -> None:
+        check_absent(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held.enter_context(lease.of_output(folder))
+        check_absent(folder)  # which another process may have made meanwhile
+        unfinished.mkdir(exist_ok=True)
+
+    def end() -> None:
+        _flush(unfinished)
+        unfinished.rename(folder)
+
+    try:
+        with _stopping(each=True), contextlib.ExitStack() as held:
+            share.first(begin, what)
+            try:
+                yield unfinished
+                share.first(end, what)
+            finally:
+                with contextlib.suppress(OSError):  # not empty, or not there
+                    unfinished.rmdir()
+    except Interrupted:
+        message = f"{what} is not finished, by a signal; run the same command to go on"
+        raise Stopped(message) from None
+    except Exception as error:
+        if (found := disks.full(error)) is None:
+            raise
+        cause, fix = found
+        message = f"{what} is not finished: {cause}; {fix} and run the same command to go on"
+        raise FileError(message) from error
+
+
 def check_absent(folder: Path) -> None:
     """Checks that a folder to make is not there yet, and is one of a disk.
 
@@ -71,10 +129,10 @@ def check_absent(folder: Path) -> None:
         raise FileError(f"--output: '{folder}' exists; remove it or choose another")
 
 
-def _stopping() -> contextlib.AbstractContextManager:
-    """Raises `Interrupted` at a signal, in the only thread that can."""
+def _stopping(each: bool = False) -> contextlib.AbstractContextManager:
+    """Raises `Interrupted` at a signal, in the only thread that can; see `Signals`."""
     if threading.current_thread() is threading.main_thread():
-        return Signals(interrupt=True)
+        return Signals(interrupt=True, each=each)
     return contextlib.nullcontext()
 
 

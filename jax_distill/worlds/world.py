@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 from ml_collections import ConfigDict
 
+from jax_distill.data.encoding import StoredText, Work
 from jax_distill.data.mixture import Mixture
 from jax_distill.data.records import LatentRecords
 from jax_distill.data.sources.source import CaptionedSource
@@ -134,31 +135,35 @@ class World(Protocol):
     def captions(self, count: int, seed: int) -> list[str] | None:
         """The first captions of the world's stream `seed`; None where the user must give them."""
 
-    def prepare(
+    def stored_text(self, padding: str = "shared") -> StoredText | None:
+        """How captions are embedded to be stored; None where they are embedded as they are read.
+
+        Args:
+          padding: see `manifest.TextFacts`.
+        """
+
+    def work(
         self,
-        output: Path,
         source: CaptionedSource | None = None,
         *,
         seed: int | None = None,
         damaged_share: float = 0.0,
+        padding: str = "shared",
         embed: bool = True,
-    ) -> int:
-        """Encodes pictures and captions into a folder of records.
+    ) -> Work:
+        """Pictures and captions that are to be encoded into a folder of records.
 
         Args:
-          output: folder of the records.
           source: captioned pictures; None in a world that renders its own, by `data.examples` and
             `data.seed`.
           seed: of latents drawn from the autoencoder's posterior; None takes its mean.
           damaged_share: the largest share of examples that may be left out, see
             `sources.checking`.
+          padding: see `manifest.TextFacts`.
           embed: whether captions are stored embedded, in a world that `stores_text`.
 
-        Returns:
-          The number of examples.
-
         Raises:
-          ValueError: pictures or captions cannot be used.
+          ValueError: the encoders are missing.
         """
 
     def preview(self, source: Source, count: int) -> tuple[list[str], Text]:

@@ -129,6 +129,12 @@ class FluxTokenizer:
                 self._encode("T5", self._t5, captions, self.t5_length, strict),
             )
 
+    def rows(self, captions: Sequence[str]) -> list[int]:
+        """The number of T5's tokens of each caption, with the end token and without padding."""
+        with _sentence("the T5 tokenizer", "cannot encode captions"):
+            found = self._t5(list(captions), truncation=True, max_length=self.t5_length)
+        return [len(ids) for ids in found["input_ids"]]
+
     def _encode(
         self, name: str, tokenizer: Any, captions: list[str], limit: int, strict: bool
     ) -> np.ndarray:

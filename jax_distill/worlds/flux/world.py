@@ -9,16 +9,17 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_distill import flow
 from jax_distill.config import ConfigError, load
 from jax_distill.data import mixture
-from jax_distill.data.encoding import NULL_CAPTION, encode_pictures
+from jax_distill.data.encoding import NULL_CAPTION, Embed, EncodedPictures, StoredText
 from jax_distill.data.folders import folders, resolution_of, weighed
+from jax_distill.data.identity import of_weights
 from jax_distill.data.loader import EmbeddedLatents, TokenizedLatents
 from jax_distill.data.records import LatentRecords
-from jax_distill.data.sources.checking import checked
 from jax_distill.data.sources.source import CaptionedSource
 from jax_distill.devices import sharding
 from jax_distill.flow import Text
@@ -38,6 +39,7 @@ from jax_distill.worlds.flux.tokenizers import FluxTokenizer
 from jax_distill.worlds.world import Embedding
 
 _LARGEST_SHIFT = 50.0  # of mu: times are shifted by e^mu
+_TEXT_ENCODERS = ("clip", "t5", "tokenizer", "tokenizer_2")
 # Other settings of diffusers' FlowMatchEulerDiscreteScheduler, each with the supported value.
 _FIXED = {
     "num_train_timesteps": 1000,
@@ -98,17 +100,18 @@ class Flux:
         parts = self._described["parts"]
         return parts["t5"]["d_model"], parts["clip"]["hidden_size"]
 
+    @functools.cached_property
     def tokenizer(self) -> FluxTokenizer:
         return FluxTokenizer.load(self.folder, self._config.data.text_length)
 
-    def text_encoders(self) -> TextEncoders:
-        """The text encoders, on all devices; they take memory until they are released."""
-        mesh = sharding.make_mesh(sharding.ALL_FSDP)
+    def text_encoders(self, mesh: Mesh | None = None) -> TextEncoders:
+        """The text encoders, by default on all devices; they take memory until they are released."""
+        mesh = sharding.make_mesh(sharding.ALL_FSDP) if mesh is None else mesh
         parts = [
             Part(config, load_stored(self.folder, name, shapes(config), mesh))
             for name, config in zip(("clip", "t5"), self._text_configs())
         ]
-        return TextEncoders(self.tokenizer().encode, *parts, dtype=self._config.dtype, mesh=mesh)
+        return TextEncoders(self.tokenizer.encode, *parts, dtype=self._config.dtype, mesh=mesh)
 
     def batch_embedder(self) -> BatchEmbedder:
         """The text encoders on the mesh of the run, where they stay."""
@@ -199,7 +202,7 @@ class Flux:
     def _opened(self, records: LatentRecords) -> EmbeddedLatents | TokenizedLatents:
         if self._config.data.embedding == "prepared":
             return EmbeddedLatents(records)
-        return TokenizedLatents(records, self.tokenizer().encode, self.batch_embedder)
+        return TokenizedLatents(records, self.tokenizer.encode, self.batch_embedder)
 
     def preview(
         self, source: EmbeddedLatents | TokenizedLatents, count: int
@@ -213,20 +216,51 @@ class Flux:
     def captions(self, count: int, seed: int) -> None:
         return None
 
-    def prepare(
+    def stored_text(self, padding: str = "shared") -> StoredText:
+        length, (width, pooled) = self._config.data.text_length, self.text_widths
+        facts = {"sequence": [length, width], "pooled": pooled, "type": "bfloat16"}
+
+        def read() -> Embed:
+            return self.text_encoders(sharding.local_mesh()).encode
+
+        facts |= {"padding": padding}
+        return StoredText(facts, read, self.tokenizer.rows, self._digests(_TEXT_ENCODERS))
+
+    def _digests(self, names: Sequence[str]) -> dict[str, str]:
+        return {name: of_weights(self.folder / name) for name in names}
+
+    def work(
         self,
-        output: Path,
         source: CaptionedSource,
         *,
         seed: int | None = None,
         damaged_share: float = 0.0,
+        padding: str = "shared",
         embed: bool = True,
-    ) -> int:
-        """Encodes captioned pictures, fitted to the world's height and width."""
-        usable = checked(source, self.resolution, damaged_share=damaged_share)
-        encoder = self.encoder() if embed else None
-        encode_pictures(output, usable, self.resolution, self.codec.encode, encoder, seed=seed)
-        return len(usable)
+    ) -> EncodedPictures:
+        """Of captioned pictures, fitted to the world's height and width."""
+        text, devices = self.stored_text(padding) if embed else None, jax.local_devices()
+        rows, columns = (size // 16 for size in self.resolution)
+        latents = {"shape": [rows * columns, self.latent_channels], "type": "float16"}
+        latents |= {"taken": "mean"} if seed is None else {"taken": "sample", "seed": seed}
+        facts = {
+            "world": "flux",
+            "source": source.name,
+            "looked_at": len(source),
+            "resolution": list(self.resolution),
+            "latents": latents,
+            "encoders": self._digests(["autoencoder"]),
+        }
+        if text is not None:
+            facts["text"] = text.facts
+            facts["encoders"] |= text.encoders
+
+        def encoders() -> list[Callable[..., Any]]:
+            return [self.codec.on(device).encode for device in devices]
+
+        return EncodedPictures(
+            source, self.resolution, encoders, text, facts, seed, damaged_share, len(devices)
+        )
 
     def check(self, records: LatentRecords | None, folder: str = "") -> None:
         config = self._config

@@ -10,9 +10,11 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from jax_distill.config import ConfigError
+from jax_distill.data.encoding import make
 from jax_distill.data.folders import weighed
+from jax_distill.data.manifest import DESCRIPTION
 from jax_distill.data.mixture import Mixture, Part
-from jax_distill.data.records import DESCRIPTION, LatentRecords
+from jax_distill.data.records import LatentRecords
 from jax_distill.flow import Text
 from jax_distill.interop.orbax_tree import StoredLeaf
 from jax_distill.interop.parts import StoredPart
@@ -21,7 +23,7 @@ from jax_distill.models.latents import LatentCodec
 from jax_distill.storage.files import FileError
 from jax_distill.worlds.shapes import bundled, renderer
 from jax_distill.worlds.shapes.captions import POOLED_DIM, SEQUENCE_DIM, CaptionEncoder
-from jax_distill.worlds.shapes.sources import CaptionedLatents, Pictures, encode_shapes
+from jax_distill.worlds.shapes.sources import CaptionedLatents, Pictures, RenderedPictures
 
 CAPTIONS_CHECKED = 1000  # of the stream; in a folder, all
 
@@ -88,7 +90,7 @@ class Shapes:
         path = workdir / "data"
         if not (path / DESCRIPTION).exists():
             logging.info("encoding %d pictures into %s", data.examples, path)
-            self.prepare(path)
+            make(path, self.work())
         return Mixture([Part(self._opened(path))])
 
     def _opened(self, folder: str | Path) -> CaptionedLatents:
@@ -98,21 +100,24 @@ class Shapes:
         return Pictures(self._config.data.examples, self._config.data.seed)
 
     def captions(self, count: int, seed: int) -> list[str]:
-        return [renderer.sample(seed, index).caption for index in range(count)]
+        return [renderer.caption(seed, index) for index in range(count)]
 
-    def prepare(
+    def stored_text(self, padding: str = "shared") -> None:
+        return None
+
+    def work(
         self,
-        output: Path,
         source: None = None,
         *,
         seed: None = None,
         damaged_share: float = 0.0,
+        padding: str = "shared",
         embed: bool = False,
-    ) -> int:
-        """Renders and encodes the first `data.examples` of the stream `data.seed`."""
-        data = self._config.data
-        encode_shapes(output, data.examples, data.seed, self.codec.encode)
-        return data.examples
+    ) -> RenderedPictures:
+        """Of the first `data.examples` of the stream `data.seed`."""
+        data, codec = self._config.data, self.codec
+        shape = codec.token_shape(*self.resolution)
+        return RenderedPictures(data.examples, data.seed, codec.encode, shape)
 
     def preview(self, source: CaptionedLatents, count: int) -> tuple[list[str], Text]:
         """Held-out captions, evenly spaced from first to last."""
@@ -128,7 +133,7 @@ class Shapes:
             )
         data = self._config.data
         if records is not None:
-            captions = (records[index].caption for index in range(len(records)))
+            captions = records.captions()
         else:
             captions = self.captions(min(data.examples, CAPTIONS_CHECKED), data.seed)
         try:
