@@ -9,7 +9,6 @@ import grain
 import jax
 import numpy as np
 
-from jax_distill.data.arrays import widen
 from jax_distill.data.encoding import NULL_CAPTION
 from jax_distill.data.examples import Examples
 from jax_distill.data.mixture import Course, Mixture, Part, Sizes, Start
@@ -75,16 +74,8 @@ class EmbeddedLatents:
         Returns:
           How many tokens of a caption it holds now.
         """
-        record = self._records.stored(index)
-        sequence, pooled = self.empty if dropped else (record.sequence, record.pooled)
-        own = 0 if dropped else len(sequence)
-        rows = batch.text.sequence[row]
-        used = len(rows) if held is None else held
-        widen(record.latents, batch.x[row])
-        rows[:own] = sequence[:own]
-        rows[own:used] = self.empty.sequence[own:used]
-        batch.text.pooled[row] = pooled
-        return own
+        text = Text(batch.text.sequence[row], batch.text.pooled[row])
+        return self._records.fill(index, batch.x[row], text, held, bare=dropped)
 
     def captions(self, indices: Sequence[int]) -> tuple[list[str], Text]:
         """The captions of some examples, as words and embedded (B, ...)."""

@@ -11,8 +11,9 @@ import grain
 import numpy as np
 
 from jax_distill.data import manifest
+from jax_distill.data.arrays import widen
 from jax_distill.data.manifest import AGAIN, CAPTIONS, LATENTS, NULL, Description
-from jax_distill.data.record_fields import RECORD_BYTES, Array, unpack
+from jax_distill.data.record_fields import RECORD_BYTES, Array, check_finite, unpack
 from jax_distill.flow import Text
 from jax_distill.storage.files import FileError, check_regular, named, unread
 
@@ -52,24 +53,53 @@ class LatentRecords:
         Raises:
           FileError: it, or its caption, is damaged or out of its place.
         """
-        record = self.stored(index)
-        if record.sequence is None:
-            return record
-        return record._replace(sequence=self._captions.padded(record.sequence))
+        found, number = self._found(index)
+        words, text = self._captions[number]
+        return LatentRecord(found["latents"], words, found["key"], *(text or ()))
 
-    def stored(self, index: int) -> LatentRecord:
-        """One example as it is stored: its sequence may lack rows, which are those of `null`.
-
-        Raises:
-          FileError: as for an example that is whole.
-        """
-        found = self._examples[index]
+    def _found(self, index: int, *, check: bool = True) -> tuple[dict[str, Any], int]:
+        """The fields of an example, and the number of its caption."""
+        found = self._examples.read(index, check=check)
         number = found["caption"]
         if not 0 <= number < len(self._captions):
             error = ValueError(f"there is no caption {number}")
             raise self._examples.unreadable(index, error)
-        words, text = self._captions.stored(number)
-        return LatentRecord(found["latents"], words, found["key"], *(text or ()))
+        return found, number
+
+    def fill(
+        self, index: int, x: np.ndarray, text: Text, held: int | None = None, *, bare: bool = False
+    ) -> int:
+        """Writes an example into arrays: what its caption has not of its own, only where it must.
+
+        Args:
+          index: of the example.
+          x: (N, C) float32, its latents.
+          text: its caption, a sequence (L, D) and pooled (P,).
+          held: how many rows of the sequence were a caption's own when this was called for these
+            arrays last, if nothing else has been written to them since.
+          bare: whether the empty caption is written in the place of its own.
+
+        Returns:
+          How many rows of the sequence are the caption's own.
+
+        Raises:
+          FileError: as for reading it.
+        """
+        found, number = self._found(index, check=False)
+        try:
+            check_finite("latents", found["latents"])
+        except ValueError as error:
+            raise self._examples.unreadable(index, error) from None
+        if found["latents"].dtype == np.float16:
+            widen(found["latents"], x)
+        else:
+            x[...] = found["latents"]
+        empty, held = self._captions.null, len(text.sequence) if held is None else held
+        own = 0 if bare else self._captions.fill(number, text)
+        text.sequence[own:held] = empty.sequence[0, own:held]
+        if bare:
+            text.pooled[...] = empty.pooled[0]
+        return own
 
     @property
     def latents_shape(self) -> tuple[int, int]:
@@ -123,32 +153,39 @@ class Captions:
         Raises:
           FileError: it is damaged or out of its place.
         """
-        words, text = self.stored(number)
-        if text is not None:
-            text = text._replace(sequence=self.padded(text.sequence))
-        return words, text
+        found = self._found(number)
+        if self._text is None:
+            return found["caption"], None
+        sequence, length = found["sequence"], self._text["sequence"][0]
+        if len(sequence) < length:
+            sequence = np.concatenate([sequence, self.null.sequence[0, len(sequence) :]])
+        return found["caption"], Text(sequence, found["pooled"])
 
-    def padded(self, sequence: np.ndarray) -> np.ndarray:
-        """A sequence (L, D) of one that may have fewer rows."""
-        length = self._text["sequence"][0]
-        if len(sequence) == length:
-            return sequence
-        return np.concatenate([sequence, self.null.sequence[0, len(sequence) :]])
-
-    def stored(self, number: int) -> tuple[str, Text | None]:
-        """The same as it is stored, with up to L rows: the others are those of `null`.
+    def fill(self, number: int, text: Text) -> int:
+        """Writes a caption's own rows, and its pooled features; returns how many rows those are.
 
         Raises:
           FileError: it is damaged or out of its place.
         """
-        found = self._shards[number]
-        if self._text is None:
-            return found["caption"], None
-        sequence, (length, _) = found["sequence"], self._text["sequence"]
-        if len(sequence) > length:
-            error = ValueError(f"its sequence has {len(sequence)} rows, more than {length}")
+        found = self._found(number, check=False)
+        own = len(found["sequence"])
+        text.sequence[:own], text.pooled[...] = found["sequence"], found["pooled"]
+        try:
+            check_finite("sequence", text.sequence[:own])
+            check_finite("pooled", text.pooled)
+        except ValueError as error:
+            raise self._shards.unreadable(number, error) from None
+        return own
+
+    def _found(self, number: int, *, check: bool = True) -> dict[str, Any]:
+        """The fields of a caption; its sequence may have fewer rows than L, not more."""
+        found = self._shards.read(number, check=check)
+        if self._text is not None and (own := len(found["sequence"])) > self._text["sequence"][0]:
+            error = ValueError(
+                f"its sequence has {own} rows, more than {self._text['sequence'][0]}"
+            )
             raise self._shards.unreadable(number, error)
-        return found["caption"], Text(sequence, found["pooled"])
+        return found
 
     @functools.cached_property
     def null(self) -> Text:
@@ -199,13 +236,20 @@ class Shards:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read(index)
+
+    def read(self, index: int, *, check: bool = True) -> dict[str, Any]:
         """The fields of a record.
+
+        Args:
+          index: its number.
+          check: whether its numbers are checked to be finite.
 
         Raises:
           FileError: it is damaged, or is not the one with that number.
         """
         try:
-            found = unpack(self._source[index], self._kinds)
+            found = unpack(self._source[index], self._kinds, check=check)
             if found["at"] != index:
                 raise ValueError(f"the record with number {found['at']} lies in its place")
             if found["of"] != self._mark:
