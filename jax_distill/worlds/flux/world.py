@@ -100,7 +100,7 @@ class Flux:
         return FluxTokenizer.load(self.folder, self._config.data.text_length)
 
     def text_encoders(self, mesh: Mesh | None = None) -> TextEncoders:
-        """The text encoders, by default on all devices; they take memory until they are released."""
+        """The text encoders, by default on all devices; they take memory until released."""
         mesh = sharding.make_mesh(sharding.ALL_FSDP) if mesh is None else mesh
         parts = []
         for name, module, kind in (("clip", clip, clip.ClipConfig), ("t5", t5, t5.T5Config)):
