@@ -5,15 +5,18 @@ import json
 import os
 import shutil
 
+import made_records
 import numpy as np
 from PIL import Image
 from test_passing_errors import failing
 from test_pictures import DEEP, HEIGHT, RAMP, RGB, deep_colours, png
-from test_records import SHARD, embedded, null, some
+from test_records import SHARD, embedded, null, replace
 
 from jax_distill import prepare
 from jax_distill.config import base
-from jax_distill.data import encoding, pictures, records
+from jax_distill.data import encoding, manifest, pictures
+from jax_distill.data.making import Making
+from jax_distill.data.record_fields import pack
 from jax_distill.data.sources.checking import checked
 from jax_distill.data.sources.folder import PictureFolder
 from jax_distill.storage import files
@@ -128,26 +131,51 @@ def _captions(root, ask):
 
 def _latents(root, ask):
     good, bad = root / "good", root / "bad"
-    records.write(good, some(2), {"examples": 2})
+    made_records.write(good, embedded(2), null=null())
     ask(records.LatentRecords, root)
 
-    def damaged(change):
+    def damaged(change, read=records.LatentRecords):
         shutil.copytree(good, bad)
-        change(json.loads((bad / records.DESCRIPTION).read_text()))
-        ask(records.LatentRecords, bad)
+        change(json.loads((bad / manifest.DESCRIPTION).read_text()))
+        ask(read, bad)
         shutil.rmtree(bad)
 
     def described(**changes):
-        damaged(lambda old: files.write_json(bad / records.DESCRIPTION, {**old, **changes}))
+        damaged(lambda old: files.write_json(bad / manifest.DESCRIPTION, {**old, **changes}))
 
+    def renamed(old):
+        old["shards"]["latents"][0]["name"] = "../a"
+        files.write_json(bad / manifest.DESCRIPTION, old)
+
+    def changed(old):
+        content = bytearray((bad / SHARD).read_bytes())
+        content[len(content) // 2] ^= 1
+        (bad / SHARD).write_bytes(content)
+
+    size = (good / SHARD).stat().st_size
     described(shards="latents")
-    described(shards=["../a"])
-    described(shards=[])
+    damaged(lambda _: files.write_json(bad / manifest.DESCRIPTION, {"shards": ["a"]}))
+    damaged(renamed)
     described(examples=5)
     damaged(lambda _: (bad / SHARD).unlink())
     damaged(lambda _: (bad / SHARD).write_bytes(bytes(70_000)))
+    damaged(lambda _: (bad / SHARD).write_bytes(bytes(size)))
+    damaged(changed, manifest.verify)
     first, second = embedded(2)
     strange = second._replace(latents=np.full((4, 8), np.nan, np.float16))
-    records.write(bad, [first, strange], {}, null=null(length=4))
+    made_records.write(bad, [first, strange], null=null())
     ask(lambda: records.LatentRecords(bad)[1])
+    shutil.rmtree(bad)
+    wide = second._replace(pooled=second.pooled[:2])
+    made_records.write(bad, [first, wide], null=null())
+    ask(lambda: records.LatentRecords(bad)[1])
+    fields = {"at": 1, "key": "a", "caption": 0, "latents": first.latents}
+    replace(bad / SHARD, [pack({**fields, "of": bytes(8)})] * 2)
+    ask(lambda: records.LatentRecords(bad)[0])
+    ask(lambda: records.LatentRecords(bad)[1])
+    (bad / manifest.NULL).write_bytes(bytes((bad / manifest.NULL).stat().st_size))
     ask(lambda: records.LatentRecords(bad).null)
+    begun = root / "begun"
+    Making(begun, {"steps": 2})
+    (begun / SHARD).touch()
+    ask(Making, begun, {"steps": 3})

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import made_records
 import numpy as np
 import pytest
 from absl.testing import flagsaver
@@ -33,7 +34,8 @@ TINY = (
 
 def write_data(folder, captions, channels=64):
     latents = np.zeros((16, channels), np.float16)
-    records.write(folder, [records.LatentRecord(latents, c) for c in captions], {"world": "none"})
+    rows = [records.LatentRecord(latents, c) for c in captions]
+    made_records.write(folder, rows, {"world": "none"})
     return f"--config.data.path={folder}"
 
 

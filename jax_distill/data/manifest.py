@@ -52,7 +52,7 @@ class File(TypedDict):
 
 
 class LatentFacts(TypedDict):
-    """The latents of every example; `taken` and `seed` tell how they were taken, if that is known."""
+    """The latents of an example; beside these, `taken` and `seed` tell how they were made."""
 
     shape: tuple[_Count, _Count]
     type: _Type

@@ -27,6 +27,8 @@ _YEAR = 365 * 24 * 3600
 
 def define_flags() -> None:
     """Defines the flags that `join` reads, for commands that may be one of several processes."""
+    if "coordinator_address" in flags.FLAGS:  # where one program imports several commands
+        return
     flags.DEFINE_string(
         "coordinator_address",
         None,

@@ -66,7 +66,7 @@ def made_whole(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def made_in_tries(folder: Path, share: Share = ALONE) -> Iterator[Path]:
-    """Makes a folder that appears once the block has ended well, and keeps what was done until then.
+    """Makes a folder that appears once the block has ended well; else what was done is kept.
 
     Several processes may make it together, on a disk that all of them see.
 

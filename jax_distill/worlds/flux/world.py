@@ -105,7 +105,7 @@ class Flux:
         return FluxTokenizer.load(self.folder, self._config.data.text_length)
 
     def text_encoders(self, mesh: Mesh | None = None) -> TextEncoders:
-        """The text encoders, by default on all devices; they take memory until they are released."""
+        """The text encoders, by default on all devices; they take memory until released."""
         mesh = sharding.make_mesh(sharding.ALL_FSDP) if mesh is None else mesh
         parts = [
             Part(config, load_stored(self.folder, name, shapes(config), mesh))
