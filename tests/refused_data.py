@@ -12,13 +12,15 @@ from test_passing_errors import failing
 from test_pictures import DEEP, HEIGHT, RAMP, RGB, deep_colours, png
 from test_records import SHARD, embedded, null, replace
 
-from jax_distill import prepare
+from jax_distill import prepare, worlds
 from jax_distill.config import base
-from jax_distill.data import encoding, manifest, pictures
+from jax_distill.data import encoding, folders, manifest, mixture, pictures, records
+from jax_distill.data.loader import EmbeddedLatents, batches
 from jax_distill.data.making import Making
 from jax_distill.data.record_fields import pack
 from jax_distill.data.sources.checking import checked
 from jax_distill.data.sources.folder import PictureFolder
+from jax_distill.runs import checks
 from jax_distill.storage import files
 from jax_distill.worlds.flux.world import Flux
 
@@ -30,6 +32,7 @@ def ask_all(root, ask):
     _captions(root, ask)
     _latents(root, ask)
     _words(root, ask)
+    _mixtures(root, ask)
 
 
 def _words(root, ask):
@@ -41,9 +44,39 @@ def _words(root, ask):
     world.folder = root / "ported"
     for embedding, caption in (("prepared", "a fox"), ("training", "")):
         config.data.embedding = embedding
+        shutil.rmtree(root / "words", ignore_errors=True)
         rows = [records.LatentRecord(np.zeros((4, 8), np.float16), caption)]
-        records.write(root / "words", rows, {"resolution": [32, 32]})
-        ask(world.check, records.LatentRecords(root / "words"))
+        made_records.write(root / "words", rows, {"resolution": [32, 32]})
+        ask(world.check, records.LatentRecords(root / "words"), str(root / "words"))
+
+
+def _mixtures(root, ask):
+    ask(folders.weighed, "a,b", (1.0,))
+    ask(folders.weighed, "a,./a", (1.0, 1.0))
+    ask(folders.weighed, "a,,b", (1.0, 1.0, 1.0))
+    ask(mixture.rounds, (1e-6, 1.0))
+    config = base()
+    config.objective.name = "flow_matching"
+    made_records.write(root / "foxes", embedded(2), {"world": "flux"}, null=null())
+    config.data.path = str(root / "foxes")
+    ask(checks.check_folders, config, worlds.of(config))
+    with config.unlocked():
+        config.data.path = f"{root / 'foxes'},{root / 'hares'}"
+        config.world, config.data.resolution = "flux", (32, 32)
+        config.data.text_length = len(null().sequence[0])
+        config.samples.prompts = 1
+    facts = {"world": "flux", "resolution": [32, 32], "encoders": {"t5": "another"}}
+    made_records.write(root / "hares", embedded(2), facts, null=null())
+    world = Flux(config)
+    world.__dict__["_described"] = {
+        "parts": {"t5": {"d_model": null().sequence.shape[-1]}, "clip": {"hidden_size": 1}}
+    }
+    ask(world.check, records.LatentRecords(root / "hares"), str(root / "hares"))
+    first, second = embedded(2)
+    strange = second._replace(latents=np.full((4, 8), np.nan, np.float16))
+    made_records.write(root / "damaged", [first, strange], null=null())
+    source = EmbeddedLatents(records.LatentRecords(root / "damaged"))
+    ask(next, batches(source, 2, 0, damaged_share=0.01))
 
 
 def _texts(root, ask):

@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 import jax
+import made_records
 import numpy as np
 import pytest
 from absl.testing import flagsaver
@@ -66,13 +67,13 @@ def folders(ported, tmp_path_factory):
     half = functools.partial(jax.tree.map, lambda leaf: np.asarray(leaf, jax.numpy.bfloat16))
     embedded, words = (tmp_path_factory.mktemp("latents") / name for name in ("all", "words"))
     rows = [records.LatentRecord(x, caption) for x, caption in zip(latents, CAPTIONS)]
-    description = {"world": "flux", "examples": 12, "resolution": list(SIZE)}
-    records.write(words, rows, description)
+    description = {"world": "flux", "resolution": list(SIZE)}
+    made_records.write(words, rows, description)
     rows = [
         row._replace(sequence=sequence, pooled=pooled)
         for row, sequence, pooled in zip(rows, *half(text))
     ]
-    records.write(embedded, rows, description, null=half(null))
+    made_records.write(embedded, rows, description, null=half(null))
     return embedded, words
 
 
@@ -86,8 +87,8 @@ def assert_near(actual, expected):
 
 def test_embedded_rows_are_those_that_are_prepared(ported, folders):
     embedded, words = folders
-    prepared = world_of(ported, path=str(embedded)).source(None)
-    tokenized = world_of(ported, path=str(words), embedding="training").source(None)
+    prepared = world_of(ported, path=str(embedded)).source(None).first
+    tokenized = world_of(ported, path=str(words), embedding="training").source(None).first
     assert isinstance(prepared, EmbeddedLatents) and isinstance(tokenized, TokenizedLatents)
     (told, text), (asked, expected) = (x.captions([7, 0, 3]) for x in (tokenized, prepared))
     assert told == asked == [CAPTIONS[7], CAPTIONS[0], CAPTIONS[3]]
@@ -107,7 +108,7 @@ def test_embedded_rows_are_those_that_are_prepared(ported, folders):
 
 
 def test_workers_of_a_loader_are_given_tokens_alone(ported, folders):
-    source = world_of(ported, path=str(folders[1]), embedding="training").source(None)
+    source = world_of(ported, path=str(folders[1]), embedding="training").source(None).first
     assert source.null.pooled.shape == (1, 16)  # the text encoders, which are not passed on
     again = pickle.loads(pickle.dumps(source))
     assert len(again) == 12
@@ -262,7 +263,8 @@ def test_what_cannot_be_embedded_is_said_in_one_sentence(
         found = records.LatentRecords(path)
         rows = [found[index]._replace(caption="") for index in range(len(found))]
         path = tmp_path / "latents"
-        records.write(path, rows, found.description)
+        facts = {name: found.description[name] for name in ("world", "resolution")}
+        made_records.write(path, rows, facts)
     error = train(monkeypatch, "scm", ported, path, changes, tmp_path / "run")
     assert expected in error and "\n" not in error and not (tmp_path / "run").exists()
 

@@ -3,13 +3,14 @@
 import json
 
 import grain
+import made_records
 import numpy as np
 import pytest
 from absl import logging
 
 from jax_distill.config import ConfigError, base
 from jax_distill.config import check as check_config
-from jax_distill.data import folders, mixture, records
+from jax_distill.data import folders, mixture
 from jax_distill.data.loader import Ahead, EmbeddedLatents, batches, example_of_row
 from jax_distill.data.mixture import Mixture, Part
 from jax_distill.data.records import LatentRecord, LatentRecords
@@ -298,8 +299,10 @@ def test_damage_ends_a_run_that_allows_less_of_it(warned):
 def test_worker_processes_give_the_same_batches(tmp_path):
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((9, 4, 8)).astype(np.float16)
-    records.write(tmp_path, [LatentRecord(x, "a", x[:3], x[0]) for x in latents], {}, null=NULL)
-    source = EmbeddedLatents(LatentRecords(tmp_path))
+    rows = [LatentRecord(x, str(i), "", x[:3], x[0]) for i, x in enumerate(latents)]
+    null = Text(latents[:1, :3] + 1, latents[:1, 0] + 1)
+    made_records.write(tmp_path / "data", rows, null=null)
+    source = EmbeddedLatents(LatentRecords(tmp_path / "data"))
     expected = batches(source, 4, seed=2)
     for _ in range(2):
         next(expected)

@@ -17,7 +17,7 @@ from jax_distill.assembly import adapters, build, resolution, stages
 from jax_distill.assembly.frozen import frozen_network
 from jax_distill.config import ConfigError
 from jax_distill.data.folders import folders, resolutions
-from jax_distill.data.records import DESCRIPTION
+from jax_distill.data.manifest import DESCRIPTION
 from jax_distill.devices import sharding
 from jax_distill.flow import Batch, Text
 from jax_distill.objectives.methods import OBJECTIVES

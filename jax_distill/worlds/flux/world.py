@@ -305,6 +305,18 @@ class Flux:
                 f" teacher's text encoders make {(length, self.text_widths[0])}; prepare the folder"
                 " with its text encoders"
             )
+        first = folders(config.data.path)[0]
+        if _encoders(LatentRecords(Path(first))) != _encoders(records):
+            raise ConfigError(
+                f"data.path: the captions in '{folder}' were embedded by other text encoders than"
+                f" those in '{first}'; prepare both with the same"
+            )
+
+
+def _encoders(records: LatentRecords) -> dict[str, str | None]:
+    """The digests of the text encoders that a folder's captions were embedded by."""
+    known = records.description.get("encoders", {})
+    return {name: known.get(name) for name in _TEXT_ENCODERS}
 
 
 def ported_config(folder: Path) -> ConfigDict:
