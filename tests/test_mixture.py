@@ -6,7 +6,7 @@ import grain
 import made_records
 import numpy as np
 import pytest
-from absl import logging
+from absl import flags, logging
 
 from jax_distill.config import ConfigError, base
 from jax_distill.config import check as check_config
@@ -297,6 +297,7 @@ def test_damage_ends_a_run_that_allows_less_of_it(warned):
 
 
 def test_worker_processes_give_the_same_batches(tmp_path):
+    flags.FLAGS.mark_as_parsed()  # as commands have them: grain's workers read some
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((9, 4, 8)).astype(np.float16)
     rows = [LatentRecord(x, str(i), "", x[:3], x[0]) for i, x in enumerate(latents)]

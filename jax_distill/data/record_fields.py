@@ -148,9 +148,9 @@ class _Packed:
         self._end()
         kind = TYPES.get(name)
         if kind is None:
-            raise ValueError(f"type {name!r:.80} is not one of {', '.join(TYPES)}")
-        if math.prod(shape) * kind.itemsize != len(values):
-            raise ValueError(f"shape {shape!r} does not fit {len(values)} bytes")
+            raise ValueError(f"its type {name!r:.80} is not one of {', '.join(TYPES)}")
+        if not values or math.prod(shape) * kind.itemsize != len(values):
+            raise ValueError(f"its shape {shape!r} does not fit {len(values)} bytes")
         return np.frombuffer(values, kind).reshape(shape)
 
     def _value(self, *kinds: str) -> Any:
@@ -162,7 +162,7 @@ class _Packed:
         if kind == "str":
             return str(self._take(length), "utf-8")
         if kind == "ext" and self._number(1) != 1:
-            raise ValueError("an extension is not an array")
+            raise ValueError("its extension is no array")
         content = self._take(length)
         if kind == "ext":
             return _Packed(content).array()
