@@ -225,7 +225,9 @@ def test_an_example_without_its_caption_is_refused(tmp_path):
     for wrong in (3, -1, "0", True):
         fields[1]["caption"] = wrong
         replace(tmp_path / SHARD, [pack(each) for each in fields])
-        with pytest.raises(FileError, match="example 1 in '.*(there is no caption|is no int|not a record)"):
+        with pytest.raises(
+            FileError, match="example 1 in '.*(there is no caption|is no int|not a record)"
+        ):
             LatentRecords(tmp_path)[1]
 
 
