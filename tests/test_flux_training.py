@@ -17,6 +17,7 @@ from random_pipeline import save_random
 from jax_distill import main, pipeline, worlds
 from jax_distill.assembly import build, frozen, resolution, stages
 from jax_distill.config import ConfigError
+from jax_distill.data.encoding import make
 from jax_distill.data.pictures import read
 from jax_distill.data.records import LatentRecords
 from jax_distill.data.sources.folder import PictureFolder
@@ -56,7 +57,7 @@ def prepared(ported, pictures, tmp_path_factory):
     config = ported_config(ported)
     with config.unlocked():
         config.data.resolution = SIZE
-    assert Flux(config).prepare(output, PictureFolder(pictures)) == 12
+    assert make(output, Flux(config).work(PictureFolder(pictures))) == 12
     return output
 
 

@@ -96,7 +96,7 @@ def read_picture(path: Path, height: int, width: int) -> np.ndarray:
 
 
 def read_captions(path: Path) -> list[str]:
-    return prepare.read_captions(path)
+    return prepare.read_captions(path)[1]
 
 
 class Weights(NamedTuple):
