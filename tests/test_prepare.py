@@ -1,8 +1,11 @@
 """The prepare command: what it refuses, and that a teacher draws what captions ask for."""
 
+import json
 import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ from jax_distill.data.records import LatentRecords
 from jax_distill.data.sources.source import Columns
 from jax_distill.runs import commands
 from jax_distill.worlds.shapes.sources import RenderedPictures
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -146,3 +151,13 @@ def test_captions_that_are_none_are_refused(tmp_path, content, message):
     os.mkfifo(path)
     with pytest.raises(ValueError, match="is no regular file"):
         prepare.read_captions(path)
+
+
+@pytest.mark.slow
+def test_killed_and_on_several_processes_the_same_files_are_made():
+    command = [sys.executable, "benchmarks/prepare_kill.py", "--kills=2", "--processes=2"]
+    command += ["--examples=500", "--seed=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["ratio"] == 1 and line["files"] > 8 and line["kills"] >= 2 and not line["left"]
