@@ -27,14 +27,14 @@ setup(
         "optax>=0.2.5",  # training/optimizer.py
         "orbax-checkpoint>=0.11.20",  # training/checkpoint.py
         "grain>=0.2.10",  # data/loader.py
-        "array-record",  # data/records.py
+        "array-record",  # data/shards.py, data/records.py
         "clu>=0.0.12",  # training/progress.py: metric writers
         # clu writes TensorBoard's files through TensorFlow, without declaring either.
         "tensorflow-cpu; platform_machine == 'x86_64' and sys_platform == 'linux'",
         "tensorflow; platform_machine != 'x86_64' or sys_platform != 'linux'",
         "tensorboard",
         "ml-collections>=1.0",  # config/
-        "msgpack",  # data/records.py
+        "msgpack",  # data/record_fields.py
         "msgspec>=0.19",  # storage/files.py: the types of what JSON holds
         "absl-py",
         "numpy>=2.0",

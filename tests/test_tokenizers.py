@@ -85,6 +85,14 @@ def test_a_caption_that_fits_exactly_is_whole(tokenizer):
             only.encode(["a", too_long], strict=True)
 
 
+def test_rows_of_a_caption_end_with_its_end_token(tokenizer):
+    captions = [*WORDS, "<pad> red", LONG]
+    ids, rows = tokenizer.encode(captions).t5, tokenizer.rows(captions)
+    assert rows[1] == 1 and rows[-1] == LENGTHS[1]
+    for row, own in zip(ids, rows):
+        assert row[own - 1] == 1 and not row[own:].any()  # </s>, then <pad>
+
+
 def test_a_caption_that_does_not_fit_is_named(tokenizer, caplog):
     message = r"^caption '(a red circle and ){3}a red cir\w*\.\.': its \d+ CLIP .* 77; shorten it$"
     with pytest.raises(ValueError, match=message):

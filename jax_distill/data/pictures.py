@@ -160,6 +160,7 @@ def _decoding(where: str) -> Iterator[None]:
         raise FileError(_too_large(where, pixels, PIXELS)) from None
     except Exception as error:  # decoders raise nearly every kind
         reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = re.sub(r" <\S+ object at 0x\w+>", "", reason)  # the same in every process
         raise unread(where, error, disks.raised) or FileError(
             f"{where} cannot be read as a picture: {reason}; save it anew or take it away"
         ) from None
@@ -232,6 +233,7 @@ def _orientation(image: Image.Image, where: str) -> Any:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception as error:  # parsers of it raise nearly every kind, too
         reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = re.sub(r" <\S+ object at 0x\w+>", "", reason)  # the same in every process
         raise unread(where, error, disks.raised) or FileError(
             f"{where} has EXIF data that cannot be read ({reason}), so that nobody knows which"
             " side is up; save it anew or remove them"
