@@ -24,9 +24,9 @@ from absl import app, flags
 ROOT = Path(__file__).parents[1]
 SHARD_RECORDS = 64
 PROGRAM = f"""
-from jax_distill.data import encoding, shards
+from jax_distill.data import drawing, shards
 shards.SHARD_RECORDS = {SHARD_RECORDS}
-encoding.DRAWN_BATCH = 60
+drawing.DRAWN_BATCH = 60
 from jax_distill import prepare
 from jax_distill.runs import commands
 commands.run(prepare.main)

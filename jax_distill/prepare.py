@@ -28,7 +28,8 @@ from jax_distill import pipeline, streams, worlds
 from jax_distill.assembly import build, draw_settings
 from jax_distill.assembly.resolution import EMBEDDED
 from jax_distill.data import manifest
-from jax_distill.data.encoding import DrawnLatents, Work, make
+from jax_distill.data.drawing import DrawnLatents
+from jax_distill.data.encoding import Work, make
 from jax_distill.data.estimate import estimate
 from jax_distill.data.identity import of_weights
 from jax_distill.data.sources.opening import open_source

@@ -10,7 +10,8 @@ from PIL import Image
 from test_sources import KINDS
 
 from jax_distill.data import encoding, estimate, making, manifest, shards
-from jax_distill.data.encoding import DrawnLatents, EncodedPictures, StoredText
+from jax_distill.data.drawing import DRAWN_BATCH, DrawnLatents
+from jax_distill.data.encoding import EncodedPictures, StoredText
 from jax_distill.data.records import LatentRecords
 from jax_distill.data.sources.opening import open_source
 from jax_distill.flow import Text
@@ -74,7 +75,7 @@ def test_examples_are_in_order_and_whole(tmp_path, examples):
 
 
 def test_drawn_latents_belong_to_their_captions_and_noise(tmp_path):
-    captions = [f"{index} circles" for index in range(encoding.DRAWN_BATCH + 3)]
+    captions = [f"{index} circles" for index in range(DRAWN_BATCH + 3)]
     keys = [f"c.txt:{index}" for index in range(len(captions))]
 
     def numbers(rows):
@@ -82,7 +83,7 @@ def test_drawn_latents_belong_to_their_captions_and_noise(tmp_path):
         return Text(values[:, None, None] + np.zeros((LENGTH, 1)), values[:, None])
 
     def draw(text, start):
-        assert len(text.pooled) == encoding.DRAWN_BATCH  # one shape, one compilation
+        assert len(text.pooled) == DRAWN_BATCH  # one shape, one compilation
         return np.stack([text.pooled, np.full_like(text.pooled, start)], -1)
 
     for text in (None, stored_text(numbers)):
@@ -98,7 +99,7 @@ def test_drawn_latents_belong_to_their_captions_and_noise(tmp_path):
         assert len(records) == len(captions) and records.description["teacher"] == "it"
         assert records.has_null == (text is not None)
         for index in (0, 7, len(captions) - 1):
-            start = index - index % encoding.DRAWN_BATCH
+            start = index - index % DRAWN_BATCH
             assert (records[index].caption, records[index].key) == (captions[index], keys[index])
             np.testing.assert_array_equal(records[index].latents, [[index, start]])
             if text is not None:

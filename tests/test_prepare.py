@@ -42,7 +42,7 @@ def test_a_teacher_draws_for_captions_without_a_picture(run, monkeypatch, tmp_pa
     teacher = tiny_pipeline("flow_matching")
     monkeypatch.setattr(pipeline, "load", lambda source, mesh: teacher)
     monkeypatch.setattr(prepare, "weights_of", lambda source: "0")
-    monkeypatch.setattr("jax_distill.data.encoding.DRAWN_BATCH", 4)
+    monkeypatch.setattr("jax_distill.data.drawing.DRAWN_BATCH", 4)
     captions = ["a red circle", "two squares", "a red circle", "a green cross", "three disks"]
     (tmp_path / "captions.txt").write_text("\n".join(["", *captions, ""]))
     flags = ["--teacher=it", f"--captions={tmp_path / 'captions.txt'}", "--steps=2"]

@@ -22,7 +22,6 @@ from jax_distill.devices.processes import ALONE, Share
 from jax_distill.flow import Text
 from jax_distill.storage.files import FileError, PassingError
 
-DRAWN_BATCH = 240  # captions that a teacher draws for at a time
 EMBEDDED_BATCH = 8  # pictures, or captions, at a time through large networks
 NULL_CAPTION = " "  # replaces dropped captions in T2I-Distill (arXiv:2512.13006)
 
@@ -279,63 +278,6 @@ class EncodedPictures:
                 free.put(encoder)
             stored = stored_latents(latents, [row.picture.where for row in rows])
             return [{"key": row.key, "latents": one} for row, one in zip(rows, stored)]
-
-        return encode
-
-
-@dataclass(frozen=True)
-class DrawnLatents:
-    """The work of latents that a teacher draws from noise for captions: no picture is needed.
-
-    The end points of its trajectories are data as good as the teacher, for any objective; TBCM
-    (arXiv:2511.20410) trains on latents along them. Where captions are stored embedded, the teacher
-    draws from what is stored, which is what a student will be given.
-
-    Attributes:
-      keys: one an example.
-      captions: likewise.
-      read: reads the teacher; returns the function that draws: embedded captions
-        (`DRAWN_BATCH`, ..) and the index of the first, from which it draws the noise, to packed
-        latents (`DRAWN_BATCH`, N, C).
-      embed: embeds captions (B,) that are not stored embedded.
-      text: how those that are stored are embedded.
-      facts: about the teacher.
-    """
-
-    keys: Sequence[str]
-    captions: Sequence[str]
-    read: Callable[[], Callable[[Text, int], Any]]
-    embed: Embed
-    text: StoredText | None
-    facts: Mapping[str, Any]
-    workers: int = field(default=1, init=False)
-
-    @property
-    def count(self) -> int:
-        return len(self.captions)
-
-    @property
-    def batch(self) -> int:
-        return DRAWN_BATCH
-
-    def look(self, *, most=None, journal=None, share=ALONE) -> Listed:
-        del journal, share
-        return Listed(self.captions[:most])
-
-    def words(self, most: int) -> Sequence[str]:
-        return self.captions[:most]
-
-    def begin(self, found: Listed, texts: Callable[[range], Text]) -> Encode:
-        draw = self.read()
-
-        def encode(span: range) -> list[dict[str, Any]]:
-            captions = [found.captions[index] for index in span]
-            text = self.embed(captions) if self.text is None else texts(span)
-            rows = np.minimum(np.arange(self.batch), len(span) - 1)  # one shape compiles
-            filled = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32)[rows], text)
-            names = [f"the drawing of {words!r:.80}" for words in captions]
-            stored = stored_latents(draw(filled, span[0]), names)
-            return [{"key": self.keys[i], "latents": one} for i, one in zip(span, stored)]
 
         return encode
 
