@@ -154,8 +154,8 @@ def left_out(prepared: Path, log: str) -> dict[str, int]:
         for line in damaged.read_text().splitlines():
             reason = json.loads(line)["reason"]
             found[re.sub(r"'[^']*'", "'...'", reason)[:90]] += 1
-    for count, reason in re.findall(r"': (\d+) (files? .*?), such as", log):
-        found[reason[:90]] += int(count)
+    for count, reason in re.findall(r"': (\d+) files (are left out: .*?), such as", log):
+        found[f"files {reason[:84]}"] += int(count)
     return dict(found)
 
 
@@ -214,7 +214,7 @@ def measure(flags: argparse.Namespace, folder: Path, work: Path) -> dict[str, ob
     left = left_out(prepared, log)
     print(f"{found} pictures found, {len(records)} prepared, {len(set(captions))} captions")
     for reason, count in left.items():
-        print(f"  {count} left out: {reason}")
+        print(f"  left out, {count}: {reason}")
     if flags.sheet:
         damaged = prepared / "damaged.jsonl"
         lines = damaged.read_text().splitlines() if damaged.exists() else []

@@ -372,7 +372,7 @@ MESH = """
         held = sharding.put(params, sharding.shard_state(params, mesh))
         embedder = BatchEmbedder(configs, held, dtype="float32", mesh=mesh)
         (batch,) = embedder.embed([Batch(None, sharding.shard_batch(ids, mesh))])
-    text = batch.text
+        text = batch.text
         kernel = held["t5"]["blocks"]["mlp_in"]["kernel"]
         made.append(jax.tree.map(lambda x: np.asarray(x, np.float32), text))
         report["x".join(map(str, sizes))] = [
