@@ -3,8 +3,6 @@
 Diversity and distances are measured too, beside real pictures' (`docs/measures.md`).
 """
 
-from pathlib import Path
-
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -83,7 +81,7 @@ def main(argv: list[str]) -> None:
     if measures := report.format_measures(layout):
         print(f"\n{measures}")
     if _OUTPUT.value is not None:
-        write_json(Path(_OUTPUT.value), layout)
+        write_json(_OUTPUT.value, layout)
 
 
 def _measured(

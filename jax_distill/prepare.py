@@ -23,6 +23,7 @@ from jax_distill.data.sources.opening import open_source
 from jax_distill.data.sources.prompts import Prompts
 from jax_distill.data.sources.source import USUAL, Columns
 from jax_distill.runs import commands
+from jax_distill.storage import paths
 from jax_distill.storage.files import FileError
 from jax_distill.storage.outputs import made_whole
 from jax_distill.worlds.flux.world import ported_config
@@ -72,7 +73,7 @@ def main(argv: list[str]) -> None:
     del argv
     if not _OUTPUT.value:
         raise ValueError("--output is missing; name the folder to write, such as --output=latents")
-    output = Path(_OUTPUT.value)
+    output = paths.path(_OUTPUT.value)
     if (output / records.DESCRIPTION).exists():
         raise ValueError(f"--output: '{output}' is already prepared; give another folder")
     if output.exists() and not output.is_dir():
@@ -106,7 +107,7 @@ def prepare(output: Path) -> int:
     if _TEACHER.value:
         return draw(output)
     if _SOURCE.value:
-        config = ported_config(Path(_CHECKPOINT.value))
+        config = ported_config(paths.path(_CHECKPOINT.value))
         with config.unlocked():
             config.data.resolution = resolution(config.data.resolution)
         seed = _SEED.value if _LATENTS.value == "sample" else None

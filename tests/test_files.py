@@ -165,7 +165,7 @@ def test_an_output_that_cannot_be_written_is_named(place, name, message):
     assert "\n" not in str(caught.value) and sorted(place.rglob("*")) == before
 
 
-@pytest.mark.parametrize("path", ["", "/", "gs://bucket/x.png", "/proc/none/x.png", "/sys/x.png"])
+@pytest.mark.parametrize("path", ["", "/", "s3://bucket/x.png", "/proc/none/x.png", "/sys/x.png"])
 def test_other_places_are_no_outputs(path):
     with pytest.raises(FileError, match="^--output: "):
         files.check_output(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from jax_distill.data.records import LatentRecords
+from jax_distill.storage import paths
 
 _SHARDS = 16  # read at most
 _BYTES = 2**16  # of each, from its beginning
@@ -32,9 +33,9 @@ def identity(folder: Path) -> Identity:
     """
     records = LatentRecords(folder)
     digest = hashlib.sha256(json.dumps(records.description, sort_keys=True).encode())
-    shards = [Path(folder) / name for name in records.description["shards"]]
+    shards = [paths.path(folder) / name for name in records.description["shards"]]
     for shard in shards:
-        digest.update(b"%d," % shard.stat().st_size)
+        digest.update(b"%d," % paths.size(shard))
     for shard in shards[:: -(-len(shards) // _SHARDS)]:
         with shard.open("rb") as file:
             digest.update(file.read(_BYTES))

@@ -14,6 +14,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from flax import serialization
 
 from jax_distill.flow import Text
+from jax_distill.storage import paths
 from jax_distill.storage.files import (
     FileError,
     check_no_partial,
@@ -63,7 +64,7 @@ class LatentRecords:
 
     def __init__(self, path: Path):
         check_no_partial(path, "data.path")
-        self._path = path = Path(path)
+        self._path = path = paths.path(path)
         try:
             self.description = read_json(path / DESCRIPTION, Description, fix=_AGAIN)
         except (FileNotFoundError, NotADirectoryError):

@@ -19,6 +19,7 @@ from jax_distill.data.records import DESCRIPTION
 from jax_distill.objectives.methods import FROM_SCRATCH, KINDS
 from jax_distill.objectives.objective import STUDENT
 from jax_distill.objectives.settings import settings_of
+from jax_distill.storage import paths
 from jax_distill.storage.quoting import shown
 from jax_distill.training import acceptance, checkpoint
 from jax_distill.training.optimizer import learning_rate
@@ -331,7 +332,7 @@ def check_same_data(before: ConfigDict, config: ConfigDict, workdir: Path) -> st
 
 def _identity(path: str, workdir: Path) -> Identity | None:
     """Of the data of a run; None where there is none."""
-    folder = Path(path or workdir / "data")
+    folder = paths.path(path or workdir / "data")
     return identity(folder) if (folder / DESCRIPTION).is_file() else None
 
 

@@ -3,13 +3,17 @@
 import contextlib
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from jax_distill.devices.signals import Interrupted, Signals
-from jax_distill.storage import disks, lease
-from jax_distill.storage.files import FileError, is_address, partial_of, remove_leftovers
+from jax_distill.storage import buckets, disks, lease, paths
+from jax_distill.storage.files import UNFINISHED, FileError, partial_of, remove_leftovers
+
+DESCRIPTIONS = ("dataset.json", "ported.json", "model_index.json", "README.md")
+"""Files that say what is in a folder, which are written into a bucket after all others."""
 
 
 class Stopped(RuntimeError):
@@ -20,13 +24,16 @@ class Stopped(RuntimeError):
 def made_whole(folder: Path) -> Iterator[Path]:
     """Makes a folder that appears once the block has ended well, and not before.
 
-    Remains of a dead process are removed first.
+    Remains of a dead process are removed first. A folder of a bucket is made in the temporary
+    folder of this host and copied then; while it is copied, it has an object `files.UNFINISHED`,
+    which readers refuse.
 
     Args:
       folder: to make; its parent is made if it is missing.
 
     Yields:
-      An empty folder beside it, to be filled; removed if the block fails.
+      An empty folder, beside it or on a disk of this host, to be filled; removed if the block
+      fails.
 
     Raises:
       ValueError: the folder exists, another process is making it, or the disk is full.
@@ -34,18 +41,11 @@ def made_whole(folder: Path) -> Iterator[Path]:
     """
     check_absent(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(folder.parent)
         with _stopping(), lease.of_output(folder):
             check_absent(folder)  # which another process may have made meanwhile
-            remove_leftovers(folder)
-            partial = partial_of(folder)
-            partial.mkdir()
-            try:
+            with _in_bucket(folder) if paths.is_bucket(folder) else _on_disk(folder) as partial:
                 yield partial
-                _flush(partial)
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
     except Interrupted:
         message = f"--output: '{folder}' was not made, by a signal; run the same command again"
         raise Stopped(message) from None
@@ -57,17 +57,48 @@ def made_whole(folder: Path) -> Iterator[Path]:
         raise FileError(message) from error
 
 
+@contextlib.contextmanager
+def _on_disk(folder: Path) -> Iterator[Path]:
+    remove_leftovers(folder)
+    partial = partial_of(folder)
+    partial.mkdir()
+    try:
+        yield partial
+        _flush(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _in_bucket(folder: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="jax_distill-") as temporary:
+        partial = Path(temporary, folder.name)
+        partial.mkdir()
+        yield partial
+        (folder / UNFINISHED).write_bytes(b"")
+        for found in buckets.objects(folder):  # of one that did not come to its end
+            if found.name != UNFINISHED:
+                found.unlink(missing_ok=True)
+        buckets.upload(partial, folder, last=DESCRIPTIONS)
+        (folder / UNFINISHED).unlink(missing_ok=True)
+
+
 def check_absent(folder: Path) -> None:
-    """Checks that a folder to make is not there yet, and is one of a disk.
+    """Checks that a folder to make is not there yet, or in a bucket only half.
 
     Raises:
-      FileError: something does, or it is an address.
+      FileError: it is, or the bucket is not there.
     """
-    if is_address(folder):
-        raise FileError(
-            f"--output: '{folder}' is an address; give a path, such as in a mounted bucket"
-        )
-    if os.path.lexists(folder):
+    if paths.is_bucket(folder):
+        try:
+            buckets.check_bucket(folder)
+        except FileNotFoundError as error:
+            raise FileError(f"--output: '{folder}': {error}; make it or choose another") from None
+        there = folder.exists() and not (folder / UNFINISHED).exists()
+    else:
+        there = os.path.lexists(folder)
+    if there:
         raise FileError(f"--output: '{folder}' exists; remove it or choose another")
 
 

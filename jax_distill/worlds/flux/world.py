@@ -28,6 +28,7 @@ from jax_distill.models import clip, t5
 from jax_distill.models.autoencoder import Autoencoder, AutoencoderConfig
 from jax_distill.models.binding import parameters
 from jax_distill.models.latents import LatentCodec
+from jax_distill.storage import paths
 from jax_distill.storage.quoting import shown
 from jax_distill.worlds.flux.flux_lite import flux_lite
 from jax_distill.worlds.flux.text_encoders import Part, TextEncoders
@@ -118,7 +119,7 @@ class Flux:
     def null(self) -> Text:
         """The empty caption, from `data.path` if it is set, otherwise embedded anew."""
         if self._config.data.path:
-            return LatentRecords(Path(self._config.data.path)).null
+            return LatentRecords(self._config.data.path).null
         return self.encode([NULL_CAPTION])
 
     def time_shift(self, tokens: int) -> float:
@@ -167,7 +168,7 @@ class Flux:
     def source(self, workdir: Path) -> EmbeddedLatents:
         """`data.path`, captions embedded, as `jax_distill.prepare` made it."""
         del workdir
-        return EmbeddedLatents(LatentRecords(Path(self._config.data.path)))
+        return EmbeddedLatents(LatentRecords(self._config.data.path))
 
     def preview(self, source: EmbeddedLatents, count: int) -> tuple[list[str], Text]:
         """Captions of the data, taken evenly: no text encoder is needed."""
@@ -273,11 +274,11 @@ def ported_folders(checkpoint: str) -> Iterator[Path]:
     """The ported folders that a teacher leads to, its own first."""
     passed: list[str] = []
     while checkpoint and checkpoint not in passed:
-        if ported_folder.is_ported(Path(checkpoint)):
-            yield Path(checkpoint)
+        if ported_folder.is_ported(folder := paths.path(checkpoint)):
+            yield folder
         passed.append(checkpoint)
         try:
-            checkpoint = load(Path(checkpoint)).teacher.checkpoint
+            checkpoint = load(folder).teacher.checkpoint
         except ConfigError as error:
             raise ConfigError(f"teacher.checkpoint: {error}") from None
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from jax_distill.interop.orbax_tree import StoredLeaf
 from jax_distill.interop.parts import StoredPart
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.latents import LatentCodec
+from jax_distill.storage import outputs, paths
 from jax_distill.storage.files import FileError
 from jax_distill.worlds.shapes import bundled, renderer
 from jax_distill.worlds.shapes.captions import POOLED_DIM, SEQUENCE_DIM, CaptionEncoder
@@ -76,10 +78,11 @@ class Shapes:
     def source(self, workdir: Path) -> CaptionedLatents:
         """`data.path`, or the stream of `data.seed`, encoded once into the workdir."""
         data = self._config.data
-        path = Path(data.path or workdir / "data")
+        path = paths.path(data.path or workdir / "data")
         if not data.path and not (path / DESCRIPTION).exists():
             logging.info("encoding %d pictures into %s", data.examples, path)
-            self.prepare(path)
+            with outputs.made_whole(path) if paths.is_bucket(path) else nullcontext(path) as folder:
+                self.prepare(folder)
         return CaptionedLatents(LatentRecords(path), self._encoder)
 
     def pictures(self) -> Pictures:
