@@ -48,7 +48,7 @@ setup(
         "ml-dtypes",  # interop/tensors.py
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10,<0.11"],
+        "tpu": ["jax[tpu]>=0.10,<0.11", "gcsfs>=2026.10"],
         "cuda": ["jax[cuda13]>=0.10,<0.11"],
         "cuda12": ["jax[cuda12]>=0.10,<0.11"],  # for drivers older than CUDA 13's
         # FLUX's tokenizers; data sets of tfds, parquet and arrow files (data/sources/). What is

@@ -12,7 +12,8 @@ from jax_distill.assembly.resolution import EMBEDDED
 from jax_distill.devices import processes
 from jax_distill.evaluation import report, scoring
 from jax_distill.runs import commands
-from jax_distill.storage.files import check_output, write_json
+from jax_distill.storage.files import write_json
+from jax_distill.storage.outputs import check_output
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", EMBEDDED, "Workdir of a run, or 'embedded' for the bundled teacher."

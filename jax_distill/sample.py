@@ -9,7 +9,7 @@ from jax_distill.devices import processes
 from jax_distill.evaluation import grids
 from jax_distill.runs import commands
 from jax_distill.storage import paths
-from jax_distill.storage.files import check_output
+from jax_distill.storage.outputs import check_output
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",

@@ -10,14 +10,13 @@ import os
 import re
 import shutil
 import stat
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from jax_distill.storage import buckets, disks, liveness, paths
+from jax_distill.storage import disks, liveness, paths
 
 TEXT_BYTES = 2**26
 """The most that is read of one text, or of one line of a file that is read line by line."""
@@ -272,64 +271,6 @@ def _checked(text: str, where: str) -> str:
 
 def _no_text(where: str, error: UnicodeDecodeError) -> FileError:
     return FileError(f"{where} is not UTF-8 text ({error.reason}); save it as UTF-8")
-
-
-def check_output(path: str | Path, endings: Sequence[str] = (), *, name: str = "--output") -> None:
-    """Checks that a file can be written, before the work is done; leaves nothing there.
-
-    Args:
-      path: of the file; folders that are missing are made when it is written.
-      endings: that its name may have, such as ".png"; any by default.
-      name: of the flag, for the message.
-
-    Raises:
-      FileError: it has another ending, there is something else, or its folder cannot be written.
-    """
-    text = str(path)
-    try:
-        path = paths.path(path)
-    except paths.NoBucket as error:
-        raise FileError(f"{name}: {error}") from None
-    if not path.name or endings and path.suffix.lower() not in endings:
-        wanted = " or ".join(f"*{ending}" for ending in endings) or "a file"
-        raise FileError(f"{name}: '{text}' has the wrong ending; name the file {wanted}")
-    if paths.is_bucket(path):
-        return _check_object(path, name)
-    folder = path.parent
-    try:
-        if os.path.lexists(path) and not path.is_file():
-            raise FileError(f"{name}: '{text}' exists and is no regular file; choose another")
-        while not folder.exists():
-            if folder.is_symlink():
-                raise FileError(f"{name}: '{folder}' is a link to nothing; give another folder")
-            folder = folder.parent
-        with contextlib.suppress(FileNotFoundError):
-            os.lstat(path.with_name(path.name + ".partial"))  # as it is written: too long a name?
-        with tempfile.TemporaryFile(dir=folder):  # has no name, where the file system knows such
-            pass
-    except FileError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FileError(
-            f"{name}: '{text}' cannot be written ({reason} at '{folder}'); give another path"
-        ) from None
-
-
-def _check_object(path: Path, name: str) -> None:
-    """As `check_output`, of an object of a bucket."""
-    try:
-        buckets.check_bucket(path)
-        taken = path.is_dir()
-    except Exception as error:
-        if not (isinstance(error, OSError) or disks.of_network(error)):
-            raise
-        raise FileError(
-            f"{name}: '{path}' cannot be written ({disks.reason(error)}); mend that, or give"
-            " another path"
-        ) from None
-    if taken:
-        raise FileError(f"{name}: '{path}' exists and is a folder; choose another")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

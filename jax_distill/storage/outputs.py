@@ -1,11 +1,11 @@
-"""Folders that a command makes: whole or not at all, by one process at a time."""
+"""Files and folders that a command makes: whole or not at all, folders by one process at a time."""
 
 import contextlib
 import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jax_distill.devices.signals import Interrupted, Signals
@@ -18,6 +18,64 @@ DESCRIPTIONS = ("dataset.json", "ported.json", "model_index.json", "README.md")
 
 class Stopped(RuntimeError):
     """SIGTERM or SIGINT came while a folder was made; nothing of it is left."""
+
+
+def check_output(path: str | Path, endings: Sequence[str] = (), *, name: str = "--output") -> None:
+    """Checks that a file can be written, before the work is done; leaves nothing there.
+
+    Args:
+      path: of the file; folders that are missing are made when it is written.
+      endings: that its name may have, such as ".png"; any by default.
+      name: of the flag, for the message.
+
+    Raises:
+      FileError: it has another ending, there is something else, or its folder cannot be written.
+    """
+    text = str(path)
+    try:
+        path = paths.path(path)
+    except paths.NoBucket as error:
+        raise FileError(f"{name}: {error}") from None
+    if not path.name or endings and path.suffix.lower() not in endings:
+        wanted = " or ".join(f"*{ending}" for ending in endings) or "a file"
+        raise FileError(f"{name}: '{text}' has the wrong ending; name the file {wanted}")
+    if paths.is_bucket(path):
+        return _check_object(path, name)
+    folder = path.parent
+    try:
+        if os.path.lexists(path) and not path.is_file():
+            raise FileError(f"{name}: '{text}' exists and is no regular file; choose another")
+        while not folder.exists():
+            if folder.is_symlink():
+                raise FileError(f"{name}: '{folder}' is a link to nothing; give another folder")
+            folder = folder.parent
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path.with_name(path.name + ".partial"))  # as it is written: too long a name?
+        with tempfile.TemporaryFile(dir=folder):  # has no name, where the file system knows such
+            pass
+    except FileError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FileError(
+            f"{name}: '{text}' cannot be written ({reason} at '{folder}'); give another path"
+        ) from None
+
+
+def _check_object(path: Path, name: str) -> None:
+    """As `check_output`, of an object of a bucket."""
+    try:
+        buckets.check_bucket(path)
+        taken = path.is_dir()
+    except Exception as error:
+        if not (isinstance(error, OSError) or disks.of_network(error)):
+            raise
+        raise FileError(
+            f"{name}: '{path}' cannot be written ({disks.reason(error)}); mend that, or give"
+            " another path"
+        ) from None
+    if taken:
+        raise FileError(f"{name}: '{path}' exists and is a folder; choose another")
 
 
 @contextlib.contextmanager
