@@ -3,7 +3,7 @@
     python benchmarks/bucket.py [--kills=2] [--faults=0.01] [--seed=0]
 
 The store of objects is `tests/bucket_server.py` (`pip install 'jax-distill[test]'`): it is slow,
-answers 503, cuts writes and reads off, and loses answers to writes, each at a share of the requests.
+answers 503, cuts writes and reads off, and loses answers to writes, at a share of the requests.
 The data, the teacher and the workdir of a run are in its bucket. The teacher is a short run too;
 the student's run is killed by SIGKILL while it saves and while it trains, and started again; then a
 picture is drawn and the student is exported into the bucket. The same is done on a disk, without

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import types
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jax_distill.data.records import LatentRecords
+from jax_distill.runs import checks
 from jax_distill.storage import buckets, disks, files, lease, outputs, paths
 from jax_distill.storage.files import FileError
 
@@ -18,8 +17,6 @@ pytest.importorskip("gcp_storage_emulator", reason="pip install 'jax-distill[tes
 pytest.importorskip("gcsfs", reason="pip install 'jax-distill[gcs]'")
 
 from bucket_server import BucketServer, environment  # noqa: E402
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -107,6 +104,10 @@ def test_a_store_that_does_not_answer_is_named_and_is_no_damage(folder, faults):
     faults.next = []
     assert disks.passing(caught.value) and disks.of_network(caught.value)
     assert files.unread("'a'", caught.value) is not None
+    faults.next = ["unavailable"] * 100
+    with pytest.raises(type(caught.value)):  # and does not say that nothing is there
+        (folder / "a.json").exists()
+    faults.next = []
 
 
 def test_an_object_is_replaced_only_as_it_was_seen(folder, faults):
@@ -232,6 +233,8 @@ def test_half_a_folder_is_refused_and_made_again(folder, monkeypatch):
 def test_a_missing_bucket_is_named(folder):
     with pytest.raises(FileError, match="there is no bucket 'nowhere'"):
         outputs.check_absent(paths.path("gs://nowhere/x"))
+    with pytest.raises(ValueError, match="^--workdir: 'gs://nowhere/x': there is no bucket"):
+        checks.check_workdir(paths.path("gs://nowhere/x"))
     with pytest.raises(FileError, match="^--output: 'gs://nowhere/x.png' cannot be written"):
         outputs.check_output("gs://nowhere/x.png", (".png",))
     outputs.check_output(folder / "x.png", (".png",))
@@ -247,17 +250,3 @@ def test_a_folder_is_moved_and_copied_to_a_disk(folder):
         assert (copy / "b" / "c").read_text() == "c" and copy.name == "e"
     buckets.remove_folder(folder)
     assert not folder.exists()
-
-
-def test_a_command_says_what_is_wrong_with_a_bucket(server):
-    flags = ["--config=configs/teacher.py:smoke", "--workdir=gs://nowhere/run"]
-    done = subprocess.run(
-        [sys.executable, "-m", "jax_distill.main", *flags],
-        cwd=ROOT,
-        env={**os.environ, **environment(server.port)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    error = done.stderr.strip().splitlines()[-1]
-    assert error.startswith("error: --workdir: 'gs://nowhere/run': there is no bucket 'nowhere'")
