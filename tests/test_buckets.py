@@ -3,7 +3,6 @@
 import json
 import os
 import threading
-import types
 from pathlib import Path
 
 import pytest
@@ -13,41 +12,7 @@ from jax_distill.runs import checks
 from jax_distill.storage import buckets, disks, files, lease, outputs, paths
 from jax_distill.storage.files import FileError
 
-pytest.importorskip("gcp_storage_emulator", reason="pip install 'jax-distill[test]'")
 pytest.importorskip("gcsfs", reason="pip install 'jax-distill[gcs]'")
-
-from bucket_server import BucketServer, environment  # noqa: E402
-
-
-@pytest.fixture(scope="session")
-def server():
-    with BucketServer() as running, pytest.MonkeyPatch.context() as patch:
-        for name, value in environment(running.port).items():
-            patch.setenv(name, value)
-        yield running
-
-
-@pytest.fixture
-def faults(server):
-    yield server.faults
-    left, server.faults.next = server.faults.next, []
-    assert not left, f"faults that no request had: {left}"
-
-
-@pytest.fixture
-def folder(faults, request):
-    return paths.path(f"gs://test/{request.node.name}")
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch):
-    """gcsfs tries again at once."""
-    from gcsfs import retry
-
-    async def wait(seconds):
-        pass
-
-    monkeypatch.setattr(retry, "asyncio", types.SimpleNamespace(sleep=wait))
 
 
 def test_addresses_stay_addresses():
@@ -77,41 +42,41 @@ def test_without_its_package_an_address_is_refused(monkeypatch):
         paths.path("gs://test/a")
 
 
-def test_files_are_written_and_read_as_on_a_disk(folder, faults):
+def test_files_are_written_and_read_as_on_a_disk(bucket, faults):
     faults.next = ["cut_write", "unavailable", "lost_answer"]
-    files.write_json(folder / "a.json", {"x": [1, 2]})
+    files.write_json(bucket / "a.json", {"x": [1, 2]})
     faults.next = ["cut_read", "unavailable"]
-    assert files.read_json(folder / "a.json") == {"x": [1, 2]}
-    files.write_atomically(folder / "lines", "ä\r\nb\n")
-    assert list(files.read_lines(folder / "lines")) == [(1, "ä"), (2, "b")]
+    assert files.read_json(bucket / "a.json") == {"x": [1, 2]}
+    files.write_atomically(bucket / "lines", "ä\r\nb\n")
+    assert list(files.read_lines(bucket / "lines")) == [(1, "ä"), (2, "b")]
     with pytest.raises(FileNotFoundError):
-        files.read_text(folder / "none")
+        files.read_text(bucket / "none")
     with pytest.raises(FileError, match="is no regular file"):
-        files.read_text(folder)
+        files.read_text(bucket)
 
 
-def test_any_bytes_come_back(folder):
+def test_any_bytes_come_back(bucket):
     content = bytes(range(256)) * 3 + b"\r\n--==0==\r\n\r"
-    files.write_atomically(folder / "bytes", content)
-    assert (folder / "bytes").read_bytes() == content
+    files.write_atomically(bucket / "bytes", content)
+    assert (bucket / "bytes").read_bytes() == content
 
 
-def test_a_store_that_does_not_answer_is_named_and_is_no_damage(folder, faults):
-    files.write_json(folder / "a.json", {})
+def test_a_store_that_does_not_answer_is_named_and_is_no_damage(bucket, faults):
+    files.write_json(bucket / "a.json", {})
     faults.next = ["unavailable"] * 100
     with pytest.raises(Exception) as caught:
-        files.read_json(folder / "a.json")
+        files.read_json(bucket / "a.json")
     faults.next = []
     assert disks.passing(caught.value) and disks.of_network(caught.value)
     assert files.unread("'a'", caught.value) is not None
     faults.next = ["unavailable"] * 100
     with pytest.raises(type(caught.value)):  # and does not say that nothing is there
-        (folder / "a.json").exists()
+        (bucket / "a.json").exists()
     faults.next = []
 
 
-def test_an_object_is_replaced_only_as_it_was_seen(folder, faults):
-    path = folder / "a"
+def test_an_object_is_replaced_only_as_it_was_seen(bucket, faults):
+    path = bucket / "a"
     faults.next = ["lost_answer"]  # the second try finds what the first has written
     first = buckets.put(path, b"one", buckets.NEW)
     assert first and buckets.put(path, b"two", buckets.NEW) is None
@@ -124,15 +89,15 @@ def test_an_object_is_replaced_only_as_it_was_seen(folder, faults):
     assert buckets.look(path) is None
 
 
-def test_a_lease_is_held_by_one_and_given_back(folder, faults):
-    with lease.of_folder(folder), lease.of_folder(folder):
-        held = buckets.look(folder / lease.NAME)
+def test_a_lease_is_held_by_one_and_given_back(bucket, faults):
+    with lease.of_folder(bucket), lease.of_folder(bucket):
+        held = buckets.look(bucket / lease.NAME)
         assert json.loads(held.content)["pid"] == os.getpid()
-        other = lease._OnBucket(folder / lease.NAME)
+        other = lease._OnBucket(bucket / lease.NAME)
         other._object._content += b" "
         with pytest.raises(lease.InUse, match=f"is in use by process {os.getpid()}"):
             other.take("--workdir", "wait")
-    assert buckets.look(folder / lease.NAME) is None
+    assert buckets.look(bucket / lease.NAME) is None
 
 
 def holder(**changes):
@@ -140,25 +105,25 @@ def holder(**changes):
     return (json.dumps(own) + "\n").encode()
 
 
-def test_the_lease_of_a_dead_process_is_taken_over(folder, monkeypatch):
-    path = folder / lease.NAME
+def test_the_lease_of_a_dead_process_is_taken_over(bucket, monkeypatch):
+    path = bucket / lease.NAME
     buckets.put(path, holder(), buckets.NEW)
-    with lease.of_folder(folder):
+    with lease.of_folder(bucket):
         assert json.loads(buckets.look(path).content)["pid"] == os.getpid()
     for content in (holder(host="elsewhere"), b"{"):
         buckets.put(path, content, buckets.NEW)
         with pytest.raises(lease.InUse, match="its lease ends after 180 s"):
-            with lease.of_folder(folder):
+            with lease.of_folder(bucket):
                 pass
         with monkeypatch.context() as patch:
             patch.setattr(lease, "LIMIT", -60.0)
-            with lease.of_folder(folder):
+            with lease.of_folder(bucket):
                 pass
         assert buckets.look(path) is None
 
 
-def test_of_many_that_find_a_dead_lease_one_takes_it(folder):
-    path = folder / lease.NAME
+def test_of_many_that_find_a_dead_lease_one_takes_it(bucket):
+    path = bucket / lease.NAME
     buckets.put(path, holder(), buckets.NEW)
     begin, taken = threading.Barrier(4), []
 
@@ -178,19 +143,19 @@ def test_of_many_that_find_a_dead_lease_one_takes_it(folder):
     assert len(taken) == 1
 
 
-def test_a_lease_is_renewed_and_its_loss_is_noticed(folder, faults):
-    own = lease._OnBucket(folder / lease.NAME)
+def test_a_lease_is_renewed_and_its_loss_is_noticed(bucket, faults):
+    own = lease._OnBucket(bucket / lease.NAME)
     own.take("--workdir", "wait")
     faults.next = ["lost_answer"]
     assert own.renew() and own.renew()
-    buckets.remove(folder / lease.NAME, buckets.look(folder / lease.NAME).generation)
+    buckets.remove(bucket / lease.NAME, buckets.look(bucket / lease.NAME).generation)
     assert own.renew()  # removed by hand
-    seen = buckets.look(folder / lease.NAME)
+    seen = buckets.look(bucket / lease.NAME)
     other = holder(host="elsewhere")
-    buckets.put(folder / lease.NAME, other, seen.generation)
+    buckets.put(bucket / lease.NAME, other, seen.generation)
     assert not own.renew()
     own.give_back()
-    assert buckets.look(folder / lease.NAME).content == other
+    assert buckets.look(bucket / lease.NAME).content == other
 
 
 def filled(partial):
@@ -199,8 +164,8 @@ def filled(partial):
     (partial / "ported.json").write_text("{}")
 
 
-def test_a_folder_is_there_once_it_is_whole(folder, faults):
-    out = folder / "out"
+def test_a_folder_is_there_once_it_is_whole(bucket, faults):
+    out = bucket / "out"
     faults.next = ["cut_write", "lost_answer", "unavailable"]
     with outputs.made_whole(out) as partial:
         filled(partial)
@@ -211,8 +176,8 @@ def test_a_folder_is_there_once_it_is_whole(folder, faults):
         outputs.check_absent(out)
 
 
-def test_half_a_folder_is_refused_and_made_again(folder, monkeypatch):
-    out, sent = folder / "out", []
+def test_half_a_folder_is_refused_and_made_again(bucket, monkeypatch):
+    out, sent = bucket / "out", []
     monkeypatch.setattr(buckets, "_md5", lambda file: sent.append(file.name) or "another")
     with pytest.raises(OSError, match="is not what was written"):
         with outputs.made_whole(out) as partial:
@@ -230,23 +195,23 @@ def test_half_a_folder_is_refused_and_made_again(folder, monkeypatch):
     assert [path.name for path in buckets.objects(out)] == ["README.md"]
 
 
-def test_a_missing_bucket_is_named(folder):
+def test_a_missing_bucket_is_named(bucket):
     with pytest.raises(FileError, match="there is no bucket 'nowhere'"):
         outputs.check_absent(paths.path("gs://nowhere/x"))
     with pytest.raises(ValueError, match="^--workdir: 'gs://nowhere/x': there is no bucket"):
         checks.check_workdir(paths.path("gs://nowhere/x"))
     with pytest.raises(FileError, match="^--output: 'gs://nowhere/x.png' cannot be written"):
         outputs.check_output("gs://nowhere/x.png", (".png",))
-    outputs.check_output(folder / "x.png", (".png",))
-    assert not buckets.objects(folder)
+    outputs.check_output(bucket / "x.png", (".png",))
+    assert not buckets.objects(bucket)
 
 
-def test_a_folder_is_moved_and_copied_to_a_disk(folder):
-    files.write_atomically(folder / "a" / "b" / "c", "c")
-    files.write_atomically(folder / "a" / "d", "d")
-    buckets.move(folder / "a", folder / "e")
-    assert [str(path.relative_to(folder)) for path in buckets.objects(folder)] == ["e/b/c", "e/d"]
-    with buckets.on_disk(folder / "e") as copy:
+def test_a_folder_is_moved_and_copied_to_a_disk(bucket):
+    files.write_atomically(bucket / "a" / "b" / "c", "c")
+    files.write_atomically(bucket / "a" / "d", "d")
+    buckets.move(bucket / "a", bucket / "e")
+    assert [str(path.relative_to(bucket)) for path in buckets.objects(bucket)] == ["e/b/c", "e/d"]
+    with buckets.on_disk(bucket / "e") as copy:
         assert (copy / "b" / "c").read_text() == "c" and copy.name == "e"
-    buckets.remove_folder(folder)
-    assert not folder.exists()
+    buckets.remove_folder(bucket)
+    assert not bucket.exists()

@@ -33,6 +33,10 @@ _OF_CONTENT = {  # about the content of a folder, which no second try changes
 _NUMBER = re.compile(r"(?:os_error_code='|\[Errno |\(os error |errno[ =:]+)(\d+)", re.IGNORECASE)
 _NAMES = {os.strerror(number).lower(): number for number in errno.errorcode}
 _NETWORK = ("gcsfs.", "aiohttp.", "google.auth.", "google.api_core.", "requests.")
+_NO_ANSWER = re.compile(
+    r"\bUNAVAILABLE\b|HTTP (?:status|response) code: (?:401|403|408|429|5\d\d)"
+    r"|[Rr]etry policy exhausted|retry attempts|[Cc]onnection (?:refused|reset)|[Tt]imed? ?out"
+)
 _STATUS = re.compile(
     r"\b(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED"
     r"|ABORTED|CANCELLED)\b|\b[Oo]ut of memory\b"
@@ -71,8 +75,14 @@ def full(error: BaseException) -> tuple[str, str] | None:
 
 
 def of_network(error: BaseException) -> bool:
-    """Whether those raised it who reach buckets, after they had tried for a while."""
-    return type(error).__module__.startswith(_NETWORK)
+    """Whether those raised it who reach buckets, after they had tried for a while.
+
+    TensorStore and ArrayRecord say so in words.
+    """
+    if type(error).__module__.startswith(_NETWORK):
+        return True
+    text = str(error)
+    return "gs://" in text and _NO_ANSWER.search(text) is not None
 
 
 def passing(error: BaseException) -> bool:

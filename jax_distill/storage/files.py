@@ -330,7 +330,7 @@ def check_no_partial(path: str | Path, name: str) -> None:
     """
     path = paths.path(path)
     if paths.is_bucket(path):
-        half = (path / UNFINISHED).exists()
+        half = any((folder / UNFINISHED).exists() for folder in (path, path.parent))
     else:
         half = any(_PARTIAL.fullmatch(part) for part in path.absolute().parts)
     if half:

@@ -1,6 +1,7 @@
 """Files and folders that a command makes: whole or not at all, folders by one process at a time."""
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -116,23 +117,29 @@ def made_whole(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _on_disk(folder: Path) -> Iterator[Path]:
+def _partial(folder: Path) -> Iterator[Path]:
+    """A folder to fill, removed at the end, and what dead processes have left of such before."""
     remove_leftovers(folder)
     partial = partial_of(folder)
     partial.mkdir()
     try:
         yield partial
-        _flush(partial)
-        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
+def _on_disk(folder: Path) -> Iterator[Path]:
+    with _partial(folder) as partial:
+        yield partial
+        _flush(partial)
+        partial.rename(folder)
+
+
+@contextlib.contextmanager
 def _in_bucket(folder: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="jax_distill-") as temporary:
-        partial = Path(temporary, folder.name)
-        partial.mkdir()
+    digest = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    with _partial(Path(tempfile.gettempdir(), f"jax_distill-{digest}-{folder.name}")) as partial:
         yield partial
         (folder / UNFINISHED).write_bytes(b"")
         for found in buckets.objects(folder):  # of one that did not come to its end
