@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import tempfile
+import types
 
 import pytest
 

@@ -15,7 +15,7 @@ from jax_distill import prepare
 from jax_distill.data import encoding, pictures, records
 from jax_distill.data.sources.checking import checked
 from jax_distill.data.sources.folder import PictureFolder
-from jax_distill.storage import files
+from jax_distill.storage import files, paths
 
 
 def ask_all(root, ask):
@@ -33,6 +33,8 @@ def _texts(root, ask):
     os.truncate(path, files.TEXT_BYTES + 1)
     ask(files.read_text, path)
     ask(files.parse_json, " " * (files.JSON_BYTES + 1), where="'x.json'", fix="mend it")
+    ask(paths.path, "s3://bucket/x")
+    ask(paths.path, "gs:///x")
     deep = "[" * 65 + "]" * 65
     ask(files.parse_json, deep, where="'x.json'", fix="mend it")
 
