@@ -180,6 +180,13 @@ def _read_data(handler, query):
 _emulators, server._read_data = server._read_data, _read_data
 
 
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, address) -> None:
+        """Says nothing of clients that have gone: some are killed."""
+
+
 class BucketServer:
     """Serves a bucket from threads of this process.
 
@@ -190,14 +197,14 @@ class BucketServer:
 
     def __init__(self, port: int = 0, faults: Faults | None = None):
         self.faults = faults or Faults()
-        logging.getLogger("api").setLevel(logging.CRITICAL)
+        for name in ("api", "gcp_storage_emulator"):  # of what is not there, at each request
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         storage = Storage(use_memory_fs=True)
         storage._write_config_to_file = lambda: None  # all of it, at each write
         buckets.create_bucket(BUCKET, storage)
         values = {"faults": self.faults, "lock": threading.RLock()}
         handler = type("Handler", (_Handler,), values)
-        self._http = ThreadingHTTPServer(("localhost", port), partial(handler, storage))
-        self._http.daemon_threads = True
+        self._http = _Quiet(("localhost", port), partial(handler, storage))
         self.port = self._http.server_address[1]
         self._thread = threading.Thread(target=self._http.serve_forever, daemon=True)
 
