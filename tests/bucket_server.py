@@ -66,8 +66,8 @@ class Faults:
             if self.next and fits.get(self.next[0], True):
                 found = self.next.pop(0)
             else:
-                drawn = self._random.random(), self._random.choice(self.KINDS)
-                found = drawn[1] if drawn[0] < self.share and fits.get(drawn[1], True) else ""
+                kind = self._random.choice([x for x in self.KINDS if fits.get(x, True)])
+                found = kind if self._random.random() < self.share else ""
             self.seen[found] += 1
             return found
 
