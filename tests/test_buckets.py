@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jax_distill.data.records import LatentRecords
-from jax_distill.runs import checks
+from jax_distill.runs import checks, commands
 from jax_distill.storage import buckets, disks, files, lease, outputs, paths
 from jax_distill.storage.files import FileError
 
@@ -69,6 +69,9 @@ def test_a_store_that_does_not_answer_is_named_and_is_no_damage(bucket, faults):
     faults.next = []
     assert disks.passing(caught.value) and disks.of_network(caught.value)
     assert files.unread("'a'", caught.value) is not None
+    assert commands.explain(caught.value).startswith("the bucket: ")
+    of_tensorstore = ValueError("Error reading gs://test/a: UNAVAILABLE: no answer")
+    assert commands.explain(of_tensorstore).startswith("the bucket: ")
     faults.next = ["unavailable"] * 100
     with pytest.raises(type(caught.value)):  # and does not say that nothing is there
         (bucket / "a.json").exists()
