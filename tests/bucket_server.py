@@ -76,6 +76,7 @@ class _Handler(server.RequestHandler):
     protocol_version = "HTTP/1.1"
     faults: Faults
     lock: threading.RLock
+    finished: dict[str, bytes]  # answers to uploads in parts
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = lambda self: self._serve()  # noqa: E731
 
     def _serve(self) -> None:
@@ -91,14 +92,19 @@ class _Handler(server.RequestHandler):
         self.rfile, self.wfile = io.BytesIO(body), answer
         del self.headers["Transfer-Encoding"], self.headers["Content-Length"]
         self.headers["Content-Length"] = str(len(body))
+        (upload,) = parse_qs(urlsplit(self.path).query).get("upload_id", [""])
         try:
             with self.lock:
                 if fault == "unavailable":
                     self._say(HTTPStatus.SERVICE_UNAVAILABLE)
+                elif upload in self.finished:  # Google's remembers it for a week
+                    answer.write(self.finished[upload])
                 elif refused := self._refused(body):
                     self._say(refused)
                 else:
                     server.Router(self).handle(self.command)
+                    if upload and answer.getvalue().startswith(b"HTTP/1.1 200"):
+                        self.finished[upload] = answer.getvalue()
         finally:
             self.rfile, self.wfile = rest, line
         content = answer.getvalue()
@@ -202,7 +208,7 @@ class BucketServer:
         storage = Storage(use_memory_fs=True)
         storage._write_config_to_file = lambda: None  # all of it, at each write
         buckets.create_bucket(BUCKET, storage)
-        values = {"faults": self.faults, "lock": threading.RLock()}
+        values = {"faults": self.faults, "lock": threading.RLock(), "finished": {}}
         handler = type("Handler", (_Handler,), values)
         self._http = _Quiet(("localhost", port), partial(handler, storage))
         self.port = self._http.server_address[1]

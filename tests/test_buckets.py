@@ -61,6 +61,14 @@ def test_any_bytes_come_back(bucket):
     assert (bucket / "bytes").read_bytes() == content
 
 
+def test_the_answer_to_the_end_of_an_upload_in_parts_may_be_lost(bucket, faults):
+    content = os.urandom(6 * 2**20)
+    with (bucket / "large").open("wb") as file:
+        file.write(content)
+        faults.next = ["lost_answer"]
+    assert (bucket / "large").read_bytes() == content
+
+
 def test_a_store_that_does_not_answer_is_named_and_is_no_damage(bucket, faults):
     files.write_json(bucket / "a.json", {})
     faults.next = ["unavailable"] * 100
