@@ -38,6 +38,7 @@ from jax_distill.data.sources.source import USUAL, Columns
 from jax_distill.devices import processes, sharding
 from jax_distill.interop import ported_folder
 from jax_distill.runs import commands
+from jax_distill.storage import paths
 from jax_distill.storage.files import FileError
 from jax_distill.storage.outputs import made_in_tries
 from jax_distill.training import checkpoint
@@ -103,12 +104,13 @@ processes.define_flags()
 def main(argv: list[str]) -> None:
     del argv
     if _CHECK.value:
-        check(Path(_CHECK.value))
+        check(paths.path(_CHECK.value))
         return
     if not _OUTPUT.value and not _DRY_RUN.value:
         raise ValueError("--output is missing; name the folder to write, such as --output=latents")
-    output = Path(_OUTPUT.value or "latents")
-    if (output / manifest.DESCRIPTION).exists():
+    output = paths.path(_OUTPUT.value or "latents")
+    on_disk = not paths.is_bucket(output)
+    if on_disk and (output / manifest.DESCRIPTION).exists():
         raise ValueError(f"--output: '{output}' is already prepared; give another folder")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output: '{output}' is a file; give a folder")
@@ -119,8 +121,9 @@ def main(argv: list[str]) -> None:
         for line in estimate(asked()).lines(share.count):
             print(line)
         return
-    with contextlib.suppress(OSError):
-        output.rmdir()  # an empty one
+    if on_disk:
+        with contextlib.suppress(OSError):
+            output.rmdir()  # an empty one
     with made_in_tries(output, share) as unfinished:
         count = make(unfinished, asked(), share)
     if share.leads:
@@ -169,7 +172,7 @@ def asked() -> Work:
     if _TEACHER.value:
         return drawings()
     if _SOURCE.value:
-        config = ported_config(Path(_CHECKPOINT.value))
+        config = ported_config(paths.path(_CHECKPOINT.value))
         with config.unlocked():
             config.data.resolution = resolution(config.data.resolution)
         seed = _SEED.value if _LATENTS.value == "sample" else None
@@ -243,10 +246,10 @@ def weights_of(teacher: str) -> str:
     """A digest of the weights that a teacher draws with, see `of_weights`."""
     if teacher == EMBEDDED:
         return of_weights(bundled.FOLDER)
-    if ported_folder.is_ported(Path(teacher)):
-        return of_weights(Path(teacher) / "network")
-    step = checkpoint.complete_steps(Path(teacher))[0]
-    return of_weights(Path(teacher) / "checkpoints" / str(step))
+    if ported_folder.is_ported(paths.path(teacher)):
+        return of_weights(paths.path(teacher) / "network")
+    step = checkpoint.complete_steps(paths.path(teacher))[0]
+    return of_weights(paths.path(teacher) / "checkpoints" / str(step))
 
 
 def read_captions(path: Path, columns: Columns = USUAL) -> tuple[list[str], list[str]]:

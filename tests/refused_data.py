@@ -21,7 +21,7 @@ from jax_distill.data.record_fields import pack
 from jax_distill.data.sources.checking import checked
 from jax_distill.data.sources.folder import PictureFolder
 from jax_distill.runs import checks
-from jax_distill.storage import files
+from jax_distill.storage import files, paths
 from jax_distill.worlds.flux.world import Flux
 
 
@@ -86,6 +86,8 @@ def _texts(root, ask):
     os.truncate(path, files.TEXT_BYTES + 1)
     ask(files.read_text, path)
     ask(files.parse_json, " " * (files.JSON_BYTES + 1), where="'x.json'", fix="mend it")
+    ask(paths.path, "s3://bucket/x")
+    ask(paths.path, "gs:///x")
     deep = "[" * 65 + "]" * 65
     ask(files.parse_json, deep, where="'x.json'", fix="mend it")
 

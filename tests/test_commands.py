@@ -302,7 +302,6 @@ def test_a_teacher_without_checkpoint(run, tmp_path, data):
 def test_a_workdir_must_be_a_folder(run, tmp_path):
     (tmp_path / "file").touch()
     assert "file' is a file; give a folder" in run(TEACHER, into=tmp_path / "file")
-    assert "is an address; mount the bucket" in run(TEACHER, into="gs://b/run")
 
 
 def test_a_workdir_of_another_run_is_left_alone(run, tmp_path, data):

@@ -105,7 +105,7 @@ READERS = {  # what fails, with which kind of error, and who meets it
         of_tensorstore,
         lambda root: orbax_tree.open_tree(root / "ported/clip"),
     ),
-    "part": ((ported_folder.ocp.StandardCheckpointer, "restore"), wrapped, read_part),
+    "part": ((ported_folder.ocp.StandardCheckpointHandler, "restore"), wrapped, read_part),
     "shards": (
         (records.grain.sources, "ArrayRecordDataSource"),
         of_tensorflow,

@@ -13,6 +13,7 @@ from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.mmdit import MMDiTConfig
 from jax_distill.objectives.methods import KINDS
 from jax_distill.objectives.settings import settings_of
+from jax_distill.storage import paths
 from jax_distill.storage.files import FileError, read_json, write_atomically
 
 LATER = (
@@ -54,7 +55,7 @@ def load(workdir: Path) -> ConfigDict:
     Raises:
       ConfigError: it is missing or invalid.
     """
-    path = Path(workdir) / "config.json"
+    path = paths.path(workdir) / "config.json"
     try:
         values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -80,10 +81,10 @@ def check_teachers(workdir: Path) -> None:
       ConfigError: it is, or the configuration of one of them is missing or invalid.
     """
     passed: list[Path] = []
-    folder = Path(workdir).resolve()
+    folder = paths.absolute(workdir)
     while (config := load(folder)).lora.rank and config.teacher.checkpoint not in ("", "embedded"):
         passed.append(folder)
-        folder = Path(config.teacher.checkpoint).resolve()
+        folder = paths.absolute(config.teacher.checkpoint)
         if folder in passed:
             raise ConfigError(
                 f"teacher.checkpoint: '{workdir}' stands beside '{folder}', which stands beside"

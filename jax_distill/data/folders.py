@@ -1,9 +1,9 @@
 """The folders that `data.path` names, their weights, and the sizes of their pictures."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from jax_distill.data.records import LatentRecords
+from jax_distill.storage import paths
 
 
 def folders(path: str) -> list[str]:
@@ -17,7 +17,7 @@ def folders(path: str) -> list[str]:
     found = [name.strip() for name in path.split(",")]
     if "" in found:
         raise ValueError(f"data.path: '{path}' has no name beside a comma; take the comma away")
-    places = [Path(name).resolve() for name in found]
+    places = [paths.absolute(name) for name in found]
     for number, place in enumerate(places):
         if place in places[:number]:
             raise ValueError(f"data.path: '{found[number]}' is given twice; give it once")
@@ -47,5 +47,5 @@ def resolution_of(records: LatentRecords) -> tuple[int, ...]:
 
 def resolutions(path: str) -> list[tuple[int, ...]]:
     """The sizes of pictures in the folders of `data.path`, each once, that of the first first."""
-    found = (resolution_of(LatentRecords(Path(folder))) for folder in folders(path))
+    found = (resolution_of(LatentRecords(paths.path(folder))) for folder in folders(path))
     return list(dict.fromkeys(size for size in found if size))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from jax_distill.data import manifest
+from jax_distill.storage import buckets, paths
 
 _FILES = 64  # read at most
 _BYTES = 2**16  # of each, from its beginning
@@ -20,7 +21,7 @@ class Identity(TypedDict):
 
 def identity_of(folders: Sequence[str | Path]) -> Identity:
     """Identifies the data of a run: one folder or several, in their order."""
-    found = [identity(Path(folder)) for folder in folders]
+    found = [identity(paths.path(folder)) for folder in folders]
     if len(found) == 1:
         return found[0]
     digest = hashlib.sha256("".join(each["digest"] for each in found).encode())
@@ -38,7 +39,7 @@ def identity(folder: Path) -> Identity:
     Raises:
       ValueError: it is no such folder.
     """
-    description = manifest.read(Path(folder))
+    description = manifest.read(folder)
     digest = hashlib.sha256(manifest.canonical(description))
     return {"examples": description["examples"], "digest": digest.hexdigest()}
 
@@ -49,11 +50,14 @@ def of_weights(folder: Path) -> str:
     It covers the names and sizes of all files and the beginnings of some of them: a few megabytes
     are read. Weights that are written anew have another.
     """
-    folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    folder = paths.path(folder)
+    if paths.is_bucket(folder):
+        files = buckets.objects(folder)
+    else:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
     digest = hashlib.sha256()
     for path in files:
-        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        digest.update(f"{path.relative_to(folder)} {paths.size(path)}\n".encode())
     for path in files[:: -(-len(files) // _FILES) or 1]:
         with path.open("rb") as file:
             digest.update(file.read(_BYTES))

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from msgspec import Meta
 
 from jax_distill.data.record_fields import TYPES
+from jax_distill.storage import paths
 from jax_distill.storage.files import (
     FileError,
     check_kind,
@@ -112,6 +113,7 @@ def read(folder: Path) -> Description:
       FileError: the folder is missing, unfinished, damaged, or of an earlier version.
     """
     check_no_partial(folder, "data.path")
+    folder = paths.path(folder)
     path = folder / DESCRIPTION
     try:
         found = read_json(path, fix=AGAIN)
@@ -159,7 +161,7 @@ def _check_shards(path: Path, kind: str, shards: Sequence[File], count: int) -> 
 def _check_size(path: Path, size: int) -> None:
     try:
         check_regular(path)
-        found = path.stat().st_size
+        found = paths.size(path)
     except FileNotFoundError:
         raise FileError(f"data.path: '{path}' is missing; {AGAIN}") from None
     if found != size:

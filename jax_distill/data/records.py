@@ -15,6 +15,7 @@ from jax_distill.data.arrays import widen
 from jax_distill.data.manifest import AGAIN, CAPTIONS, LATENTS, NULL, Description
 from jax_distill.data.record_fields import RECORD_BYTES, Array, check_finite, unpack
 from jax_distill.flow import Text
+from jax_distill.storage import paths
 from jax_distill.storage.files import FileError, check_regular, named, unread
 
 
@@ -36,7 +37,7 @@ class LatentRecords:
     """
 
     def __init__(self, path: Path):
-        self._path = Path(path)
+        self._path = paths.path(path)
         self.description = manifest.read(self._path)
         latents = self.description["latents"]
         kinds = {"key": str, "caption": int}

@@ -23,6 +23,7 @@ from jax_distill.evaluation import scoring
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.objectives.methods import FROM_SCRATCH
 from jax_distill.runs import resuming
+from jax_distill.storage import buckets, paths
 from jax_distill.training.step import make_optimizers
 
 
@@ -38,7 +39,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
     check_objective(config)
     taught = name not in FROM_SCRATCH
     for section in ("teacher", "start") if taught else ():
-        if resolution.absolute(config[section].checkpoint) == str(workdir.resolve()):
+        if resolution.absolute(config[section].checkpoint) == str(paths.absolute(workdir)):
             raise ConfigError(
                 f"{section}.checkpoint: '{workdir}' is the run's own --workdir; give another"
             )
@@ -64,15 +65,16 @@ def check(config: ConfigDict, workdir: Path) -> None:
 
 
 def check_workdir(workdir: Path) -> None:
-    """Checks that a workdir is a folder or does not exist yet.
+    """Checks that a workdir is a folder or does not exist yet; that its bucket is there.
 
     Raises:
-      ConfigError: it is a file or an address.
+      ConfigError: it is a file, or there is no such bucket.
     """
-    if workdir.parts and workdir.parts[0].endswith(":"):  # "gs://bucket/run", as a path
-        raise ConfigError(
-            f"--workdir: '{workdir}' is an address; mount the bucket and give a folder of it"
-        )
+    if paths.is_bucket(workdir):
+        try:
+            buckets.check_bucket(workdir)
+        except FileNotFoundError as error:
+            raise ConfigError(f"--workdir: '{workdir}': {error}; make it or give another") from None
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir: '{workdir}' is a file; give a folder")
 
@@ -185,7 +187,7 @@ def check_folders(config: ConfigDict, world: worlds.World) -> int:
         raise ConfigError(str(error)) from None
     counts: dict[tuple[int, ...], int] = {}
     for folder, _ in weighed:
-        records = LatentRecords(Path(folder))
+        records = LatentRecords(paths.path(folder))
         check_folder(config, world, records, folder, first=folder == weighed[0][0])
         world.check(records, folder)
         size = folders.resolution_of(records) or world.resolution

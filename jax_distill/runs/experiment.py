@@ -27,7 +27,7 @@ from jax_distill.models import autoencoder, lora
 from jax_distill.models.binding import binder, parameters
 from jax_distill.models.latents import LatentCodec
 from jax_distill.objectives.autoencoder import AutoencoderObjective
-from jax_distill.storage import lease
+from jax_distill.storage import lease, paths
 from jax_distill.storage.files import write_json
 from jax_distill.training import acceptance, checkpoint, loop
 from jax_distill.worlds import World
@@ -232,7 +232,7 @@ def stored_network(config: ConfigDict, teacher: pipeline.Pipeline) -> Callable[[
 
 def started_network(config: ConfigDict, teacher: pipeline.Pipeline) -> Callable[[], dict]:
     """A function that reads the averaged student that `start.checkpoint` has."""
-    folder = Path(config.start.checkpoint)
+    folder = paths.path(config.start.checkpoint)
     adapters.check_teacher(config, folder, teacher.params["network"])
 
     def read() -> dict:

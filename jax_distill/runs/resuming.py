@@ -20,6 +20,7 @@ from jax_distill.data.manifest import DESCRIPTION
 from jax_distill.objectives.methods import FROM_SCRATCH, KINDS
 from jax_distill.objectives.objective import STUDENT
 from jax_distill.objectives.settings import settings_of
+from jax_distill.storage import paths
 from jax_distill.storage.quoting import shown
 from jax_distill.training import acceptance, checkpoint
 from jax_distill.training.optimizer import learning_rate
@@ -357,7 +358,7 @@ def check_same_data(before: ConfigDict, config: ConfigDict, workdir: Path) -> st
 def _identity(path: str, workdir: Path) -> Identity | None:
     """Of the data of a run; None where there is none."""
     names = folders(path) or [workdir / "data"]
-    if not all((Path(name) / DESCRIPTION).is_file() for name in names):
+    if not all((paths.path(name) / DESCRIPTION).is_file() for name in names):
         return None
     return identity_of(names)
 

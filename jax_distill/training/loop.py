@@ -16,6 +16,7 @@ from jax_distill.data.loader import Ahead, Batches, batches, example_of_row
 from jax_distill.devices import processes, sharding
 from jax_distill.devices.signals import Interrupted, Signals
 from jax_distill.objectives.objective import STUDENT, Method
+from jax_distill.storage import paths
 from jax_distill.training import acceptance, checkpoint, damage
 from jax_distill.training.checkpoint import Checkpoints
 from jax_distill.training.feed import Embedder, Feed
@@ -92,7 +93,7 @@ def fit(
     """
     objectives = objective if isinstance(objective, Sequence) else (objective,)
     objective = objectives[0]
-    workdir.mkdir(parents=True, exist_ok=True)
+    paths.make_folder(workdir)
     mesh = sharding.make_mesh(config.mesh)
     average = finished(config, workdir, mesh)
     if average is not None:
@@ -208,6 +209,7 @@ class _Run:
             stop = processes.preempted() if processes.joined() else signals.received
             if step % config.checkpoint.every == 0 or last or stop:
                 self._settle(leave=0)
+                self._report.flush()
                 # The input's position belongs to the state: both after `step` batches.
                 self._checkpoints.save(step, state, feed.get_state(), self._report.window)
             if stop:

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from jax_distill.models.sizes import LONGEST
-from jax_distill.storage import disks
+from jax_distill.storage import buckets, disks, paths
 from jax_distill.storage.files import check_regular, unread
 from jax_distill.storage.quoting import one_line, shown
 
@@ -86,9 +86,13 @@ class FluxTokenizer:
             ) from error
 
         def read(kind: Any, name: str) -> Any:
-            path = Path(folder) / name
+            path = paths.path(folder) / name
             if not path.is_dir():
                 raise ValueError(f"'{path}' is missing; give a diffusers folder of FLUX")
+            with buckets.on_disk(path) as copy:
+                return read_folder(kind, copy)
+
+        def read_folder(kind: Any, path: Path) -> Any:
             # transformers makes up a tokenizer of an empty vocabulary where it finds no files.
             files = dict(kind.vocab_files_names)
             files.pop("tokenizer_file", None)

@@ -29,6 +29,7 @@ from jax_distill.models import clip, t5
 from jax_distill.models.autoencoder import Autoencoder, AutoencoderConfig
 from jax_distill.models.binding import parameters
 from jax_distill.models.latents import LatentCodec
+from jax_distill.storage import paths
 from jax_distill.storage.quoting import shown
 from jax_distill.worlds.flux import embedding
 from jax_distill.worlds.flux.embedding import BatchEmbedder
@@ -144,7 +145,7 @@ class Flux:
     def null(self) -> Text:
         """The empty caption, from `data.path` if it is embedded there, otherwise embedded anew."""
         if self._config.data.path and self._config.data.embedding == "prepared":
-            return LatentRecords(Path(folders(self._config.data.path)[0])).null
+            return LatentRecords(folders(self._config.data.path)[0]).null
         return self.encode([NULL_CAPTION])
 
     def time_shift(self, tokens: int) -> float:
@@ -195,7 +196,7 @@ class Flux:
         del workdir
         parts = []
         for folder, weight in weighed(self._config.data.path, self._config.data.weights):
-            records = LatentRecords(Path(folder))
+            records = LatentRecords(paths.path(folder))
             parts.append(mixture.Part(self._opened(records), weight, resolution_of(records)))
         return mixture.Mixture(parts)
 
@@ -365,11 +366,11 @@ def ported_folders(checkpoint: str) -> Iterator[Path]:
     """The ported folders that a teacher leads to, its own first."""
     passed: list[str] = []
     while checkpoint and checkpoint not in passed:
-        if ported_folder.is_ported(Path(checkpoint)):
-            yield Path(checkpoint)
+        if ported_folder.is_ported(folder := paths.path(checkpoint)):
+            yield folder
         passed.append(checkpoint)
         try:
-            checkpoint = load(Path(checkpoint)).teacher.checkpoint
+            checkpoint = load(folder).teacher.checkpoint
         except ConfigError as error:
             raise ConfigError(f"teacher.checkpoint: {error}") from None
 

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jax_distill.interop.orbax_tree import StoredLeaf
 from jax_distill.interop.parts import StoredPart
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.latents import LatentCodec
+from jax_distill.storage import outputs, paths
 from jax_distill.storage.files import FileError
 from jax_distill.worlds.shapes import bundled, renderer
 from jax_distill.worlds.shapes.captions import POOLED_DIM, SEQUENCE_DIM, CaptionEncoder
@@ -90,11 +92,12 @@ class Shapes:
         path = workdir / "data"
         if not (path / DESCRIPTION).exists():
             logging.info("encoding %d pictures into %s", data.examples, path)
-            make(path, self.work())
+            with outputs.made_whole(path) if paths.is_bucket(path) else nullcontext(path) as folder:
+                make(folder, self.work())
         return Mixture([Part(self._opened(path))])
 
     def _opened(self, folder: str | Path) -> CaptionedLatents:
-        return CaptionedLatents(LatentRecords(Path(folder)), self._encoder)
+        return CaptionedLatents(LatentRecords(paths.path(folder)), self._encoder)
 
     def pictures(self) -> Pictures:
         return Pictures(self._config.data.examples, self._config.data.seed)
