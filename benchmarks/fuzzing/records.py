@@ -97,6 +97,8 @@ def _damage(rng: Random, folder: Path) -> None:
 def _tell_sizes(folder: Path) -> None:
     """Puts the sizes of files into the manifest, so that reading goes further than these."""
     path = folder / "dataset.json"
+    if not path.is_file():  # but a pipe, which would be waited for
+        return
     try:
         described = json.loads(path.read_bytes())
         kinds = [*described["shards"].values(), [described["null"]] if "null" in described else []]
