@@ -36,7 +36,7 @@ from jax_distill.worlds.flux.world import Flux, ported_config
 ROOT = Path(__file__).parents[1]
 CAPTIONS = [f"{index} times a {WORDS[index % 3]}" for index in range(12)]
 RUN = ("optimizer.schedule=constant", "optimizer.warmup_steps=0", "total_steps=4")
-RUN += ("optimizer.learning_rate=1e-3",)
+RUN += ("optimizer.learning_rate=1e-3", "samples.every=0")
 TRAINING = "data.embedding=training"
 
 
@@ -152,7 +152,7 @@ def test_a_run_is_that_on_embedded_captions(whole, run, folders, tmp_path):
 
 def test_a_run_that_goes_on_ends_with_the_same_parameters(whole, run, folders, tmp_path):
     """And the command says nothing about captions where nothing of them has changed."""
-    for steps in (1, 3, 4):
+    for steps in (3, 4):  # two batches are embedded at a time
         run("time_rescale", folders[1], TRAINING, f"total_steps={steps}", into=tmp_path / "run")
     assert losses(whole) == losses(tmp_path / "run")
     for a, b in zip(averages(whole), averages(tmp_path / "run"), strict=True):
