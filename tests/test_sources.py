@@ -17,13 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import plain_encoders
 import pyarrow as pa
 import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from jax_distill.data import encoding, pictures
+from jax_distill.data import pictures
 from jax_distill.data.sources.checking import checked
 from jax_distill.data.sources.opening import open_source
 from jax_distill.data.sources.source import Columns
@@ -379,7 +378,7 @@ REFUSED = (
 )
 
 
-def test_a_data_set_of_tfds_is_read_by_name_without_tensorflow(tmp_path, batches_of_folder):
+def test_a_data_set_of_tfds_is_read_by_name_without_tensorflow(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "tests/tiny_tfds.py", tmp_path],
         capture_output=True,
@@ -391,50 +390,3 @@ def test_a_data_set_of_tfds_is_read_by_name_without_tensorflow(tmp_path, batches
     assert len(said) == len(REFUSED)
     for sentence, pattern in zip(said, REFUSED):
         assert re.match(pattern, sentence), sentence
-    plain_encoders.assert_same(plain_encoders.read(tmp_path / "prepared"), batches_of_folder)
-
-
-@pytest.fixture(scope="module")
-def batches_of_folder(tmp_path_factory):
-    """What a run reads of the pictures of a folder with captions beside them."""
-    root = tmp_path_factory.mktemp("beside")
-    (root / "pictures").mkdir()
-    names, columns = beside(root / "pictures")
-    plain_encoders.prepare(open_source(names, columns), root / "prepared")
-    return plain_encoders.read(root / "prepared")
-
-
-@pytest.mark.parametrize("kind", [kind for kind in LAYOUTS if kind != "beside"])
-def test_the_same_pictures_give_identical_batches_from_every_kind(
-    tmp_path, batches_of_folder, kind
-):
-    (tmp_path / "source").mkdir()
-    names, columns = LAYOUTS[kind](tmp_path / "source")
-    plain_encoders.prepare(open_source(names, columns), tmp_path / "prepared")
-    found = plain_encoders.read(tmp_path / "prepared")
-    plain_encoders.assert_same(found, batches_of_folder)
-    assert found[0] == list(CAPTIONS) and np.ptp(found[1].x, axis=(0, 1)).min() > 0.1
-
-
-def test_captions_alone_give_identical_batches_from_every_kind(tmp_path):
-    """Latents are those that a teacher draws for them."""
-    words = [caption.replace("\n", " ") for caption in CAPTIONS]  # a line each
-    (tmp_path / "a.txt").write_text("\n".join(words), "utf-8-sig")
-    with (tmp_path / "b.csv").open("w", encoding="utf-16", newline="") as file:
-        csv.writer(file).writerows([["text"], *([line] for line in words)])
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in words))
-
-    def draw(text, start):
-        return np.repeat(text.pooled[:, None], 2, axis=1) + start
-
-    found = []
-    for name in ("a.txt", "b.csv", "c.jsonl"):
-        source = open_source([str(tmp_path / name)])
-        captions = [source[index].caption for index in range(len(source))]
-        null = plain_encoders.embed([encoding.NULL_CAPTION])
-        output = tmp_path / f"{name}-prepared"
-        encoding.encode_drawn(output, captions, plain_encoders.embed, draw, {}, null=null)
-        found.append(plain_encoders.read(output))
-    assert found[0][0] == words
-    for other in found[1:]:
-        plain_encoders.assert_same(other, found[0])

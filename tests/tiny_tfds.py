@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from test_sources import CAPTIONS, PICTURES, assert_as_made
+from test_sources import CAPTIONS, PICTURES, assert_as_made, beside
 
 from jax_distill.data.sources.opening import open_source
 from jax_distill.data.sources.source import Columns
@@ -84,14 +84,18 @@ def main(folder):
     assert not {name.partition(".")[0] for name in sys.modules} & {"tensorflow", "jax"}
 
 
-def prepare(folder):
-    """Prepares the data set as runs read it; TensorFlow is not needed for that either."""
-    from plain_encoders import prepare
+def compare(folder):
+    """Compares a run's batches with those of a folder of pictures; TensorFlow is not needed."""
+    import plain_encoders
 
-    prepare(open_source(["tfds:tiny"], Columns(caption="words")), Path(folder, "prepared"))
+    (folder / "pictures").mkdir()
+    kinds = {"beside": beside(folder / "pictures"), "tfds": (["tfds:tiny"], Columns(None, "words"))}
+    for name, (names, columns) in kinds.items():
+        plain_encoders.prepare(open_source(names, columns), folder / name)
+    plain_encoders.assert_same(*(plain_encoders.read(folder / name) for name in kinds))
     assert "tensorflow" not in sys.modules
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
-    prepare(sys.argv[1])
+    compare(Path(sys.argv[1]))
