@@ -106,7 +106,7 @@ def _tell_sizes(folder: Path) -> None:
             for file in files:
                 file["bytes"] = (folder / file["name"]).stat().st_size
         path.write_text(json.dumps(described))
-    except (OSError, ValueError):  # which was damaged itself
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # damaged itself
         return
 
 
