@@ -3,11 +3,11 @@
 import json
 
 import jax
+import made_records
 import numpy as np
 import pytest
 from test_checkpoint import player, same, state_at
 
-from jax_distill.data import records
 from jax_distill.data.identity import identity
 from jax_distill.data.records import LatentRecords
 from jax_distill.interop import ported_folder
@@ -81,18 +81,17 @@ def test_metrics_are_there_with_the_checkpoint_and_go_on(bucket):
 
 def test_records_are_read_from_the_bucket(bucket, faults, tmp_path):
     rng = np.random.default_rng(0)
-    pictures = [rng.standard_normal((4, 8)).astype(np.float16) for _ in range(40)]
-    written = [records.LatentRecord(x, f"caption {i}") for i, x in enumerate(pictures)]
-    records.write(tmp_path / "data", written, {}, shard_bytes=2000)
+    written = made_records.some(40)
+    made_records.write(tmp_path / "data", written, shard_records=10)
     with outputs.made_whole(bucket / "data") as partial:
-        records.write(partial, written, {}, shard_bytes=2000)
+        made_records.write(partial, written, shard_records=10)
     faults.next = ["cut_read", "unavailable"]
     read = LatentRecords(str(bucket / "data"))
     for index in rng.permutation(len(written)):
-        assert read[int(index)].caption == f"caption {index}"
-        np.testing.assert_array_equal(read[int(index)].latents, pictures[index])
+        assert read[int(index)].caption == written[index].caption
+        np.testing.assert_array_equal(read[int(index)].latents, written[index].latents)
     assert identity(bucket / "data") == identity(tmp_path / "data")
-    missing = bucket / "data" / read.description["shards"][1]
+    missing = bucket / "data" / read.description["shards"]["latents"][1]["name"]
     missing.unlink()
     with pytest.raises(ValueError, match=f"'{missing}' is missing"):
         LatentRecords(bucket / "data")
