@@ -8,6 +8,8 @@ import types
 
 import pytest
 
+import jax_distill  # noqa: F401 - its settings of libraries come before they are imported
+
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 # They halve the time of a core; every law holds of programs that are not optimised too.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"

@@ -35,7 +35,7 @@ TINY = (
 def write_data(folder, captions, channels=64):
     latents = np.zeros((16, channels), np.float16)
     rows = [records.LatentRecord(latents, c) for c in captions]
-    made_records.write(folder, rows, {"world": "none"})
+    made_records.write(folder, rows, {"world": "shapes"})
     return f"--config.data.path={folder}"
 
 

@@ -7,17 +7,11 @@ alone: a folder is there as soon as an object below it is, and is never made.
 
 import functools
 import importlib.util
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from etils import epath
-
-# Before anybody asks epath for a bucket. TensorFlow's way to buckets takes seconds to import; the
-# other one's features are for buckets of one zone, and ask for each bucket's kind beforehand.
-os.environ.setdefault("EPATH_USE_TF", "false")
-os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/")
 _PACKAGES = {"gs": ("gcsfs", "gcs")}  # the package that reads a bucket, and the extra it comes with
