@@ -16,9 +16,11 @@ import made_records
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from captioned_runs import SIZE, fit, losses, world_of
+from PIL import Image
 from random_pipeline import save_random
 from regression import Regression, Source, frozen, parameters, small_config
-from test_flux_training import LENGTH, SIZE, WORDS, flags, train
+from test_flux_training import LENGTH, WORDS, train
 
 from jax_distill import config as configuration
 from jax_distill import prepare
@@ -27,16 +29,14 @@ from jax_distill.data import records
 from jax_distill.data.loader import EmbeddedLatents, TokenizedLatents, batches
 from jax_distill.devices import sharding
 from jax_distill.flow import Batch
-from jax_distill.planning import chips, planner, table
+from jax_distill.planning import chips, embedding, formulas, planner, table
 from jax_distill.runs import checks
 from jax_distill.runs.porting import port
 from jax_distill.training import checkpoint, feed, loop, progress
-from jax_distill.worlds.flux.world import Flux, ported_config
+from jax_distill.worlds.flux.world import Flux
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = [f"{index} times a {WORDS[index % 3]}" for index in range(12)]
-RUN = ("optimizer.schedule=constant", "optimizer.warmup_steps=0", "total_steps=4")
-RUN += ("optimizer.learning_rate=1e-3", "samples.every=0")
 TRAINING = "data.embedding=training"
 
 
@@ -47,14 +47,6 @@ def ported(tmp_path_factory):
     output = tmp_path_factory.mktemp("ported") / "flux"
     port(str(source), output, dtype="bfloat16", text_length=LENGTH)
     return output
-
-
-def world_of(ported, **data):
-    config = ported_config(ported)
-    with config.unlocked():
-        config.data.update({"resolution": SIZE, **data})
-        config.teacher.checkpoint = str(ported)
-    return Flux(config)
 
 
 @pytest.fixture(scope="module")
@@ -115,60 +107,45 @@ def test_workers_of_a_loader_are_given_tokens_alone(ported, folders):
     jax.tree.map(np.testing.assert_array_equal, again[5], source[5])
 
 
-def averages(workdir):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(checkpoint.load_averaged(workdir))]
-
-
-def losses(workdir):
-    return [json.loads(line)["loss"] for line in open(workdir / "metrics.jsonl")]
-
-
 @pytest.fixture(scope="module")
-def run(ported):
-    """Trains by the command, and fails where it does."""
-
-    def run(preset, folder, *changes, into):
-        with pytest.MonkeyPatch.context() as patch:
-            assert not train(patch, preset, ported, folder, [*RUN, *changes], into)
-        return into
-
-    return run
+def sources(ported, folders):
+    """That of embedded captions, and that of captions embedded while training."""
+    embedded, words = folders
+    training = world_of(ported, path=str(words), embedding="training").source(None)
+    return world_of(ported, path=str(embedded)).source(None), training
 
 
-@pytest.fixture(scope="module")
-def whole(run, folders, tmp_path_factory):
-    """A run whose captions are embedded while it trains."""
-    workdir = tmp_path_factory.mktemp("whole") / "run"
-    return run("time_rescale", folders[1], TRAINING, into=workdir)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_is_that_on_embedded_captions(sources, tmp_path, accumulate):
+    found, expected = (
+        fit(source, tmp_path / name, accumulate=accumulate)
+        for source, name in zip(sources, ("prepared", "training"))
+    )
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-4)
+    for a, b in zip(found[0], expected[0], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-5)
 
 
-def test_a_run_is_that_on_embedded_captions(whole, run, folders, tmp_path):
-    other = run("time_rescale", folders[0], into=tmp_path / "other")
-    np.testing.assert_allclose(losses(whole), losses(other), rtol=1e-3)
-    for a, b in zip(averages(whole), averages(other), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-    assert (whole / "samples/step-000004.png").stat().st_size > 0
-
-
-def test_a_run_that_goes_on_ends_with_the_same_parameters(whole, run, folders, tmp_path):
-    """And the command says nothing about captions where nothing of them has changed."""
-    for steps in (3, 4):  # two batches are embedded at a time
-        run("time_rescale", folders[1], TRAINING, f"total_steps={steps}", into=tmp_path / "run")
-    assert losses(whole) == losses(tmp_path / "run")
-    for a, b in zip(averages(whole), averages(tmp_path / "run"), strict=True):
-        np.testing.assert_array_equal(a, b)
+def test_a_run_that_goes_on_ends_with_the_same_parameters(sources, tmp_path):
+    """Two batches are embedded at a time, of which it goes on with either."""
+    whole = fit(sources[1], tmp_path / "whole")
+    for steps in (1, 4, 6):
+        parts = fit(sources[1], tmp_path / "parts", total_steps=steps)
+    assert sources[1].embedder.together(4) == 2 and parts[1] == whole[1]
+    jax.tree.map(np.testing.assert_array_equal, parts[0], whole[0])
 
 
 @pytest.mark.slow
-def test_micro_batches_and_adapters_embed_likewise(run, folders, tmp_path):
-    """A student of adapters, after its rescale stage."""
-    changes = ["accumulate=2", "lora.rank=2", "rescale.total_steps=2"]
-    found, expected = (
-        run("scm", folder, *changes, *more, into=tmp_path / folder.name)
-        for folder, more in zip(folders[::-1], ([TRAINING], []))
+def test_adapters_are_trained_by_the_command(monkeypatch, ported, folders, tmp_path):
+    """After their rescale stage, with micro-batches, pictures and a report."""
+    changes = ["accumulate=2", "lora.rank=2", "rescale.total_steps=2", "samples.every=0"]
+    workdir = tmp_path / "run"
+    assert not train(
+        monkeypatch, "scm", ported, folders[1], [*changes, "data.embedding=training"], workdir
     )
-    np.testing.assert_allclose(losses(found), losses(expected), rtol=1e-3)
-    assert (found / "time_rescale/rescale.json").exists()
+    assert (workdir / "time_rescale/rescale.json").exists()
+    assert (workdir / "samples/step-000002.png").stat().st_size > 0
+    assert np.isfinite(losses(workdir)).all()
 
 
 class Shifting:
@@ -280,15 +257,13 @@ def test_the_shapes_world_embeds_nothing_while_training(tmp_path):
         planner.make_plan(config, chips.parse("gpu:h200x1"))
 
 
-def test_captions_are_prepared_as_words_alone(ported, folders, monkeypatch, tmp_path):
-    from PIL import Image
-
+def test_captions_are_prepared_as_words_alone(ported, monkeypatch, tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for index in range(2):
         Image.new("RGB", (40, 30), (index, 9, 9)).save(pictures / f"{index}.png")
         (pictures / f"{index}.txt").write_text(CAPTIONS[index])
-    monkeypatch.setattr(Flux, "encoder", None)  # no text encoder is read
+    monkeypatch.setattr(Flux, "text_encoders", None)  # no text encoder is read
     settings = [f"--checkpoint={ported}", f"--source={pictures}", f"--output={tmp_path / 'words'}"]
     argv = ["prepare", *settings, "--embed=false", "--height=32", "--width=48"]
     with flagsaver.flagsaver():
@@ -302,10 +277,15 @@ def test_captions_are_prepared_as_words_alone(ported, folders, monkeypatch, tmp_
 PROCESSES = """
     import os, sys
     os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count={devices}"
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    from jax_distill import main
-    from jax_distill.runs import commands
-    commands.run(main.main)
+    sys.path.insert(0, {tests!r})
+    from pathlib import Path
+    import jax
+    count, index = {count}, int(sys.argv[1])
+    if count > 1:
+        jax.distributed.initialize("localhost:{port}", count, index)
+    from captioned_runs import fit, world_of
+    source = world_of({ported!r}, path={folder!r}, embedding="training").source(None)
+    fit(source, Path({workdir!r}))
 """
 
 
@@ -316,18 +296,20 @@ def test_two_processes_end_with_the_parameters_of_one(ported, folders, tmp_path)
     for count in (1, 2):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
-            port_ = probe.getsockname()[1]
+            number = probe.getsockname()[1]
         found[count] = tmp_path / str(count)
-        argv = flags("time_rescale", ported, folders[1], [*RUN, TRAINING])
-        argv += [f"--workdir={found[count]}", f"--num_processes={count}"]
-        argv += [f"--coordinator_address=localhost:{port_}"] * (count > 1)
-        code = textwrap.dedent(PROCESSES).format(devices=2 // count)
+        places = {"ported": ported, "folder": folders[1], "workdir": found[count]}
+        places = {name: str(path) for name, path in places.items()}
+        code = textwrap.dedent(PROCESSES).format(
+            devices=2 // count, count=count, port=number, tests=str(ROOT / "tests"), **places
+        )
         running = [
             subprocess.Popen(
-                [sys.executable, "-c", code, *argv, *[f"--process_id={index}"] * (count > 1)],
+                [sys.executable, "-c", code, str(index)],
                 cwd=ROOT,
                 stderr=subprocess.PIPE,
                 text=True,
+                env={**os.environ, "JAX_PLATFORMS": "cpu"},
             )
             for index in range(count)
         ]
@@ -337,9 +319,9 @@ def test_two_processes_end_with_the_parameters_of_one(ported, folders, tmp_path)
             for process in running:
                 process.kill()
         assert not any(process.returncode for process in running), errors
+    one, two = (checkpoint.load_averaged(workdir) for workdir in found.values())
+    jax.tree.map(np.testing.assert_array_equal, one, two)
     assert losses(found[1]) == losses(found[2])
-    for a, b in zip(averages(found[1]), averages(found[2]), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 MESH = """
@@ -384,6 +366,7 @@ MESH = """
 """
 
 
+@pytest.mark.slow
 def test_text_encoders_are_sharded_over_the_mesh_of_the_run():
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(MESH)],
@@ -408,24 +391,35 @@ def preset(name):
 
 
 def test_plans_count_the_text_encoders():
-    config, topology = preset("scm"), chips.parse("gpu:h200x8")
-    without = planner.make_plan(config, topology)
+    config, topology = preset("time_rescale"), chips.parse("gpu:h200x8")
     with config.unlocked():
-        config.data.embedding = "training"
+        config.data.embedding, config.model.remat = "training", "none"
     plan = planner.make_plan(config, topology)
-    held = plan.held["text encoders"]
+    held, captions = plan.held["text encoders"], plan.embedding
     assert held == pytest.approx(2 * (4.762e9 + 0.123e9) / 8, rel=0.01)  # T5-XXL's encoder, CLIP-L
-    assert plan.peak == without.peak + held
-    assert "text encoders" not in without.held and without.embedding is None
+    assert plan.peak == sum(plan.held.values()) + plan.temporaries
     # T5's blocks take two operations a parameter and token, and its attention a little more.
     blocks = 24 * (4 * 4096 * 4096 + 3 * 4096 * 10240)
-    assert plan.embedding.flops == pytest.approx(2 * 64 * 256 * blocks, rel=0.03)
-    assert plan.arithmetic == without.arithmetic
-    assert plan.step_seconds == without.step_seconds + plan.embedding.roofline.seconds
-    assert plan.hours > without.hours
+    assert captions.flops == pytest.approx(2 * 64 * 256 * blocks, rel=0.03)
+    assert captions.steps == 1  # eight captions on a chip as it is
+    assert plan.step_seconds == plan.roofline.seconds + captions.roofline.seconds
     described = table.describe(plan)
     assert described.count("text encoders") == 2 and "of the others" in described
-    values = plan.to_dict()["text_encoders"]
-    assert values["held_gib"] * 2**30 == pytest.approx(held)
-    assert without.to_dict()["text_encoders"] is None
-    assert "text encoders" not in planner.make_plan(config, topology, sample=True).held
+    assert plan.to_dict()["text_encoders"]["held_gib"] * 2**30 == pytest.approx(held)
+
+
+def test_small_batches_are_planned_together():
+    """Links carry the weights once for all of them."""
+    config, plans = preset("time_rescale"), []
+    with config.unlocked():
+        config.data.embedding, config.data.text_length = "training", 256
+    for size in (1, 8):
+        with config.unlocked():
+            config.batch_size = 8 * size
+        topology, mesh = chips.parse("gpu:h200x8"), formulas.abstract_mesh((1, 8, 1))
+        measured = functools.partial(planner.estimate, topology=topology, by=embedding)
+        plans.append(embedding.plan(config, mesh, topology, measured))
+    one, eight = plans
+    assert (one.steps, eight.steps) == (8, 1) and one.held == eight.held
+    assert eight.flops == pytest.approx(8 * one.flops)
+    assert eight.roofline.ici == pytest.approx(8 * one.roofline.ici)
