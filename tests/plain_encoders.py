@@ -8,7 +8,6 @@ import numpy as np
 from jax_distill.data import encoding
 from jax_distill.data.loader import EmbeddedLatents, batches
 from jax_distill.data.records import LatentRecords
-from jax_distill.data.sources.checking import checked
 from jax_distill.flow import Text
 
 SIZE = (16, 24)
@@ -29,8 +28,16 @@ def embed(captions):
     return Text(values[:, :, None], values)
 
 
+def stored_text():
+    facts = {"sequence": [2, 1], "pooled": 2, "type": "bfloat16", "padding": "kept"}
+    return encoding.StoredText(facts, lambda: embed, lambda captions: [2] * len(captions), {})
+
+
 def prepare(source, output):
-    encoding.encode_pictures(output, checked(source, SIZE), SIZE, encode, embed)
+    text, latents = stored_text(), {"shape": [6, 3], "type": "float16"}
+    facts = {"latents": latents, "text": text.facts}
+    work = encoding.EncodedPictures(source, SIZE, lambda: [encode], text, facts)
+    assert encoding.make(output, work) == len(source)
 
 
 def read(folder):

@@ -12,6 +12,7 @@ import pytest
 from test_sources import CAPTIONS, LAYOUTS, beside
 
 from jax_distill.data import encoding
+from jax_distill.data.drawing import DrawnLatents
 from jax_distill.data.sources.opening import open_source
 
 
@@ -51,11 +52,12 @@ def test_captions_alone_give_identical_batches_from_every_kind(tmp_path):
     found = []
     for name in ("a.txt", "b.csv", "c.jsonl"):
         source = open_source([str(tmp_path / name)])
-        captions = [source[index].caption for index in range(len(source))]
-        null = plain_encoders.embed([encoding.NULL_CAPTION])
-        output = tmp_path / f"{name}-prepared"
-        encoding.encode_drawn(output, captions, plain_encoders.embed, draw, {}, null=null)
-        found.append(plain_encoders.read(output))
+        rows = [(source.key(index), source[index].caption) for index in range(len(source))]
+        text, latents = plain_encoders.stored_text(), {"shape": [2, 2], "type": "float16"}
+        facts = {"latents": latents, "text": text.facts}
+        work = DrawnLatents(*zip(*rows), lambda: draw, plain_encoders.embed, text, facts)
+        encoding.make(tmp_path / f"{name}-prepared", work)
+        found.append(plain_encoders.read(tmp_path / f"{name}-prepared"))
     assert found[0][0] == words
     for other in found[1:]:
         plain_encoders.assert_same(other, found[0])
