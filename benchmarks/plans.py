@@ -77,11 +77,11 @@ def remember_measurements() -> None:
     """Makes the planner compile like programs once: methods share the rescale stage."""
     measure, known = planner.measure, {}
 
-    def remembered(planned, topology, effort=0.0):
+    def remembered(planned, topology, effort=0.0, **options):
         text = planned.jitted.lower(*planned.arguments).as_text()
         key = topology.name, hashlib.sha256(text.encode()).hexdigest()
         if key not in known:
-            known[key] = measure(planned, topology, effort)
+            known[key] = measure(planned, topology, effort, **options)
         return known[key]
 
     planner.measure = remembered

@@ -3,8 +3,6 @@
 Diversity and distances are measured too, beside real pictures' (`docs/measures.md`).
 """
 
-from pathlib import Path
-
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -14,7 +12,8 @@ from jax_distill.assembly.resolution import EMBEDDED
 from jax_distill.devices import processes
 from jax_distill.evaluation import report, scoring
 from jax_distill.runs import commands
-from jax_distill.storage.files import check_output, write_json
+from jax_distill.storage.files import write_json
+from jax_distill.storage.outputs import check_output
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", EMBEDDED, "Workdir of a run, or 'embedded' for the bundled teacher."
@@ -83,7 +82,7 @@ def main(argv: list[str]) -> None:
     if measures := report.format_measures(layout):
         print(f"\n{measures}")
     if _OUTPUT.value is not None:
-        write_json(Path(_OUTPUT.value), layout)
+        write_json(_OUTPUT.value, layout)
 
 
 def _measured(

@@ -1,13 +1,12 @@
 """Export: `python -m jax_distill.export --checkpoint=DIR --output=DIR`, our weights to PyTorch."""
 
-from pathlib import Path
-
 from absl import flags
 
 from jax_distill.interop.layouts import LAYOUTS
 from jax_distill.interop.tensors import CHOICES
 from jax_distill.runs import commands
 from jax_distill.runs.exporting import export
+from jax_distill.storage import paths
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -39,7 +38,7 @@ _DTYPE = flags.DEFINE_enum(
 
 def main(argv: list[str]) -> None:
     del argv
-    output = Path(_OUTPUT.value)
+    output = paths.path(_OUTPUT.value)
     export(
         _CHECKPOINT.value,
         output,

@@ -9,7 +9,7 @@ from jax_distill.assembly.resolution import validate
 from jax_distill.devices import processes
 from jax_distill.devices.signals import Interrupted, Signals
 from jax_distill.runs import checks, commands, config_flag, experiment
-from jax_distill.storage import lease
+from jax_distill.storage import lease, paths
 from jax_distill.training import saving
 
 _CONFIG = config_flag.define(
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     config.unlock()
     config.lock()  # all of it: sections that were set as a whole are still open
     validate(config)
-    workdir = Path(_WORKDIR.value or Path("runs") / config.name)
+    workdir = paths.path(_WORKDIR.value or Path("runs") / config.name)
     processes.join()
     try:
         with Signals(interrupt=True):

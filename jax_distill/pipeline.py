@@ -19,10 +19,11 @@ from jax_distill.devices import processes, sharding
 from jax_distill.flow import Text
 from jax_distill.interop import ported_folder
 from jax_distill.models import finite
+from jax_distill.storage import paths
 from jax_distill.storage.files import check_no_partial
 from jax_distill.training import checkpoint
 from jax_distill.worlds import World
-from jax_distill.worlds.flux.world import load_stored
+from jax_distill.worlds.flux.stored import load_stored
 from jax_distill.worlds.shapes import bundled
 
 
@@ -273,7 +274,7 @@ def _load(source: str | Path, mesh: jax.sharding.Mesh | None) -> Pipeline:
         config = trained_config(EMBEDDED).lock()
         return Pipeline(config, lambda: {"network": bundled.load("teacher")[0]})
     check_no_partial(source, "checkpoint")
-    workdir, config = Path(source), trained_config(source)
+    workdir, config = paths.path(source), trained_config(source)
     world = worlds.of(config)
     if world.distributed or processes.joined():
         mesh = mesh or sharding.make_mesh(sharding.ALL_FSDP)

@@ -1,7 +1,5 @@
 """Port: `python -m jax_distill.port --source=FLUX_DIR --output=DIR`, PyTorch weights to ours."""
 
-from pathlib import Path
-
 from absl import flags
 
 from jax_distill.assembly import build
@@ -10,6 +8,7 @@ from jax_distill.models.sizes import LONGEST
 from jax_distill.runs import commands
 from jax_distill.runs.port_settings import Flags
 from jax_distill.runs.porting import port
+from jax_distill.storage import paths
 
 _SOURCE = flags.DEFINE_string(
     "source",
@@ -66,7 +65,7 @@ flags.DEFINE_enum(
 
 def main(argv: list[str]) -> None:
     del argv
-    output = Path(_OUTPUT.value)
+    output = paths.path(_OUTPUT.value)
     port(
         _SOURCE.value,
         output,

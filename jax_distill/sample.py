@@ -1,7 +1,5 @@
 """Draw: `python -m jax_distill.sample --checkpoint=DIR --prompt="..." [--steps=2] [--seed=0]`."""
 
-from pathlib import Path
-
 from absl import flags
 
 from jax_distill import pipeline, streams
@@ -10,7 +8,8 @@ from jax_distill.assembly.resolution import EMBEDDED
 from jax_distill.devices import processes
 from jax_distill.evaluation import grids
 from jax_distill.runs import commands
-from jax_distill.storage.files import check_output
+from jax_distill.storage import paths
+from jax_distill.storage.outputs import check_output
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -38,7 +37,7 @@ def main(argv: list[str]) -> None:
     draw_settings.captions(_PROMPT.value)
     draw_settings.steps(_STEPS.value)
     processes.join()
-    output = Path(_OUTPUT.value)
+    output = paths.path(_OUTPUT.value)
     if processes.is_leader():
         check_output(_OUTPUT.value, grids.ENDINGS)
     pipe = pipeline.load(_CHECKPOINT.value)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from jax_distill.devices.signals import Interrupted, Signals
 from jax_distill.runs import cells, commands, config_flag, study_settings
-from jax_distill.storage import lease
+from jax_distill.storage import lease, paths
 
 _CONFIG = config_flag.define("File of the study's configuration.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where it lives. Default: runs/<name>.")
@@ -26,7 +26,12 @@ def main(argv: list[str]) -> None:
     study_settings.check(config)
     try:
         with Signals(interrupt=True):
-            workdir = Path(_WORKDIR.value or Path("runs") / config.name)
+            workdir = paths.path(_WORKDIR.value or Path("runs") / config.name)
+            if paths.is_bucket(workdir):
+                raise ValueError(
+                    f"--workdir: '{workdir}' is in a bucket, and studies live on a disk, where they"
+                    " compare their runs; give a folder"
+                )
             with lease.of_folder(workdir):
                 cells.run(config, workdir)
     except Interrupted as stop:

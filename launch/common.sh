@@ -52,10 +52,8 @@ check_training() {
   done
   [[ -n $config ]] || die "--config is missing after --; such as -- --config=configs/scm.py"
   case $workdir in
-    /*) ;;
-    gs://*) die "--workdir=$workdir: runs live in folders, not at gs:// addresses; mount the bucket" \
-      "or a file share on every host and give a folder there" ;;
-    *) die "--workdir is missing after --, or relative; give a folder that all hosts share," \
-      "such as --workdir=/mnt/jax_distill/scm" ;;
+    /* | gs://*/*) ;;
+    *) die "--workdir is missing after --, or relative; give a folder of a bucket, such as" \
+      "--workdir=gs://BUCKET/scm, or one that all hosts share, such as /mnt/jax_distill/scm" ;;
   esac
 }

@@ -37,9 +37,14 @@ done
 # One host is told to stop and all do: the others ask the files whether the run is finished.
 finished='
 import json, pathlib, sys
-workdir = pathlib.Path(sys.argv[1])
+workdir, bucket = pathlib.Path(sys.argv[1]), sys.argv[1].startswith("gs://")
+if bucket:
+    from jax_distill.storage import paths
+    workdir = paths.path(sys.argv[1])
 total = json.loads((workdir / "config.json").read_text())["total_steps"]
-steps = [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+whole = lambda path: not bucket or (path / "commit_success.txt").exists()
+found = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+steps = [int(path.name) for path in found if whole(path)]
 sys.exit(max(steps, default=0) < total)'
 if [[ -n $told ]] || { ((code == 0)) && ! "$python" -c "$finished" "$workdir"; }; then
   code=143

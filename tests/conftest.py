@@ -4,8 +4,11 @@ import gc
 import os
 import shutil
 import tempfile
+import types
 
 import pytest
+
+import jax_distill  # noqa: F401 - its settings of libraries come before they are imported
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 # They halve the time of a core; every law holds of programs that are not optimised too.
@@ -29,3 +32,38 @@ def pytest_collection_finish() -> None:
     """Collections of garbage, which every restore makes, pass over what the imports have left."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def store():
+    """A store of objects, see `bucket_server`, which all that reads buckets takes for Google's."""
+    pytest.importorskip("gcp_storage_emulator", reason="pip install 'jax-distill[test]'")
+    pytest.importorskip("gcsfs", reason="pip install 'jax-distill[gcs]'")
+    from bucket_server import BucketServer, environment
+
+    with BucketServer() as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(running.port).items():
+            patch.setenv(name, value)
+        yield running
+
+
+@pytest.fixture
+def faults(store):
+    """What goes wrong with the next requests: each must have happened when the test ends."""
+    yield store.faults
+    left, store.faults.next = store.faults.next, []
+    assert not left, f"faults that no request had: {left}"
+
+
+@pytest.fixture
+def bucket(faults, request, monkeypatch):
+    """A folder of the bucket; gcsfs tries again at once."""
+    from gcsfs import retry
+
+    from jax_distill.storage import paths
+
+    async def sleep(seconds):
+        pass
+
+    monkeypatch.setattr(retry, "asyncio", types.SimpleNamespace(sleep=sleep))
+    return paths.path(f"gs://test/{request.node.name}")

@@ -1,5 +1,6 @@
 """The input pipeline: every example once an epoch, the same stream from any point."""
 
+import made_records
 import numpy as np
 import pytest
 
@@ -177,7 +178,7 @@ def test_pictures_are_those_of_the_world():
 def test_captions_are_encoded_as_they_are_read(tmp_path):
     latents = np.arange(32, dtype=np.float16).reshape(4, 8)
     captions = ["a red circle", "three crosses above a blue square"]
-    records.write(tmp_path, [records.LatentRecord(latents, c) for c in captions], {})
+    made_records.write(tmp_path, [records.LatentRecord(latents, c) for c in captions])
     encoder = CaptionEncoder(4)
     source = CaptionedLatents(records.LatentRecords(tmp_path), encoder)
     sequence, pooled = encoder.encode(captions[:1])

@@ -15,6 +15,7 @@ from test_pipeline import tiny_config
 from jax_distill import pipeline
 from jax_distill.assembly import build, stages
 from jax_distill.assembly.resolution import resolve
+from jax_distill.data.mixture import Mixture, Part
 from jax_distill.flow import Batch
 from jax_distill.models import mmdit
 from jax_distill.objectives.scm import SCM
@@ -42,7 +43,8 @@ def distil(monkeypatch, tmp_path):
         network = build.initial_parameters(teacher_config)
         ran, saved = [], {}
 
-        def fit(config, workdir, objective, initial, frozen, source, hooks=()):
+        def fit(config, workdir, objectives, initial, frozen, source, hooks=(), embedder=None):
+            (objective,) = objectives
             made = initial.make()
             assert jax.tree.structure(made) == jax.tree.structure(initial.shapes)
             ran.append(Ran(objective, made, frozen, workdir))
@@ -62,7 +64,8 @@ def distil(monkeypatch, tmp_path):
             ("scoring.conclude", lambda *args, **kwargs: None),
         ):
             monkeypatch.setattr(f"jax_distill.runs.experiment.{name}", stub)
-        monkeypatch.setattr(Shapes, "source", lambda self, workdir: SimpleNamespace(null=None))
+        source = Mixture([Part(SimpleNamespace(null=None, embedder=None))])
+        monkeypatch.setattr(Shapes, "source", lambda self, workdir: source)
         experiment.run(config, tmp_path)
         return network, ran
 

@@ -7,7 +7,7 @@ from typing import NotRequired, TypedDict
 
 import pytest
 
-from jax_distill.storage import files
+from jax_distill.storage import files, outputs
 from jax_distill.storage.files import (
     FileError,
     read_json,
@@ -137,7 +137,7 @@ def place(tmp_path):
 )
 def test_an_output_that_can_be_written_is_left_as_it_was(place, name):
     before = sorted(place.rglob("*"))
-    files.check_output(place / name, (".png",))
+    outputs.check_output(place / name, (".png",))
     assert sorted(place.rglob("*")) == before and (place / "file.png").read_bytes() == b"old"
 
 
@@ -161,14 +161,14 @@ def test_an_output_that_can_be_written_is_left_as_it_was(place, name):
 def test_an_output_that_cannot_be_written_is_named(place, name, message):
     before = sorted(place.rglob("*"))
     with pytest.raises(FileError, match=f"(?s)^--grid: .*{message}") as caught:
-        files.check_output(place / name, (".png",), name="--grid")
+        outputs.check_output(place / name, (".png",), name="--grid")
     assert "\n" not in str(caught.value) and sorted(place.rglob("*")) == before
 
 
-@pytest.mark.parametrize("path", ["", "/", "gs://bucket/x.png", "/proc/none/x.png", "/sys/x.png"])
+@pytest.mark.parametrize("path", ["", "/", "s3://bucket/x.png", "/proc/none/x.png", "/sys/x.png"])
 def test_other_places_are_no_outputs(path):
     with pytest.raises(FileError, match="^--output: "):
-        files.check_output(path)
+        outputs.check_output(path)
 
 
 def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
@@ -177,9 +177,9 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
     def refused(dir):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(outputs.tempfile, "TemporaryFile", refused)
     with pytest.raises(FileError, match=r"cannot be written \(Permission denied at "):
-        files.check_output(tmp_path / "new" / "x.json")
+        outputs.check_output(tmp_path / "new" / "x.json")
     assert not any(tmp_path.iterdir())
 
 

@@ -1,12 +1,14 @@
 """From a diffusers folder and pictures to a student that draws: every stage, very small."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import made_records
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,18 +16,23 @@ from absl.testing import flagsaver
 from PIL import Image
 from random_pipeline import save_random
 
-from jax_distill import main, pipeline, worlds
+from jax_distill import config as configuration
+from jax_distill import main, pipeline, prepare, worlds
 from jax_distill.assembly import build, frozen, resolution, stages
 from jax_distill.config import ConfigError
+from jax_distill.data.encoding import make
 from jax_distill.data.pictures import read
 from jax_distill.data.records import LatentRecords
 from jax_distill.data.sources.folder import PictureFolder
+from jax_distill.devices import sharding
+from jax_distill.planning import program
 from jax_distill.runs import checks, commands, experiment
 from jax_distill.runs.porting import port
+from jax_distill.training import loop
 from jax_distill.worlds.flux.world import Flux, ported_config
 
 ROOT = Path(__file__).parents[1]
-SIZE = (32, 48)
+SIZE, TALL = (32, 48), (64, 32)
 LENGTH = 12
 WORDS = ("red circle", "blue square", "green cross")
 
@@ -56,7 +63,7 @@ def prepared(ported, pictures, tmp_path_factory):
     config = ported_config(ported)
     with config.unlocked():
         config.data.resolution = SIZE
-    assert Flux(config).prepare(output, PictureFolder(pictures)) == 12
+    assert make(output, Flux(config).work(PictureFolder(pictures))) == 12
     return output
 
 
@@ -170,6 +177,80 @@ def test_the_teacher_keeps_its_type_and_the_student_is_float32(ported, student):
     assert frozen.narrowed(wide, "float32")["b"].dtype == jnp.bfloat16
 
 
+@pytest.fixture(scope="module")
+def tall(prepared, tmp_path_factory):
+    """Records like the prepared ones, of taller pictures."""
+    records = LatentRecords(prepared)
+    shape = (math.prod(TALL) // 256, records[0].latents.shape[1])
+    rng = np.random.default_rng(0)
+    rows = [
+        records[index]._replace(latents=rng.standard_normal(shape).astype(np.float16))
+        for index in range(8)
+    ]
+    facts = {"world": "flux", "resolution": list(TALL)}
+    facts["encoders"] = records.description["encoders"]
+    output = tmp_path_factory.mktemp("tall") / "latents"
+    return made_records.write(output, rows, facts, null=records.null)
+
+
+@pytest.mark.slow
+def test_pictures_of_two_sizes_come_by_turns(monkeypatch, run, ported, prepared, tall, tmp_path):
+    """Each size has its own program, with its tokens, their places and its time shift."""
+    fitted, fit, sizes = [], loop.fit, []
+
+    def watched(config, workdir, objective, *arguments, **options):
+        fitted.append(objective)
+        return fit(config, workdir, objective, *arguments, **options)
+
+    def shard_batch(batch, mesh, shard=sharding.shard_batch):
+        sizes.append(batch.x.shape[1])
+        return shard(batch, mesh)
+
+    monkeypatch.setattr(loop, "fit", watched)
+    monkeypatch.setattr(sharding, "shard_batch", shard_batch)
+    settings = [f"data.path={prepared},{tall}", "data.weights=1,1", "total_steps=4"]
+    error = run("time_rescale", *settings, into=tmp_path / "run")
+    assert not error
+    assert [objective.network.grid for objective in fitted[0]] == [(2, 3), (4, 2)]
+    world = worlds.of(configuration.load(tmp_path / "run"))
+    assert [objective.time_shift for objective in fitted[0]] == [
+        world.time_shift(n) for n in (6, 8)
+    ]
+    assert sorted(sizes) == [6, 6, 8, 8] and sorted(sizes[:2]) == [6, 8]
+    losses = [json.loads(line)["loss"] for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert len(losses) == 4 and np.isfinite(losses).all()
+
+
+def test_a_plan_is_of_the_largest_size(ported, prepared, tall):
+    config = ported_config(ported)
+    with config.unlocked():
+        config.name, config.data.path = "x", f"{prepared},{tall}"
+        config.data.weights, config.data.resolution = (1.0, 1.0), SIZE
+        config.objective = {"name": "flow_matching"}
+    (stage,) = program.run_stages(config)
+    assert tuple(stage.config.data.resolution) == TALL
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (["data.weights=1"], "data.weights: 1 for 2 folders of data.path; give one for each"),
+        (["data.weights=1,1,1"], "data.weights: 3 for 2 folders of data.path; give one for each"),
+        (["data.weights=1,0"], "data.weights: (1, 0) is not a list of positive numbers"),
+        (["data.weights=1,1", "batch_size=9"], "batch_size: 9 is more than the 8 examples there"),
+        (
+            ["data.weights=1,1", "data.resolution=64,32"],
+            "have 6 tokens, where (64, 32) pixels",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_mixtures_that_do_not_fit_are_refused(run, prepared, tall, tmp_path, changes, expected):
+    error = run("scm", f"data.path={prepared},{tall}", *changes, into=tmp_path / "run")
+    assert error.startswith("error: ") and expected in error and "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
 OTHERS = {"meanflow": 2, "imm": 2, "time_rescale": 1, "rcm": 2, "sprint": 2}
 """Presets with the number of their stages: those that learn a derivative by time rescale it."""
 OTHERS |= dict.fromkeys(("dmd2", "tdm", "sid", "ladd"), 1)
@@ -237,6 +318,23 @@ def test_plain_networks_are_followed_as_they_are(ported):
     with config.unlocked():
         config.model.guidance_embeds = False
     assert build.guided(config) is build.unguided
+
+
+@pytest.mark.slow
+def test_pictures_of_several_sizes_are_prepared_in_one_go(ported, pictures, tmp_path, capsys):
+    output = tmp_path / "out"
+    flags = [f"--checkpoint={ported}", f"--source={pictures}", f"--output={output}"]
+    with pytest.MonkeyPatch.context() as patch, flagsaver.flagsaver():
+        patch.setattr(sys, "argv", ["prepare", *flags, "--sizes=48x48,80x48,32x48"])
+        with pytest.raises(SystemExit) as ended:
+            commands.run(prepare.main)
+    assert not ended.value.code
+    path = f"{output}/48x48,{output}/80x48"  # heights of 60 to 71 to a width of 50
+    command = f"train on them with --config.data.path={path} --config.data.weights=5,7"
+    assert command in capsys.readouterr().out
+    for size, count, tokens in (("48x48", 5, 9), ("80x48", 7, 15)):
+        records = LatentRecords(output / size)
+        assert len(records) == count and len(records[0].latents) == tokens
 
 
 def test_preparing_says_what_is_missing(ported, pictures, tmp_path):

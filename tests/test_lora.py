@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import made_records
 import ml_dtypes
 import numpy as np
 import pytest
@@ -306,11 +307,11 @@ def flux(tmp_path_factory):
 
     latents, text = rng.standard_normal((8, 6, 16)).astype(np.float16), embedded(8)
     rows = [
-        records.LatentRecord(latents[i], f"caption {i}", text.sequence[i], text.pooled[i])
+        records.LatentRecord(latents[i], f"caption {i}", f"{i}", text.sequence[i], text.pooled[i])
         for i in range(8)
     ]
-    description = {"world": "flux", "examples": 8, "resolution": list(SIZE)}
-    records.write(root / "data", rows, description, null=embedded(1))
+    facts = {"world": "flux", "resolution": list(SIZE)}
+    made_records.write(root / "data", rows, facts, null=embedded(1))
     return source, root
 
 

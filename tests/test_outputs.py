@@ -18,7 +18,7 @@ from jax_distill.runs import exporting, porting
 from jax_distill.storage import lease
 from jax_distill.storage.files import FileError
 from jax_distill.storage.lease import InUse
-from jax_distill.storage.outputs import Stopped, made_whole
+from jax_distill.storage.outputs import Stopped, made_in_tries, made_whole
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,6 +60,28 @@ def test_a_signal_leaves_nothing(tmp_path, number):
             (partial / "file").touch()
             os.kill(os.getpid(), number)
     assert os.listdir(tmp_path) == [] and signal.getsignal(number) is before
+
+
+def test_what_was_done_is_kept_for_the_next_try(tmp_path):
+    folder, unfinished = tmp_path / "a", tmp_path / ".a.unfinished"
+    with pytest.raises(KeyError), made_in_tries(folder):
+        raise KeyError
+    assert os.listdir(tmp_path) == []  # there was nothing to keep
+    with pytest.raises(
+        Stopped, match="a' is not finished, by a signal; run the same command to go"
+    ):
+        with made_in_tries(folder) as found:
+            (found / "one").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert os.listdir(tmp_path) == [unfinished.name] and os.listdir(unfinished) == ["one"]
+    with pytest.raises(FileError, match="^data.path: .* is half made; make it whole and give that"):
+        LatentRecords(unfinished)
+    with made_in_tries(folder) as found:
+        (found / "two").touch()
+    assert os.listdir(tmp_path) == ["a"] and sorted(os.listdir(folder)) == ["one", "two"]
+    with pytest.raises(FileError, match="a' exists; remove it or choose another"):
+        with made_in_tries(folder):
+            pass
 
 
 KILLED = """

@@ -6,16 +6,17 @@ import shutil
 from types import SimpleNamespace
 
 import jax
+import made_records
 import numpy as np
 import pytest
 import random_pipeline
 import safetensors
 import tensorstore as ts
+from made_records import some
 from PIL import Image
 from pyarrow import parquet
 from safetensors.numpy import save_file
 from test_disks import of_rust, of_tensorflow, of_tensorstore, raised, wrapped
-from test_records import some
 from test_sources import pack, table
 from test_torch_files import archive, state, stored
 
@@ -44,7 +45,7 @@ def good(tmp_path_factory):
     port(root / "flux", root / "ported", text_length=16)
     save_file({"x": np.zeros(2, np.float32)}, root / "x.safetensors")
     archive(root / "x.pt", state(stored()), bytes(8))
-    records.write(root / "records", some(2), {})
+    made_records.write(root / "records", some(2))
     pack(root / "x.tar", [("a.png", b"a"), ("a.txt", b"a")])
     parquet.write_table(table(), root / "x.parquet")
     (root / "pictures").mkdir()
@@ -104,7 +105,7 @@ READERS = {  # what fails, with which kind of error, and who meets it
         of_tensorstore,
         lambda root: orbax_tree.open_tree(root / "ported/clip"),
     ),
-    "part": ((ported_folder.ocp.StandardCheckpointer, "restore"), wrapped, read_part),
+    "part": ((ported_folder.ocp.StandardCheckpointHandler, "restore"), wrapped, read_part),
     "shards": (
         (records.grain.sources, "ArrayRecordDataSource"),
         of_tensorflow,
@@ -113,7 +114,7 @@ READERS = {  # what fails, with which kind of error, and who meets it
     "record": (
         (records.grain.sources.ArrayRecordDataSource, "__getitem__"),
         of_tensorflow,
-        lambda root: records.LatentRecords(root / "records"),
+        lambda root: records.LatentRecords(root / "records")[0],
     ),
     "picture": (
         (pictures.Image, "open"),

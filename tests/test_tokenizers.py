@@ -12,6 +12,7 @@ from diffusers import FluxPipeline
 from random_text import write_tokenizers
 from transformers import CLIPTokenizer, T5TokenizerFast
 
+from jax_distill.worlds.flux import tokenizers
 from jax_distill.worlds.flux.tokenizers import FluxTokenizer
 
 WORDS = ("a red circle above a blue square", "", "two Crosses, 3 discs!", "unknown Ω words")
@@ -85,12 +86,21 @@ def test_a_caption_that_fits_exactly_is_whole(tokenizer):
             only.encode(["a", too_long], strict=True)
 
 
-def test_a_caption_that_does_not_fit_is_named(tokenizer, caplog):
+def test_rows_of_a_caption_end_with_its_end_token(tokenizer):
+    captions = [*WORDS, "<pad> red", LONG]
+    ids, rows = tokenizer.encode(captions).t5, tokenizer.rows(captions)
+    assert rows[1] == 1 and rows[-1] == LENGTHS[1]
+    for row, own in zip(ids, rows):
+        assert row[own - 1] == 1 and not row[own:].any()  # </s>, then <pad>
+
+
+def test_a_caption_that_does_not_fit_is_named(tokenizer, caplog, monkeypatch):
     message = r"^caption '(a red circle and ){3}a red cir\w*\.\.': its \d+ CLIP .* 77; shorten it$"
     with pytest.raises(ValueError, match=message):
         tokenizer.encode([LONG], strict=True)
     with pytest.raises(ValueError, match="24; shorten it or raise t5_length$"):
         tokenizer.encode(["a " * 30], strict=True)
+    monkeypatch.setattr(tokenizers, "_WARNED", 2**31)  # others may have told a hundred
     with caplog.at_level(logging.WARNING, logger="absl"):
         tokenizer.encode(WORDS)
         assert not caplog.records

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import made_records
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -96,7 +97,7 @@ def read_picture(path: Path, height: int, width: int) -> np.ndarray:
 
 
 def read_captions(path: Path) -> list[str]:
-    return prepare.read_captions(path)
+    return prepare.read_captions(path)[1]
 
 
 class Weights(NamedTuple):
@@ -156,8 +157,7 @@ def default_settings() -> dict[str, Any]:
     return config.base().to_dict()
 
 
-def write_records(folder: Path, written: list, description: dict, null: Any = None) -> None:
-    records.write(folder, iter(written), description, null=null, shard_bytes=300)
+write_records = made_records.write
 
 
 def objective_settings(name: str, **settings: Any) -> dict[str, Any]:

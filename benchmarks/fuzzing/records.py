@@ -16,39 +16,43 @@ from fuzzing.kind import OUTSIDE, Kind
 from fuzzing.mutations import SECRET, damage_bytes, damage_file, damage_json
 
 FLOAT16, BFLOAT16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
-_FIELDS = ("latents", "caption", "sequence", "pooled")
-
-
-def _some(seed: int, count: int, embedded: bool) -> list:
-    rng = np.random.default_rng(seed)
-
-    def draw(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        return rng.standard_normal(shape).astype(dtype)
-
-    made = []
-    for index in range(count):
-        text = (draw((3, 4), BFLOAT16), draw((5,), BFLOAT16)) if embedded else ()
-        fields = (draw((4, 8), FLOAT16), f"caption {index}, a roté cercle", *text)
-        made.append(package.records.LatentRecord(*fields))
-    return made
+_FIELDS = ("at", "of", "key", "latents", "caption", "sequence", "pooled")
+_COUNT = 6
 
 
 def _make(root: Path) -> None:
-    for name, seed, embedded in (("plain", 0, False), ("embedded", 1, True), (OUTSIDE, 2, False)):
-        null = None
-        if embedded:
-            row = _some(3, 1, True)[0]
-            null = package.records.Text(row.sequence[None], row.pooled[None])
-        count = 6
-        description = {"world": "flux" if embedded else "shapes", "examples": count, "seed": seed}
-        package.write_records(root / name, _some(seed, count, embedded), description, null)
+    kinds = {"plain": None, "shared": "shared", "kept": "kept", OUTSIDE: None}
+    for seed, (name, padding) in enumerate(kinds.items()):
+        rng = np.random.default_rng(seed)
+
+        def draw(*shape: int, dtype: np.dtype = BFLOAT16, rng: Any = rng) -> np.ndarray:
+            return rng.standard_normal(shape).astype(dtype)
+
+        null = padding and package.records.Text(draw(1, 3, 4), draw(1, 5))
+        texts = [(draw(3, 4), draw(5)) if null else () for _ in range(_COUNT - 1)]
+        texts.append(texts[0])  # a caption twice
+        words = [f"caption {index % (_COUNT - 1)}, a roté cercle" for index in range(_COUNT)]
+        written = [
+            package.records.LatentRecord(draw(4, 8, dtype=FLOAT16), caption, f"{index}.png", *text)
+            for index, (caption, text) in enumerate(zip(words, texts))
+        ]
+        rows = {caption: 1 + index % 3 for index, caption in enumerate(words)}
+        package.write_records(
+            root / name,
+            written,
+            {"world": "flux" if null else "shapes", "seed": seed},
+            null=null or None,
+            padding=padding or "kept",
+            rows=rows if padding == "shared" else None,
+            shard_records=3,
+        )
     (root / OUTSIDE / "secret.txt").write_text(SECRET)
 
 
 def _damage(rng: Random, folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
     shards = [name for name in names if name.endswith(".array_record")]
-    kind = rng.randrange(10)
+    kind = rng.randrange(12)
     if kind < 4:
         fitting = (*shards, f"../{OUTSIDE}/{shards[0]}", f"../{OUTSIDE}/secret.txt", shards, [])
         fitting += ("/dev/zero", "shards", "dataset.json", "null.msgpack", "latents-*.array_record")
@@ -58,28 +62,64 @@ def _damage(rng: Random, folder: Path) -> None:
         )
     elif kind < 6:
         damage_file(rng, folder / rng.choice(names), damage_bytes, 0.2)
+        if rng.random() < 0.7:
+            _tell_sizes(folder)
     elif kind < 7 and "null.msgpack" in names:
         path = folder / "null.msgpack"
-        fields = serialization.msgpack_restore(path.read_bytes())
-        path.write_bytes(_packed(rng, fields))
+        path.write_bytes(_packed(rng, serialization.msgpack_restore(path.read_bytes())))
+        _tell_sizes(folder)
+    elif kind < 8:  # shards that change places, or come from elsewhere
+        one, other = rng.choice(shards), rng.choice(shards)
+        from_there = folder.parent / OUTSIDE / other
+        content = (folder / one).read_bytes()
+        if rng.random() < 0.5 and from_there.exists():
+            (folder / one).write_bytes(from_there.read_bytes())
+        else:
+            (folder / one).write_bytes((folder / other).read_bytes())
+            (folder / other).write_bytes(content)
+        _tell_sizes(folder)
     else:  # records of other content under checksums that are right
         path = folder / rng.choice(shards)
-        reader = ArrayRecordReader(str(path))
-        records = reader.read_all()
-        reader.close()
+        records = _read(path)
         index = rng.randrange(len(records))
-        fields = serialization.msgpack_restore(records[index])
-        records[index] = _packed(rng, fields)
+        if rng.random() < 0.2:
+            rng.shuffle(records)
+        else:
+            records[index] = _packed(rng, serialization.msgpack_restore(records[index]))
         path.unlink()
-        writer = ArrayRecordWriter(str(path), "group_size:1")
+        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         for record in records:
             writer.write(record)
         writer.close()
+        _tell_sizes(folder)
+
+
+def _tell_sizes(folder: Path) -> None:
+    """Puts the sizes of files into the manifest, so that reading goes further than these."""
+    path = folder / "dataset.json"
+    if not path.is_file():  # but a pipe, which would be waited for
+        return
+    try:
+        described = json.loads(path.read_bytes())
+        kinds = [*described["shards"].values(), [described["null"]] if "null" in described else []]
+        for files in kinds:
+            for file in files:
+                file["bytes"] = (folder / file["name"]).stat().st_size
+        path.write_text(json.dumps(described))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # damaged itself
+        return
+
+
+def _read(path: Path) -> list[bytes]:
+    reader = ArrayRecordReader(str(path))
+    records = reader.read_all()
+    reader.close()
+    return records
 
 
 def _packed(rng: Random, fields: dict) -> bytes:
     """A record with a field of another kind, or other bytes."""
-    name = rng.choice(list(fields))
+    name = rng.choice([*fields, *(key for key in fields if key != "at")])
     array = fields[name]
     kind = rng.randrange(8)
     if kind == 0:
@@ -129,20 +169,37 @@ def _unpacked(content: bytes) -> dict:
     return msgpack.unpackb(content, ext_hook=extended)
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    return type(a) is type(b) and not isinstance(a, np.ndarray) and a == b
+def _raw(folder: Path, kind: str) -> list[dict]:
+    """The records of a kind, in the order of the manifest's shards."""
+    shards = json.loads((folder / "dataset.json").read_bytes())["shards"][kind]
+    return [_unpacked(content) for file in shards for content in _read(folder / file["name"])]
 
 
-def _raw(folder: Path) -> list[bytes]:
-    shards = json.loads((folder / "dataset.json").read_bytes())["shards"]
-    found = []
-    for name in shards:
-        reader = ArrayRecordReader(str(folder / name))
-        found += reader.read_all()
-        reader.close()
-    return found
+def _same(found: np.ndarray, said: Any) -> bool:
+    return (
+        isinstance(said, np.ndarray)
+        and found.dtype == said.dtype
+        and found.shape == said.shape
+        and found.tobytes() == said.tobytes()
+    )
+
+
+def _texts(folder: Path) -> tuple[list[dict], np.ndarray | None]:
+    """The captions of a folder, and the rows of its empty caption."""
+    path = folder / "null.msgpack"
+    null = _unpacked(path.read_bytes())["sequence"][0] if path.exists() else None
+    return _raw(folder, "captions"), null
+
+
+def _is_caption(record: Any, said: dict, null: np.ndarray | None) -> bool:
+    """Whether a record has the words and numbers of a caption."""
+    if record.caption != said["caption"] or (record.sequence is None) != ("sequence" not in said):
+        return False
+    if record.sequence is None:
+        return record.pooled is None
+    own = said["sequence"]
+    whole = np.concatenate([own, null[len(own) :]]) if len(own) < len(null) else own
+    return _same(record.sequence, whole) and _same(record.pooled, said["pooled"])
 
 
 def _good(record: Any) -> bool:
@@ -151,6 +208,7 @@ def _good(record: Any) -> bool:
     texts = [x for x in (record.sequence, record.pooled) if x is not None]
     return (
         isinstance(record.caption, str)
+        and isinstance(record.key, str)
         and isinstance(latents, np.ndarray)
         and (latents.ndim, latents.dtype) == (2, FLOAT16)
         and all(isinstance(x, np.ndarray) and x.dtype == BFLOAT16 for x in texts)
@@ -159,19 +217,26 @@ def _good(record: Any) -> bool:
 
 
 def _differs(value: Any, folder: Path, base: Path) -> str:
-    originals = [_unpacked(content) for content in _raw(base)]
-    try:  # what was written under right checksums
-        written = [_unpacked(content) for content in _raw(folder)]
-    except Exception:
-        written = []
-    for record in value.found:
-        fields = {k: x for k, x in record._asdict().items() if x is not None}
-        sources = (*originals, *written)
-        if not any(
-            fields.keys() == one.keys() and all(_equal(fields[k], one[k]) for k in fields)
-            for one in sources
-        ):
-            return "a record is none of the data's"
+    versions = []  # what was written at first, and what lies there now, under right checksums
+    for each in (base, folder):
+        try:
+            versions.append((_raw(each, "latents"), *_texts(each)))
+        except Exception:
+            continue
+    for index, record in enumerate(value.found):
+        examples = [latents[index] for latents, _, _ in versions if index < len(latents)]
+        said = [
+            example
+            for example in examples
+            if example.get("at") == index
+            and example.get("key") == record.key
+            and _same(record.latents, example.get("latents"))
+        ]
+        if not said:
+            return "an example is none of the data's"
+        texts = [(texts[x["caption"]], nulls) for x in said for _, texts, nulls in versions]
+        if not any(_is_caption(record, text, null) for text, null in texts):
+            return "a caption is none of the data's"
         if not _good(record):
             return "a record is of other types, or not finite"
     if len({record.latents.shape for record in value.found}) > 1:
@@ -179,7 +244,7 @@ def _differs(value: Any, folder: Path, base: Path) -> str:
     if value.null is not None:
         try:
             said = _unpacked((folder / "null.msgpack").read_bytes())
-            if not all(_equal(x, said[k]) for k, x in value.null._asdict().items()):
+            if not all(_same(x, said[k]) for k, x in value.null._asdict().items()):
                 return "the empty caption is another"
         except Exception as error:
             return f"the empty caption is read where it is none: {type(error).__name__}"

@@ -1,7 +1,7 @@
 """From a configuration to its parts: networks and objective."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -100,6 +100,21 @@ def objective(
     return adapters.AdapterObjective(method, beside)
 
 
+def objectives(
+    config: ConfigDict,
+    teacher: ConfigDict | None,
+    resolutions: Sequence[tuple[int, int] | None],
+) -> list[Method]:
+    """The objective for each size of pictures, with its own tokens, places and time shift.
+
+    Args:
+      config: of the run.
+      teacher: as in `objective`.
+      resolutions: heights and widths in pixels; None for the world's.
+    """
+    return [objective(config, teacher, resolution=resolution) for resolution in resolutions]
+
+
 def follows_world(config: ConfigDict) -> bool:
     """Whether the shift of the sampling schedule is the world's: `objective.time_shift` is None."""
     settings = {**settings_of(OBJECTIVES[config.objective.name]), **dict(config.objective)}
@@ -186,7 +201,11 @@ def teacher_velocity(
 
 
 def abstract_losses(
-    config: ConfigDict, teacher: ConfigDict | None = None, moves: int = 0
+    config: ConfigDict,
+    teacher: ConfigDict | None = None,
+    moves: int = 0,
+    *,
+    resolution: tuple[int, int] | None = None,
 ) -> Iterator[tuple[str, Callable, tuple]]:
     """The loss of each player for one micro-batch, and the shapes of its arguments, to be traced.
 
@@ -194,12 +213,13 @@ def abstract_losses(
       config: of the run.
       teacher: configuration of the network whose velocity is learned, if there is one.
       moves: that the player has made before, a constant in the function.
+      resolution: height and width of the pictures in pixels; the world's by default.
 
     Yields:
       (player, function, arguments); the function takes (own, view, batch, key) and returns a
       scalar.
     """
-    method = objective(config, teacher)
+    method = objective(config, teacher, resolution=resolution)
     size = config.batch_size // config.accumulate
 
     def arguments():
@@ -209,7 +229,7 @@ def abstract_losses(
         frozen = {"null": null}
         if teacher is not None:
             frozen["teacher"] = frozen_network(config, initial_parameters(teacher))
-        batch = Batch(jnp.zeros((size, *token_shape(config))), text)
+        batch = Batch(jnp.zeros((size, *token_shape(config, resolution))), text)
         averaged = {name: trees[name] for name, x in method.players.items() if x.averaged}
         return trees, View(frozen, trees, averaged), batch, key
 

@@ -18,6 +18,7 @@ from jax_distill.config.settings import flatten
 from jax_distill.interop import ported_folder
 from jax_distill.models.inputs import GUIDANCE
 from jax_distill.objectives.methods import FROM_SCRATCH
+from jax_distill.storage import paths
 from jax_distill.storage.files import check_no_partial
 from jax_distill.training import checkpoint
 from jax_distill.worlds.flux.world import ported_config
@@ -91,11 +92,16 @@ def validate(config: ConfigDict) -> None:
     configuration.check(given, partial=("model",) if distils else ())
     if not config.name:
         raise ConfigError("name: '' is not a word; it names the default workdir")
+    if config.data.embedding == "training" and not worlds.of(config).stores_text:
+        raise ConfigError(
+            f"data.embedding: 'training', but captions of world={config.world!r} are embedded as"
+            " they are read, without a network; set it to prepared"
+        )
 
 
 def absolute(source: str) -> str:
     """The same source of a network or of data, named independently of the current folder."""
-    return source if source in ("", EMBEDDED) else str(Path(source).resolve())
+    return source if source in ("", EMBEDDED) else str(paths.absolute(source))
 
 
 def trained_config(source: str | Path) -> ConfigDict:
@@ -109,7 +115,7 @@ def trained_config(source: str | Path) -> ConfigDict:
     """
     if str(source) == EMBEDDED:
         return bundled.teacher_config()
-    folder = Path(source)
+    folder = paths.path(source)
     if ported_folder.is_ported(folder):
         return ported_config(folder)
     config = configuration.load(folder)
@@ -195,7 +201,7 @@ def _start_config(config: ConfigDict, teacher: ConfigDict) -> ConfigDict | None:
     check_no_partial(source, "start.checkpoint")
     try:
         start = configuration.load(source)
-        checkpoint.complete_steps(Path(source))
+        checkpoint.complete_steps(paths.path(source))
     except ValueError as error:
         raise ConfigError(f"start.checkpoint: {error}") from None
     if start.objective.name in FROM_SCRATCH:

@@ -48,10 +48,21 @@ AUTOENCODER = {
     "norm_num_groups": 4,
 }
 DATA = {
-    "path": "",  # a folder made by jax_distill.prepare; empty: made in the workdir
+    "path": "",  # folders made by jax_distill.prepare, commas between; empty: made in the workdir
+    "weights": (1.0,),  # of the folders of `path`: examples come from each in this ratio
+    # The share of examples that the loader gives with the empty caption, whatever is trained: a
+    # student, its teacher and other players see the same. Methods with a `drop_rate` drop more,
+    # of the captions that are left, for themselves alone.
+    "caption_dropout": 0.0,
+    "damaged": "fail",  # or "skip": the next good example comes in the place of a damaged one
+    "damaged_share": 0.01,  # of a folder's examples, the most that "skip" passes over
+    "threads": 2,  # that read batches ahead
+    "prefetch": 2,  # batches that wait to be taken
+    "workers": 0,  # processes that read in the place of threads
     "examples": 100_000,  # of the shapes world, when the folder is made
     "seed": 0,
     "text_length": 10,
+    "embedding": "prepared",  # of FLUX's captions; or "training": embedded beside the steps
     "resolution": (512, 512),  # of FLUX's world: height and width in pixels
 }
 OPTIMIZER = {

@@ -61,14 +61,16 @@ _POSITIVE = (
     *("optimizer.learning_rate", "optimizer.epsilon", "optimizer.clip_norm"),
     *("optimizer.adam_share", "evaluation.prompts", "lora.alpha", *_MODEL_NUMBERS),
     *("autoencoder.latent_channels", "autoencoder.layers_per_block"),
-    "autoencoder.norm_num_groups",
+    *("autoencoder.norm_num_groups", "data.threads", "data.prefetch"),
 )
 _NOT_NEGATIVE = (
     *("samples.every", "evaluation.every", "rescale.total_steps", "evaluation.guidance"),
-    "evaluation.diversity_prompts",
+    *("evaluation.diversity_prompts", "data.workers"),
     *("optimizer.warmup_steps", "optimizer.weight_decay", "lora.rank"),
 )
-_SHARES = ("ema_decay", "optimizer.b1", "optimizer.b2")
+_SHARES = (
+    *("ema_decay", "optimizer.b1", "optimizer.b2", "data.caption_dropout", "data.damaged_share"),
+)
 _SEEDS = ("seed", "data.seed")
 _STEP_COUNTS = ("evaluation.student_steps", "evaluation.teacher_steps")
 MOST_STEPS = 10_000
@@ -81,6 +83,7 @@ _RESOLUTION = f"a height and a width, multiples of {PATCH} up to {MOST_PIXELS} p
 CHOICES = {
     "on_nonfinite": ("stop", "skip"),
     "dtype": ("float32", "bfloat16"),
+    "data.embedding": ("prepared", "training"),
     "ema_dtype": ("float32", "bfloat16"),
     "optimizer.name": ("adamw", "muon"),
     "optimizer.moments": ("float32", "bfloat16"),
@@ -89,6 +92,7 @@ CHOICES = {
     "teacher.guidance": ("auto", "embedded", "cfg", "none"),
     "world": ("shapes", "flux"),
     "lora.base": ("", "int8"),
+    "data.damaged": ("fail", "skip"),
 }
 """Settings that are one of a few words."""
 
@@ -109,6 +113,7 @@ _AT_MOST = {
         *("evaluation.diversity_prompts", "evaluation.diversity_pictures"),
     ),
     8192: ("data.text_length",),
+    256: ("data.threads", "data.prefetch", "data.workers"),
     1024: (
         *("model.num_layers", "model.num_single_layers", "model.attention_head_dim"),
         *("model.num_attention_heads", "autoencoder.layers_per_block"),
@@ -128,6 +133,7 @@ def of_runs() -> Iterable[Rule]:
     yield ("optimizer.decay_share",), lambda value: 0 <= value <= 1, "from 0 to 1"
     yield ("name",), _is_name, "a word; it names the default workdir"
     yield ("data.resolution",), _is_resolution, _RESOLUTION
+    yield ("data.weights",), _are_weights, "a list of positive numbers"
     yield _STEP_COUNTS, lambda value: min(value) > 0, "a list of positive numbers"
     steps = f"a list of at most 100 numbers, none above {MOST_STEPS}"
     yield _STEP_COUNTS, lambda value: max(value) <= MOST_STEPS and len(value) <= 100, steps
@@ -210,6 +216,10 @@ def _is_name(value: str) -> bool:
 
 def _is_resolution(value: Sequence[int]) -> bool:
     return len(value) == 2 and all(0 < x <= MOST_PIXELS and x % PATCH == 0 for x in value)
+
+
+def _are_weights(value: Sequence[float]) -> bool:
+    return all(0 < weight < math.inf for weight in value)
 
 
 def _are_widths(value: Sequence[int]) -> bool:

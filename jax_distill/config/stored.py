@@ -13,11 +13,13 @@ from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.mmdit import MMDiTConfig
 from jax_distill.objectives.methods import KINDS
 from jax_distill.objectives.settings import settings_of
+from jax_distill.storage import paths
 from jax_distill.storage.files import FileError, read_json, write_atomically
 
 LATER = (
     *("world", "ema_dtype", "ema_power", "ema_warmup", "teacher.guidance", "data.resolution"),
-    *("evaluation.every",),
+    *("data.embedding", "evaluation.every", "data.weights", "data.caption_dropout"),
+    *("data.damaged", "data.damaged_share", "data.threads", "data.prefetch", "data.workers"),
     *("evaluation.diversity_prompts", "evaluation.diversity_pictures"),
     *("lora.rank", "lora.alpha", "lora.targets", "lora.base", "samples.teacher_steps"),
     *("start.checkpoint", "rescale.total_steps", "rescale.batch_size", "rescale.learning_rate"),
@@ -53,7 +55,7 @@ def load(workdir: Path) -> ConfigDict:
     Raises:
       ConfigError: it is missing or invalid.
     """
-    path = Path(workdir) / "config.json"
+    path = paths.path(workdir) / "config.json"
     try:
         values = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -79,10 +81,10 @@ def check_teachers(workdir: Path) -> None:
       ConfigError: it is, or the configuration of one of them is missing or invalid.
     """
     passed: list[Path] = []
-    folder = Path(workdir).resolve()
+    folder = paths.absolute(workdir)
     while (config := load(folder)).lora.rank and config.teacher.checkpoint not in ("", "embedded"):
         passed.append(folder)
-        folder = Path(config.teacher.checkpoint).resolve()
+        folder = paths.absolute(config.teacher.checkpoint)
         if folder in passed:
             raise ConfigError(
                 f"teacher.checkpoint: '{workdir}' stands beside '{folder}', which stands beside"

@@ -1,18 +1,48 @@
 """Input pipelines: a random-access source, shuffled and repeated by grain, in batches."""
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
 
+from jax_distill.data.encoding import NULL_CAPTION
+from jax_distill.data.examples import Examples
+from jax_distill.data.mixture import Course, Mixture, Part, Sizes, Start
 from jax_distill.data.records import LatentRecords
 from jax_distill.flow import Batch, Text
 
 
+class Ahead(NamedTuple):
+    """How batches are read while a step runs; the batches are the same, whatever it is.
+
+    Attributes:
+      threads: that read, a batch each.
+      kept: batches at most that wait to be taken.
+      workers: processes that read in the place of this one's threads; 0: none. Their batches are
+        copied once more, so they pay where examples are computed in Python.
+    """
+
+    threads: int = 1
+    kept: int = 2
+    workers: int = 0
+
+
+ONE_THREAD = Ahead()
+
+
+def first_of(batch: Any) -> Any:
+    """The first row of arrays, without their leading axis."""
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[0], batch)
+
+
 class EmbeddedLatents:
     """Latents with captions embedded when they were prepared: those of FLUX's world."""
+
+    embedder = None
 
     def __init__(self, records: LatentRecords):
         self._records = records
@@ -25,11 +55,89 @@ class EmbeddedLatents:
         record = self._records[int(index)]
         return Batch(record.latents.astype(np.float32), Text(record.sequence, record.pooled))
 
+    @functools.cached_property
+    def like(self) -> Batch:
+        """An example of zeros."""
+        return Batch(np.zeros(self._records.latents_shape, np.float32), self.empty)
+
+    def fill(self, batch: Batch, row: int, index: int, held: int | None, dropped: bool) -> int:
+        """Writes an example into a row of a batch, and of its caption what the row lacks.
+
+        Args:
+          batch: of arrays as of `like`, with a leading axis.
+          row: of the batch.
+          index: of the example.
+          held: how many tokens of a caption the row held last, the others being padding; None if
+            that is not known.
+          dropped: whether it is given with the empty caption.
+
+        Returns:
+          How many tokens of a caption it holds now.
+        """
+        text = Text(batch.text.sequence[row], batch.text.pooled[row])
+        return self._records.fill(index, batch.x[row], text, held, bare=dropped)
+
     def captions(self, indices: Sequence[int]) -> tuple[list[str], Text]:
         """The captions of some examples, as words and embedded (B, ...)."""
         records = [self._records[index] for index in indices]
         text = Text(*(np.stack([getattr(r, name) for r in records]) for name in Text._fields))
         return [record.caption for record in records], text
+
+    @functools.cached_property
+    def empty(self) -> Text:
+        return first_of(self.null)
+
+
+class TokenizedLatents:
+    """Latents with captions as token ids, which `embedder` embeds on the devices of the run.
+
+    Text encoders are read where something is first embedded: by all processes at the same time.
+
+    Args:
+      records: with captions, embedded or not.
+      tokenize: captions (B,) to token ids, arrays (B, ..).
+      read: reads the text encoders, see `training.feed.Embedder`; their `gathered` gives `Text` of
+        any number of captions in host memory.
+    """
+
+    def __init__(
+        self,
+        records: LatentRecords,
+        tokenize: Callable[[Sequence[str]], Any],
+        read: Callable[[], Any],
+    ):
+        self._records, self._tokenize, self._read = records, tokenize, read
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For the workers of a loader, which embed nothing."""
+        kept = {name: self.__dict__[name] for name in ("_records", "_tokenize")}
+        return {**kept, "_read": None}
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Batch:
+        record = self._records[int(index)]
+        tokens = first_of(self._tokenize([record.caption]))
+        return Batch(record.latents.astype(np.float32), tokens)
+
+    @functools.cached_property
+    def embedder(self) -> Any:
+        return self._read()
+
+    @functools.cached_property
+    def null(self) -> Text:
+        """The empty caption, embedded once, with a leading axis of length one."""
+        return self.embedder.gathered(self._tokenize([NULL_CAPTION]))
+
+    @functools.cached_property
+    def empty(self) -> Any:
+        return first_of(self._tokenize([NULL_CAPTION]))
+
+    def captions(self, indices: Sequence[int]) -> tuple[list[str], Text]:
+        """The captions of some examples, as words and embedded (B, ...)."""
+        captions = [self._records[index].caption for index in indices]
+        return captions, self.embedder.gathered(self._tokenize(captions))
 
 
 def example_of_row(batch_size: int, accumulate: int, rows_per_example: int) -> np.ndarray:
@@ -43,15 +151,28 @@ def example_of_row(batch_size: int, accumulate: int, rows_per_example: int) -> n
 
 
 class Batches:
-    """An endless stream of batches that counts the examples it has given.
+    """An endless stream of batches that knows its position.
+
+    Attributes:
+      size: of the pictures in the batch that was given last, a number in `Mixture.resolutions`.
 
     Args:
-      read: makes the batch that begins at a given position of the stream of examples.
+      read: makes the batch that begins at a given place.
       count: of examples in a batch.
+      sizes: which size each batch has; by default there is one.
+      ahead: how batches are read ahead.
     """
 
-    def __init__(self, read: Callable[[int], Batch], count: int):
-        self._read, self._count = read, count
+    def __init__(
+        self,
+        read: Callable[[Start], Batch],
+        count: int,
+        sizes: Sizes | None = None,
+        ahead: Ahead = ONE_THREAD,
+    ):
+        self._read, self._count, self._reading = read, count, ahead
+        self._sizes = Sizes([1], 0) if sizes is None else sizes
+        self.size = 0
         self.set_state({"examples": 0})
 
     def __iter__(self) -> "Batches":
@@ -59,28 +180,57 @@ class Batches:
 
     def __next__(self) -> Batch:
         batch = next(self._ahead)
-        self._taken += self._count
+        self.size = self._course.start(self._taken).size
+        self._taken += 1
         return batch
 
-    def get_state(self) -> dict[str, int]:
-        """The position, JSON-able; examples read ahead do not count."""
-        return {"examples": self._taken}
+    def get_state(self) -> dict[str, Any]:
+        """The position, JSON-able; examples read ahead do not count. See `Course`."""
+        return self._course.position(self._taken)
 
-    def set_state(self, position: dict[str, int]) -> None:
+    def go_back(self, count: int) -> bool:
+        """Goes back by so many batches of this length; False where there were fewer."""
+        position = self._course.position(self._taken - count)
+        numbers = [position["examples"], *position.get("of_sizes", ()), position.get("batches", 0)]
+        if min(numbers) < 0:
+            return False
+        self.set_state(position)
+        return True
+
+    def set_state(self, position: dict[str, Any]) -> None:
         """Continues from the position of a stream, whatever the size of its batches."""
-        start = self._taken = position["examples"]
-        numbers = grain.MapDataset.range((sys.maxsize - start) // self._count)
-        dataset = numbers.map(lambda number: self._read(start + number * self._count))
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        self._ahead = iter(dataset.to_iter_dataset(options))
+        self._taken = 0
+        self._course = course = Course(self._sizes, self._count, position)
+        numbers = grain.MapDataset.range((sys.maxsize - position["examples"]) // self._count)
+        dataset = numbers.map(Read(self._read, course))
+        threads, kept, workers = self._reading
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(kept, threads))
+        dataset = dataset.to_iter_dataset(options)
+        if workers:
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        self._ahead = iter(dataset)
+
+
+class Read(NamedTuple):
+    """A function from the number of a batch to the batch; workers are sent it."""
+
+    read: Callable[[Start], Batch]
+    course: Course
+
+    def __call__(self, number: int) -> Batch:
+        return self.read(self.course.start(int(number)))
 
 
 def batches(
-    source,
+    source: Any,
     batch_size: int,
     seed: int,
     rows: Sequence[int] | None = None,
     layout: Sequence[int] | None = None,
+    *,
+    caption_dropout: float = 0.0,
+    damaged_share: float = 0.0,
+    ahead: Ahead = ONE_THREAD,
 ) -> Batches:
     """An endless stream of shuffled batches whose position can be saved and restored.
 
@@ -89,27 +239,27 @@ def batches(
     that read, or on their rows.
 
     Args:
-      source: random-access, of `Batch` without the leading axis.
+      source: random-access, of `Batch` without the leading axis; or a `Mixture` of such.
       batch_size: of all processes together.
       seed: of the shuffle, which differs from epoch to epoch.
       rows: of each batch, to be read here, see `sharding.local_rows`; all by default.
       layout: index of the example in each row, see `example_of_row`; by default each row has its
         own. An example is read once, by the processes that have rows of it.
+      caption_dropout: the share of examples that are given with the empty caption, whichever
+        process reads them.
+      damaged_share: see `Examples`; 0 lets the first damaged example end the stream.
+      ahead: how batches are read ahead.
 
     Raises:
       ValueError: see `check_batch_size`.
     """
+    mixture = source if isinstance(source, Mixture) else Mixture([Part(source)])
     layout = np.arange(batch_size) if layout is None else np.asarray(layout)
     count = int(layout.max()) + 1
-    check_batch_size(batch_size, len(source), rows_per_example=batch_size // count)
+    check_batch_size(batch_size, mixture.smallest(), rows_per_example=batch_size // count)
     held, places = np.unique(layout if rows is None else layout[rows], return_inverse=True)
-    indices = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat()
-
-    def read(start: int) -> Batch:
-        examples = [source[indices[start + int(place)]] for place in held]
-        return jax.tree.map(lambda *leaves: np.stack(leaves), *[examples[i] for i in places])
-
-    return Batches(read, count)
+    read = Examples(mixture, seed, held, places, caption_dropout, damaged_share)
+    return Batches(read, count, mixture.sizes(seed), ahead)
 
 
 def check_batch_size(

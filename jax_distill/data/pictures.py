@@ -3,9 +3,10 @@
 import contextlib
 import functools
 import io
+import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,8 +122,34 @@ def check(picture: Path | Encoded, height: int, width: int) -> frozenset[str]:
     Raises:
       FileError: as `shown`.
     """
-    image, notes = shown(picture)
+    return noted(shown(picture), height, width)
+
+
+def noted(picture: Shown, height: int, width: int) -> frozenset[str]:
+    """Notes about a picture that will be fitted to a height and a width in pixels."""
+    image, notes = picture
     return notes | {SMALL} if image.width < width or image.height < height else notes
+
+
+def nearest(picture: Shown, sizes: Sequence[tuple[int, int]]) -> int:
+    """The number of the size that suits a picture best.
+
+    It is the one whose ratio of height to width is nearest the picture's own. Of several of the
+    same ratio, it is the largest that the picture fills, or the smallest if it fills none.
+
+    Args:
+      picture: any.
+      sizes: heights and widths in pixels.
+    """
+    height, width = picture.image.height, picture.image.width
+
+    def cost(number: int) -> tuple[float, bool, int]:
+        rows, columns = sizes[number]
+        apart = abs(math.log(height * columns / (width * rows)))
+        enlarged = rows > height or columns > width
+        return round(apart, 6), enlarged, rows * columns if enlarged else -rows * columns
+
+    return min(range(len(sizes)), key=cost)
 
 
 def shown(picture: Path | Encoded) -> Shown:
@@ -160,6 +187,7 @@ def _decoding(where: str) -> Iterator[None]:
         raise FileError(_too_large(where, pixels, PIXELS)) from None
     except Exception as error:  # decoders raise nearly every kind
         reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = re.sub(r" <\S+ object at 0x\w+>", "", reason)  # the same in every process
         raise unread(where, error, disks.raised) or FileError(
             f"{where} cannot be read as a picture: {reason}; save it anew or take it away"
         ) from None
@@ -232,6 +260,7 @@ def _orientation(image: Image.Image, where: str) -> Any:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception as error:  # parsers of it raise nearly every kind, too
         reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = re.sub(r" <\S+ object at 0x\w+>", "", reason)  # the same in every process
         raise unread(where, error, disks.raised) or FileError(
             f"{where} has EXIF data that cannot be read ({reason}), so that nobody knows which"
             " side is up; save it anew or remove them"

@@ -1,39 +1,22 @@
-"""Latents with captions on disk: ArrayRecord shards and a description beside them."""
+"""Latents with captions on disk: random access to a folder of records, see `data.manifest`."""
 
-import math
-import re
-from collections.abc import Iterable
+import bisect
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
 import grain
-import ml_dtypes
-import msgpack
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
-from flax import serialization
 
+from jax_distill.data import manifest
+from jax_distill.data.arrays import widen
+from jax_distill.data.manifest import AGAIN, CAPTIONS, LATENTS, NULL, Description
+from jax_distill.data.record_fields import RECORD_BYTES, Array, check_finite, unpack
 from jax_distill.flow import Text
-from jax_distill.storage.files import (
-    FileError,
-    check_no_partial,
-    check_regular,
-    named,
-    read_json,
-    unread,
-    write_atomically,
-    write_json,
-)
-
-DESCRIPTION, NULL = "dataset.json", "null.msgpack"
-SHARD_BYTES = 2**30
-RECORD_BYTES = 2**27  # many times FLUX's: 2 MiB of caption and up to as much of picture
-
-_AGAIN = "restore it or make the folder again"
-_TYPES = {
-    np.dtype(kind).name.encode(): np.dtype(kind)
-    for kind in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
-}
+from jax_distill.storage import paths
+from jax_distill.storage.files import FileError, check_regular, named, unread
 
 
 class LatentRecord(NamedTuple):
@@ -41,210 +24,248 @@ class LatentRecord(NamedTuple):
 
     latents: np.ndarray  # (N, C) packed, float16
     caption: str
+    key: str = ""  # of the example in its source
     sequence: np.ndarray | None = None  # (L, D) bfloat16
     pooled: np.ndarray | None = None  # (P,) bfloat16
 
 
-class Description(TypedDict):
-    """The required facts of `dataset.json`, which may hold others as well."""
-
-    shards: list[str]
-    examples: NotRequired[int]
-    resolution: NotRequired[tuple[int, int]]  # height and width of the pictures
-    world: NotRequired[str]
-
-
 class LatentRecords:
-    """Random access to a folder written by `write`.
+    """Random access to a folder that `python -m jax_distill.prepare` made.
 
     Raises:
-      ValueError: the folder is missing, unfinished, damaged, or lacks a shard or examples.
+      ValueError: the folder is missing, unfinished, damaged, or of an earlier version.
     """
 
     def __init__(self, path: Path):
-        check_no_partial(path, "data.path")
-        self._path = path = Path(path)
-        try:
-            self.description = read_json(path / DESCRIPTION, Description, fix=_AGAIN)
-        except (FileNotFoundError, NotADirectoryError):
-            raise FileError(
-                f"data.path: '{path}' has no {DESCRIPTION}; make the folder with"
-                " python -m jax_distill.prepare"
-            ) from None
-        shards = [self._shard(name) for name in self.description["shards"]]
-        if not shards:
-            raise FileError(f"data.path: '{path}' has no examples; {_AGAIN}")
-        try:
-            self._source = grain.sources.ArrayRecordDataSource([str(shard) for shard in shards])
-        except (RuntimeError, ValueError) as error:
-            raise self._unreadable("a shard", error) from None
-        found, told = len(self), self.description.get("examples", len(self))
-        if not found or found != told:
-            raise FileError(f"data.path: '{path}' has {found} of {told} examples; {_AGAIN}")
-        self._layout: dict | None = None
-        self._layout = _layout(self[0])
-
-    def _shard(self, name: str) -> Path:
-        """The file of a shard; its name leads nowhere else, nor is interpreted by ArrayRecord."""
-        if not re.fullmatch(r"[\w.-]+\.array_record", name):
-            raise FileError(f"'{self._path / DESCRIPTION}': {name!r:.80} is not a shard; {_AGAIN}")
-        shard = self._path / name
-        try:
-            check_regular(shard)
-        except FileNotFoundError:
-            raise FileError(f"data.path: '{shard}' is missing; {_AGAIN}") from None
-        return shard
-
-    def _unreadable(self, what: str, error: Exception) -> FileError:
-        where = f"data.path: {what} of '{self._path}'"
-        reason = str(error).partition("\n")[0]
-        return unread(where, error) or FileError(f"{where} cannot be read ({reason}); {_AGAIN}")
+        self._path = paths.path(path)
+        self.description = manifest.read(self._path)
+        latents = self.description["latents"]
+        kinds = {"key": str, "caption": int}
+        kinds["latents"] = Array(tuple(latents["shape"]), latents["type"])
+        self._examples = Shards(self._path, self.description, LATENTS, kinds)
+        self._captions = Captions(self._path, self.description)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._examples)
 
     def __getitem__(self, index: int) -> LatentRecord:
         """One example.
 
         Raises:
-          FileError: it is damaged, not finite, or its shapes and types differ from the first's.
+          FileError: it, or its caption, is damaged or out of its place.
         """
-        what = f"example {index}"
+        found, number = self._found(index)
+        words, text = self._captions[number]
+        return LatentRecord(found["latents"], words, found["key"], *(text or ()))
+
+    def _found(self, index: int, *, check: bool = True) -> tuple[dict[str, Any], int]:
+        """The fields of an example, and the number of its caption."""
+        found = self._examples.read(index, check=check)
+        number = found["caption"]
+        if not 0 <= number < len(self._captions):
+            error = ValueError(f"there is no caption {number}")
+            raise self._examples.unreadable(index, error)
+        return found, number
+
+    def fill(
+        self, index: int, x: np.ndarray, text: Text, held: int | None = None, *, bare: bool = False
+    ) -> int:
+        """Writes an example into arrays: what its caption has not of its own, only where it must.
+
+        Args:
+          index: of the example.
+          x: (N, C) float32, its latents.
+          text: its caption, a sequence (L, D) and pooled (P,).
+          held: how many rows of the sequence were a caption's own when this was called for these
+            arrays last, if nothing else has been written to them since.
+          bare: whether the empty caption is written in the place of its own.
+
+        Returns:
+          How many rows of the sequence are the caption's own.
+
+        Raises:
+          FileError: as for reading it.
+        """
+        found, number = self._found(index, check=False)
         try:
-            record = LatentRecord(**restore(self._source[index], LatentRecord, ranks=(2, 2, 1)))
-        except (RuntimeError, ValueError) as error:
-            raise self._unreadable(what, error) from None
-        if self._layout not in (None, _layout(record)):
-            error = ValueError(f"{_layout(record)} is unlike the first one's {self._layout}")
-            raise self._unreadable(what, error)
-        return record
+            check_finite("latents", found["latents"])
+        except ValueError as error:
+            raise self._examples.unreadable(index, error) from None
+        if found["latents"].dtype == np.float16:
+            widen(found["latents"], x)
+        else:
+            x[...] = found["latents"]
+        empty, held = self._captions.null, len(text.sequence) if held is None else held
+        own = 0 if bare else self._captions.fill(number, text)
+        text.sequence[own:held] = empty.sequence[0, own:held]
+        if bare:
+            text.pooled[...] = empty.pooled[0]
+        return own
+
+    @property
+    def latents_shape(self) -> tuple[int, int]:
+        """Tokens and channels of a picture, (N, C)."""
+        return tuple(self.description["latents"]["shape"])
+
+    def captions(self) -> Iterator[str]:
+        """The distinct captions; latents are not read."""
+        return (self._captions[number][0] for number in range(len(self._captions)))
 
     @property
     def has_null(self) -> bool:
-        """Whether the folder holds the empty caption, embedded."""
-        return (self._path / NULL).is_file()
+        """Whether captions are embedded, the empty one among them."""
+        return "text" in self.description
 
     @property
     def null(self) -> Text:
         """The empty caption, embedded, with a leading axis of length one.
 
         Raises:
-          FileError: it is missing or damaged, or its shapes and types differ from the captions'.
+          FileError: it is missing or damaged.
         """
-        try:
-            check_regular(self._path / NULL)
-            with named(self._path / NULL), (self._path / NULL).open("rb") as file:
-                text = Text(**restore(file.read(RECORD_BYTES + 1), Text, ranks=(3, 2)))
-            expected = {name: self._layout.get(name) for name in Text._fields}
-            found = {name: (shape[1:], kind) for name, (shape, kind) in _layout(text).items()}
-            if found != expected or any(len(leaf) != 1 for leaf in text):
-                raise ValueError(f"{_layout(text)} is unlike the captions' {expected}")
-        except (FileNotFoundError, ValueError) as error:
-            raise self._unreadable(f"{NULL}", error) from None
-        return text
+        return self._captions.null
 
 
-def restore(content: bytes, kind: type[NamedTuple], ranks: tuple[int, ...]) -> dict[str, Any]:
-    """Reads and checks the fields of a record that `flax.serialization.msgpack_serialize` wrote.
-
-    Nothing is allocated that is larger than `content`.
+class Captions:
+    """The distinct captions of a folder, by their numbers.
 
     Args:
-      content: msgpack, a map of text and arrays.
-      kind: `LatentRecord` or `Text`; its fields with defaults may be missing, all of them or none.
-      ranks: number of axes of each of its arrays.
+      folder: of the records.
+      description: what `data.manifest` says of it, or as much as is known while it is made:
+        `mark`, `text` and `shards`.
+    """
+
+    def __init__(self, folder: Path, description: Description | Mapping[str, Any]):
+        self._folder, self._text = folder, description.get("text")
+        kinds: dict[str, Any] = {"caption": str}
+        if self._text is not None:
+            (length, width), kind = self._text["sequence"], self._text["type"]
+            own = None if self._text["padding"] == "shared" else length
+            kinds["sequence"] = Array((own, width), kind)
+            kinds["pooled"] = Array((self._text["pooled"],), kind)
+        self._shards = Shards(folder, description, CAPTIONS, kinds)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, number: int) -> tuple[str, Text | None]:
+        """The words; and their `Text`, (L, D) and (P,), where captions are embedded.
+
+        Raises:
+          FileError: it is damaged or out of its place.
+        """
+        found = self._found(number)
+        if self._text is None:
+            return found["caption"], None
+        sequence, length = found["sequence"], self._text["sequence"][0]
+        if len(sequence) < length:
+            sequence = np.concatenate([sequence, self.null.sequence[0, len(sequence) :]])
+        return found["caption"], Text(sequence, found["pooled"])
+
+    def fill(self, number: int, text: Text) -> int:
+        """Writes a caption's own rows, and its pooled features; returns how many rows those are.
+
+        Raises:
+          FileError: it is damaged or out of its place.
+        """
+        found = self._found(number, check=False)
+        own = len(found["sequence"])
+        text.sequence[:own], text.pooled[...] = found["sequence"], found["pooled"]
+        try:
+            check_finite("sequence", text.sequence[:own])
+            check_finite("pooled", text.pooled)
+        except ValueError as error:
+            raise self._shards.unreadable(number, error) from None
+        return own
+
+    def _found(self, number: int, *, check: bool = True) -> dict[str, Any]:
+        """The fields of a caption; its sequence may have fewer rows than L, not more."""
+        found = self._shards.read(number, check=check)
+        if self._text is not None and (own := len(found["sequence"])) > self._text["sequence"][0]:
+            error = ValueError(
+                f"its sequence has {own} rows, more than {self._text['sequence'][0]}"
+            )
+            raise self._shards.unreadable(number, error)
+        return found
+
+    @functools.cached_property
+    def null(self) -> Text:
+        """See `LatentRecords.null`."""
+        path = self._folder / NULL
+        try:
+            check_regular(path)
+            with named(path), path.open("rb") as file:
+                content = file.read(RECORD_BYTES + 1)
+            (length, width), kind = self._text["sequence"], self._text["type"]
+            kinds = {"sequence": Array((1, length, width), kind)}
+            kinds["pooled"] = Array((1, self._text["pooled"]), kind)
+            return Text(**unpack(content, kinds))
+        except (FileNotFoundError, ValueError) as error:
+            raise _unreadable(f"'{path}'", error) from None
+
+
+class Shards:
+    """The records of one kind by their numbers, each checked to be the one that is asked for.
+
+    Args:
+      folder: of the shards.
+      description: as of `Captions`.
+      kind: `LATENTS` or `CAPTIONS`.
+      kinds: of the fields, but for `at` and `of`.
 
     Raises:
-      ValueError: `content` is something else, or some of its numbers are not finite.
+      FileError: a shard cannot be opened, or has not the records that it should.
     """
-    if len(content) > RECORD_BYTES:
-        raise ValueError(f"it is longer than {RECORD_BYTES >> 20} MiB")
-    try:
-        fields = msgpack.unpackb(
-            content, ext_hook=_array, max_map_len=len(kind._fields), max_array_len=0
-        )
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise ValueError(f"it is not a record: {error}") from None
-    required = [name for name in kind._fields if name not in kind._field_defaults]
-    if not isinstance(fields, dict) or set(fields) not in (set(required), set(kind._fields)):
-        raise ValueError(f"it lacks some of the fields {', '.join(required)}")
-    arrays = [name for name in kind._fields if name != "caption"]
-    for name, value in fields.items():
-        if name == "caption":
-            if not isinstance(value, str):
-                raise ValueError("its caption is not text")
-            continue
-        rank = ranks[arrays.index(name)]
-        if not isinstance(value, np.ndarray) or value.ndim != rank or not value.size:
-            raise ValueError(f"its {name} are not an array of {rank} axes")
-        if not _finite(value):
-            raise ValueError(f"its {name} are not finite")
-    return fields
+
+    def __init__(
+        self, folder: Path, description: Mapping[str, Any], kind: str, kinds: Mapping[str, Any]
+    ):
+        files = description["shards"][kind]
+        self._paths = [folder / file["name"] for file in files]
+        self._ends = list(itertools.accumulate(file["records"] for file in files))
+        self._mark, self._kind = bytes.fromhex(description["mark"]), kind
+        self._kinds = {"at": int, "of": bytes, **kinds}
+        try:
+            self._source = grain.sources.ArrayRecordDataSource([str(path) for path in self._paths])
+        except (RuntimeError, ValueError) as error:
+            raise _unreadable(f"a shard of '{folder}'", error) from None
+        if len(self._source) != len(self):
+            told = f"'{folder}' has {len(self._source)} of {len(self)} records of {kind}"
+            raise FileError(f"data.path: {told}; {AGAIN}")
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read(index)
+
+    def read(self, index: int, *, check: bool = True) -> dict[str, Any]:
+        """The fields of a record.
+
+        Args:
+          index: its number.
+          check: whether its numbers are checked to be finite.
+
+        Raises:
+          FileError: it is damaged, or is not the one with that number.
+        """
+        try:
+            found = unpack(self._source[index], self._kinds, check=check)
+            if found["at"] != index:
+                raise ValueError(f"the record with number {found['at']} lies in its place")
+            if found["of"] != self._mark:
+                raise ValueError("the record of another folder lies in its place")
+        except (RuntimeError, ValueError, OverflowError) as error:
+            raise self.unreadable(index, error) from None
+        return found
+
+    def unreadable(self, index: int, error: Exception) -> FileError:
+        """The error to raise for a record."""
+        shard = self._paths[min(bisect.bisect(self._ends, index), len(self._paths) - 1)]
+        what = "example" if self._kind == LATENTS else "caption"
+        return _unreadable(f"{what} {index} in '{shard}'", error)
 
 
-def _array(code: int, content: bytes) -> np.ndarray:
-    """Unpacks an array of flax's: its shape, the name of its type, and its bytes."""
-    if code != 1:
-        raise ValueError(f"extension {code} is not an array")
-    shape, name, values = msgpack.unpackb(content, raw=True, max_array_len=3, max_map_len=0)
-    kind = _TYPES.get(name)
-    if kind is None:
-        raise ValueError(f"type {name!r:.80} is not one of {', '.join(map(str, _TYPES.values()))}")
-    if not (isinstance(shape, list) and all(isinstance(n, int) and n >= 0 for n in shape)):
-        raise ValueError(f"{shape!r:.80} is not a shape")
-    if math.prod(shape) * kind.itemsize != len(values):
-        raise ValueError(f"shape {shape!r} does not fit {len(values)} bytes")
-    return np.frombuffer(values, kind).reshape(shape)
-
-
-def _finite(values: np.ndarray) -> bool:
-    """Whether all values are finite; comparing bits takes an eighth of the time in bfloat16."""
-    bits = np.dtype(f"u{values.itemsize}")
-    exponent = np.array(np.inf, values.dtype).view(bits)
-    return bool(((values.view(bits) & exponent) != exponent).all())
-
-
-def _layout(arrays: NamedTuple) -> dict[str, tuple[tuple[int, ...], str]]:
-    """The shapes and types of the arrays among the fields."""
-    fields = arrays._asdict().items()
-    return {k: (v.shape, v.dtype.name) for k, v in fields if isinstance(v, np.ndarray)}
-
-
-def write(
-    path: Path,
-    records: Iterable[LatentRecord],
-    description: dict,
-    *,
-    null: Text | None = None,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Writes records in shards, and the description last, so that half a folder is never read.
-
-    Args:
-      path: folder, created if it is missing.
-      records: in order.
-      description: JSON-able facts about the data set, kept in `dataset.json`.
-      null: the empty caption, where captions are embedded.
-      shard_bytes: length at which a shard is closed, reached by its last record.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    (path / DESCRIPTION).unlink(missing_ok=True)
-    shards: list[str] = []
-    writer, written = None, 0
-    for record in records:
-        if writer is None:
-            shards.append(f"latents-{len(shards):05d}.array_record")
-            # Groups of one record: reads are random.
-            writer, written = ArrayRecordWriter(str(path / shards[-1]), "group_size:1"), 0
-        fields = {name: value for name, value in record._asdict().items() if value is not None}
-        content = serialization.msgpack_serialize(fields)
-        writer.write(content)
-        written += len(content)
-        if written >= shard_bytes:
-            writer.close()
-            writer = None
-    if writer:
-        writer.close()
-    if null is not None:
-        write_atomically(path / NULL, serialization.msgpack_serialize(null._asdict()))
-    write_json(path / DESCRIPTION, {**description, "shards": shards})
+def _unreadable(where: str, error: Exception) -> FileError:
+    where, reason = f"data.path: {where}", str(error).partition("\n")[0]
+    return unread(where, error) or FileError(f"{where} cannot be read ({reason}); {AGAIN}")

@@ -8,7 +8,7 @@ one that writes files, but for checkpoints, of which each writes its own share.
 import itertools
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -27,6 +27,8 @@ _YEAR = 365 * 24 * 3600
 
 def define_flags() -> None:
     """Defines the flags that `join` reads, for commands that may be one of several processes."""
+    if "coordinator_address" in flags.FLAGS:  # where one program imports several commands
+        return
     flags.DEFINE_string(
         "coordinator_address",
         None,
@@ -115,6 +117,58 @@ def agreed(value: bool) -> bool:
     if not joined():
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+class Share(NamedTuple):
+    """The part of this process in work that several do on the same files."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process does what one alone does."""
+        return self.index == 0
+
+    def wait(self, what: str) -> None:
+        """Returns when all of them are here."""
+        if self.count > 1:
+            wait(what)
+
+    def any(self, value: bool) -> bool:
+        """Whether one of them says so; all hear the same."""
+        if self.count == 1:
+            return value
+        return bool(multihost_utils.process_allgather(np.asarray(value)).any())
+
+    def first(self, act: Callable[[], None], what: str) -> None:
+        """The first acts while the others wait; what it refuses, all of them refuse.
+
+        Args:
+          act: may raise ValueError.
+          what: begins the message of the others.
+
+        Raises:
+          ValueError: as `act`.
+        """
+        refused = None
+        if self.leads:
+            try:
+                act()
+            except ValueError as error:
+                refused = error
+        if self.count > 1 and not agreed(refused is None):
+            raise refused or ValueError(f"{what} is refused, as process 0 says")
+        if refused is not None:
+            raise refused
+
+
+ALONE = Share()
+
+
+def share() -> Share:
+    """The part of this process in what all that have joined do."""
+    return Share(jax.process_index(), jax.process_count()) if joined() else ALONE
 
 
 def preempted() -> bool:

@@ -78,6 +78,11 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     return Mesh(placed, AXES, axis_types=types)
 
 
+def local_mesh() -> Mesh:
+    """A mesh of this process' devices, for work that it does without the others."""
+    return make_mesh(ALL_FSDP, jax.local_devices())
+
+
 def mesh_shape(sizes: Mapping[str, int], count: int) -> tuple[int, ...]:
     """Sizes along `AXES` for `count` devices, the one that is -1 filled in.
 

@@ -19,16 +19,17 @@ class Signals:
 
     Args:
       interrupt: raise `Interrupted` at once instead: outside of steps there is nothing to save.
+      each: of several processes, too, each notes its own signals.
     """
 
-    def __init__(self, interrupt: bool = False):
-        self._interrupt = interrupt
+    def __init__(self, interrupt: bool = False, each: bool = False):
+        self._interrupt, self._each = interrupt, each
 
     def __enter__(self) -> "Signals":
         self.received = False
         self._unraisable, sys.unraisablehook = sys.unraisablehook, self._again
         handlers = {signal.SIGTERM: self._note, signal.SIGINT: self._note}
-        if processes.joined():
+        if processes.joined() and not self._each:
             handlers = {signal.SIGINT: lambda *_: os.kill(os.getpid(), signal.SIGTERM)}
         self._previous = {
             number: signal.signal(number, handler) for number, handler in handlers.items()

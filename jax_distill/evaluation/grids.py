@@ -15,6 +15,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.transforms import IdentityTransform
 from PIL import Image
 
+from jax_distill.storage import paths
 from jax_distill.storage.files import write_atomically
 
 # Sizes are in pixels and for pictures of this width; with wider ones all grows alike.
@@ -89,7 +90,7 @@ def save_grid(
             x = left + column * (width + gap)
             page.picture(picture, scale, x, y + (row_height - height) // 2)
         y += row_height + gap
-    _save_png(Path(path), page.pixels())
+    _save_png(paths.path(path), page.pixels())
 
 
 def save_pictures(path: str | Path, images: np.ndarray, captions: Sequence[str]) -> None:
@@ -108,7 +109,7 @@ def save_pictures(path: str | Path, images: np.ndarray, captions: Sequence[str])
     if len(captions) != len(images):
         raise ValueError(f"captions: {len(captions)} captions for {len(images)} pictures")
     if len(images) == 1:
-        _save_png(Path(path), images[0])
+        _save_png(paths.path(path), images[0])
         return
     scale, width, height, unit = _enlarged(images)
     gap, margin = round(GAP * unit), round(MARGIN * unit)
@@ -131,7 +132,7 @@ def save_pictures(path: str | Path, images: np.ndarray, captions: Sequence[str])
             page.picture(images[start + column], scale, x, y)
             page.text(wrapped[start + column], x, y + height + gap, caption_text, width)
         y += row_height + margin
-    _save_png(Path(path), page.pixels())
+    _save_png(paths.path(path), page.pixels())
 
 
 def _checked(pictures: np.ndarray, name: str) -> np.ndarray:

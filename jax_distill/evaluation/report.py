@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -15,7 +16,8 @@ import numpy as np
 from jax_distill.evaluation import page, plots
 from jax_distill.evaluation.metrics import Metrics, read_metrics
 from jax_distill.evaluation.results import Results, parse_results, read_results
-from jax_distill.storage.files import FileError, read_json
+from jax_distill.storage import paths
+from jax_distill.storage.files import FileError, read_json, write_atomically
 from jax_distill.storage.quoting import one_line
 
 MAX_SAMPLES = MAX_LOSSES = 4
@@ -65,7 +67,9 @@ def write_report(workdir: str | Path) -> Path:
     Raises:
       ValueError: no such folder, or a results.json that holds something else.
     """
-    workdir = Path(workdir)
+    workdir = paths.path(workdir)
+    if paths.is_bucket(workdir):
+        return _report_of_bucket(workdir)
     if not workdir.is_dir():
         raise ValueError(f"'{workdir}' is no folder; give the workdir of a run")
     results = read_results(workdir / "results.json")
@@ -99,6 +103,21 @@ def write_report(workdir: str | Path) -> Path:
         most_settings=MAX_SETTINGS,
     )
     return path
+
+
+def _report_of_bucket(workdir: Path) -> Path:
+    """As `write_report`, from a copy of the files that the page is made of."""
+    with tempfile.TemporaryDirectory(prefix="jax_distill-") as temporary:
+        copy = Path(temporary, workdir.name)
+        for pattern in ("*.json", "*.jsonl", "*/metrics.jsonl", "samples/*.png"):
+            for found in workdir.glob(pattern):
+                to = copy / found.relative_to(workdir)
+                to.parent.mkdir(parents=True, exist_ok=True)
+                to.write_bytes(found.read_bytes())
+        copy.mkdir(exist_ok=True)
+        content = write_report(copy).read_bytes()
+    write_atomically(workdir / "report.html", content)
+    return workdir / "report.html"
 
 
 def _sentences(results: Results | None, metrics: Metrics | None, config: Mapping) -> list[str]:

@@ -39,7 +39,9 @@ def compare(
     noise = jax.random.normal(streams.key(config.seed), batch.x.shape)
     guidance = jnp.full(count, config.evaluation.guidance)
     split = NamedSharding(mesh, sharding.BATCH)
-    points = sharding.put((batch, noise, t, guidance), split)
+    batch, *points = sharding.put((batch, noise, t, guidance), split)
+    if source.embedder is not None:
+        (batch,) = source.embedder.embed([batch])
     held = {"teacher": teacher.params["network"], "null": source.null}
     old = build.teacher_velocity(teacher.config, teacher.world.resolution)
     network = build.network(config)
@@ -55,7 +57,7 @@ def compare(
 
     stage_values = {}
     for name, params in networks.items():
-        measured = measure(params, held, *points)
+        measured = measure(params, held, batch, *points)
         values = {key: float(value) for key, value in measured._asdict().items()}
         stage_values[name] = values
         logging.info(

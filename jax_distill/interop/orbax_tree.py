@@ -19,6 +19,7 @@ import numpy as np
 import tensorstore as ts
 from flax.traverse_util import flatten_dict
 
+from jax_distill.storage import paths
 from jax_distill.storage.files import FileError, read_json, unread
 from jax_distill.storage.quoting import one_line, shown
 
@@ -218,7 +219,7 @@ def open_tree(
     Raises:
       ValueError: there is no such tree, or it is damaged.
     """
-    folder, tree = Path(folder).resolve(), {}
+    folder, tree = paths.absolute(folder), {}
     fix = "make it anew"
     try:
         description = read_json(folder / METADATA, _Description, fix=fix)
@@ -287,11 +288,10 @@ def check_shapes(where: str, found: Mapping[str, Any], like: Mapping[str, Any]) 
 
 def _spec(folder: Path, name: str, description: dict[str, Any]) -> dict[str, Any]:
     """TensorStore's specification of a parameter."""
-    files = {"driver": "file", "path": f"{folder}/"}
     if description["use_ocdbt"]:
-        store = {"driver": "ocdbt", "base": files, "path": f"{name}/"}
+        store = {"driver": "ocdbt", "base": paths.kvstore(folder), "path": f"{name}/"}
     else:
-        store = files | {"path": f"{folder / name}/"}
+        store = paths.kvstore(folder / name)
     return {
         "driver": "zarr3" if description["use_zarr3"] else "zarr",
         "kvstore": store,

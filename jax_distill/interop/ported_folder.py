@@ -25,6 +25,7 @@ from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.clip import ClipConfig
 from jax_distill.models.sizes import LONGEST
 from jax_distill.models.t5 import T5Config
+from jax_distill.storage import paths
 from jax_distill.storage.files import FileError, read_json, unread
 from jax_distill.storage.quoting import one_line
 
@@ -57,7 +58,7 @@ class _Description(TypedDict):
 
 def is_ported(folder: Path) -> bool:
     """Whether a folder was made by `jax_distill.port`, and whole."""
-    return (Path(folder) / DESCRIPTION).is_file()
+    return (paths.path(folder) / DESCRIPTION).is_file()
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def describe(folder: Path) -> dict[str, Any]:
     Raises:
       ValueError: it is not a ported folder, or its description is damaged.
     """
-    path = Path(folder) / DESCRIPTION
+    path = paths.path(folder) / DESCRIPTION
     try:
         described = read_json(path, _Description, fix=_FIX)
     except FileNotFoundError:
@@ -132,16 +133,15 @@ def load_part(
         like,
         places,
     )
-    path = (Path(folder) / name).resolve()
+    path = paths.absolute(folder) / name
     check_shapes(str(path), open_tree(path), target)
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            return checkpointer.restore(path, target)
-        except Exception as error:  # Orbax and TensorStore raise all kinds
-            reason = one_line(str(error).partition("\n")[0][:200])
-            raise unread(f"'{path}'", error) or ValueError(
-                f"'{path}' cannot be read ({reason}); port it again"
-            ) from None
+    try:  # not by a `Checkpointer`, which in buckets asks for a mark of its own
+        return ocp.StandardCheckpointHandler().restore(path, args=ocp.args.StandardRestore(target))
+    except Exception as error:  # Orbax and TensorStore raise all kinds
+        reason = one_line(str(error).partition("\n")[0][:200])
+        raise unread(f"'{path}'", error) or ValueError(
+            f"'{path}' cannot be read ({reason}); port it again"
+        ) from None
 
 
 def open_part(folder: Path, name: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -155,6 +155,7 @@ def open_part(folder: Path, name: str, values: dict[str, Any]) -> dict[str, Any]
     Raises:
       ValueError: they are damaged, or of other shapes than the config says.
     """
-    tree = open_tree(Path(folder) / name)
-    check_shapes(str(Path(folder) / name), tree, diffusers_folder.shapes(_CONFIGS[name](values)))
+    path = paths.path(folder) / name
+    tree = open_tree(path)
+    check_shapes(str(path), tree, diffusers_folder.shapes(_CONFIGS[name](values)))
     return tree

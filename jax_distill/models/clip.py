@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_distill.models.binding import binder, parameters
-from jax_distill.models.layers import Layers, attend, scan, split_heads
+from jax_distill.models.layers import Layers, attend, placed, scan, split_heads
 from jax_distill.models.sizes import MOST_WORDS, check_positive, check_size, check_sizes
+from jax_distill.ops.placement import constrain
 from jax_distill.storage.quoting import shown
 
 # An eos_token_id of 2 is not the end token's id but the mark of configs that transformers wrote
@@ -154,8 +155,9 @@ class Block(nnx.Module):
         heads = (split_heads(f(normalised), self.num_heads, self.dtype) for f in projections)
         causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
         scale = (x.shape[2] // self.num_heads) ** -0.5
-        x = x + self.attention_out(attend(*heads, scale=scale, mask=causal))
-        return x + self.mlp_out(self.activation(self.mlp_in(self.mlp_norm(x))))
+        x = placed(x + self.attention_out(attend(*heads, scale=scale, mask=causal)))
+        hidden = constrain(self.activation(self.mlp_in(self.mlp_norm(x))), "batch", None, "heads")
+        return placed(x + self.mlp_out(hidden))
 
 
 class ClipText(nnx.Module):
@@ -196,7 +198,7 @@ class ClipText(nnx.Module):
                 f"ids: {length} tokens are more than max_position_embeddings={limit}; truncate them"
             )
         x = jnp.take(self.token_embedding[...], ids, axis=0).astype(self.wide)
-        x = x + self.position_embedding[:length].astype(self.wide)
+        x = placed(x + self.position_embedding[:length].astype(self.wide))
         sequence = self.norm_out(scan(self.blocks, x))
         eos = self.config.eos_token_id
         end = jnp.argmax(ids if eos == LEGACY_EOS else ids == eos, axis=-1)

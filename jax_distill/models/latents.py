@@ -1,5 +1,6 @@
 """Pictures to the transformer's tokens and back, through an autoencoder."""
 
+import copy
 import functools
 from collections.abc import Sequence
 
@@ -96,6 +97,17 @@ class LatentCodec:
                 cause = f"the autoencoder's weights are not, in '{bad}'"
             finite.check_rows(pictures, names, "decoded, its pixels are", f"{cause}; load others")
         return np.round(np.clip((pictures + 1) * 127.5, 0, 255)).astype(np.uint8)
+
+    def token_shape(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens and channels, (N, 4c), of a picture of so many pixels."""
+        size = 2 * self.config.downsampling
+        return (height // size) * (width // size), 4 * self.config.latent_channels
+
+    def on(self, device: jax.Device) -> "LatentCodec":
+        """The same with parameters on another device, where it then computes."""
+        moved = copy.copy(self)
+        moved._params = jax.device_put(self._params, device)
+        return moved
 
     def check_tile(self, tile: int | None) -> None:
         """Raises ValueError for a size of tiles that `encode` and `decode` do not take."""

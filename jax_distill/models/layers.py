@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_distill.ops.placement import constrain
+
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
@@ -73,9 +75,15 @@ class Layers:
         return create(self.rngs)
 
 
+def placed(x: jax.Array) -> jax.Array:
+    """The residual stream (B, L, D), each device with its rows of the batch."""
+    return constrain(x, "batch", "tokens", None)
+
+
 def split_heads(x: jax.Array, heads: int, dtype: Any) -> jax.Array:
     """(B, L, heads D) to (B, L, heads, D) of the computation's type, for `attend`."""
-    return x.reshape(*x.shape[:-1], heads, -1).astype(dtype)
+    split = x.reshape(*x.shape[:-1], heads, -1).astype(dtype)
+    return constrain(split, "batch", None, "heads", None)
 
 
 def attend(
@@ -108,6 +116,7 @@ def attend(
         scores = jnp.where(mask, scores, jnp.finfo(wide).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     out = jnp.einsum("bhlm,bmhd->blhd", weights, value, preferred_element_type=wide)
+    out = constrain(out, "batch", None, "heads", None)
     return out.reshape(*out.shape[:2], -1)
 
 

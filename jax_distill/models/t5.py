@@ -24,8 +24,9 @@ import numpy as np
 from flax import nnx
 
 from jax_distill.models.binding import binder, parameters
-from jax_distill.models.layers import Layers, attend, scan, split_heads
+from jax_distill.models.layers import Layers, attend, placed, scan, split_heads
 from jax_distill.models.sizes import check_positive, check_sizes
+from jax_distill.ops.placement import constrain
 from jax_distill.storage.quoting import shown
 
 _SIZES = (
@@ -168,10 +169,11 @@ class Block(nnx.Module):
         normalised = self.attention_norm(x)
         projections = (self.query, self.key, self.value)
         heads = (split_heads(f(normalised), self.num_heads, self.dtype) for f in projections)
-        x = x + self.attention_out(attend(*heads, bias=bias, mask=mask))
+        x = placed(x + self.attention_out(attend(*heads, bias=bias, mask=mask)))
         normalised = self.mlp_norm(x)
         gate = jax.nn.gelu(self.mlp_gate(normalised), approximate=True)
-        return x + self.mlp_out(gate * self.mlp_in(normalised))
+        hidden = constrain(gate * self.mlp_in(normalised), "batch", None, "heads")
+        return placed(x + self.mlp_out(hidden))
 
 
 class T5Encoder(nnx.Module):
@@ -213,7 +215,7 @@ class T5Encoder(nnx.Module):
             mask = mask.astype(bool)[:, None, None, :]
         buckets = relative_buckets(self.config, ids.shape[1])
         bias = self.relative_bias[...].astype(self.wide)[buckets]  # (query, key, heads)
-        x = jnp.take(self.token_embedding[...], ids, axis=0).astype(self.wide)
+        x = placed(jnp.take(self.token_embedding[...], ids, axis=0).astype(self.wide))
         return self.norm_out(scan(self.blocks, x, bias.transpose(2, 0, 1)[None], mask))
 
 

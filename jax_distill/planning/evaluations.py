@@ -9,7 +9,6 @@ import bisect
 import json
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -128,7 +127,7 @@ def _needed(config: ConfigDict) -> list[ConfigDict]:
         run = waiting.pop()
         for source in (run.start.checkpoint, run.teacher.checkpoint):
             name = resolution.absolute(source)
-            if name in ("", resolution.EMBEDDED, *found) or ported_folder.is_ported(Path(name)):
+            if name in ("", resolution.EMBEDDED, *found) or ported_folder.is_ported(name):
                 continue
             other = configuration.load(name)
             if other.objective.name not in FROM_SCRATCH:

@@ -16,8 +16,9 @@ from jax_distill.assembly import stages
 from jax_distill.config import ConfigError
 from jax_distill.devices import sharding
 from jax_distill.objectives.methods import FROM_SCRATCH
-from jax_distill.planning import chips, collectives, formulas, program
+from jax_distill.planning import chips, collectives, embedding, formulas, program
 from jax_distill.planning.chips import GIB, Topology
+from jax_distill.planning.embedding import Embedding
 from jax_distill.planning.program import Program
 from jax_distill.planning.roofline import Roofline, roofline, utilisation
 
@@ -70,6 +71,7 @@ class Plan:
       compile_seconds: time that the compiler took.
       mean_step_seconds: over all turns of the stage, as often as each comes.
       others: plans of the run's other stages and turns, which need no more memory.
+      embedding: of the captions of each batch, before its step; None where they come embedded.
     """
 
     stage: str
@@ -90,6 +92,7 @@ class Plan:
     compile_seconds: float
     mean_step_seconds: float = math.nan
     others: tuple["Plan", ...] = ()
+    embedding: Embedding | None = None
 
     @property
     def fits(self) -> bool:
@@ -102,7 +105,9 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        return self.roofline.seconds
+        """With the captions' time, whose program is another: neither waits for the host."""
+        captions = self.embedding.roofline.seconds if self.embedding else 0.0
+        return self.roofline.seconds + captions
 
     @property
     def mfu(self) -> float:
@@ -142,6 +147,7 @@ class Plan:
             "step_seconds": self.step_seconds,
             "mean_step_seconds": self.mean_step_seconds,
             "bound": self.roofline.bound,
+            "text_encoders": self.embedding.to_dict() if self.embedding else None,
             "mfu": self.mfu,
             "hfu": utilisation(self.topology, self.arithmetic.flops, self.step_seconds),
             "examples_per_second": self.examples_per_second,
@@ -177,12 +183,28 @@ def make_plan(
       ConfigError: the configuration does not fit the topology's number of chips, or has no step.
     """
     compiled = compiled and topology.kind != "gpu"
+
+    def measured(planned: Program, by: Any = formulas) -> Measured:
+        if compiled:
+            return measure(planned, topology, effort, by=by)
+        return estimate(planned, topology, by)
+
+    by_batch: dict[int, Embedding | None] = {}  # stages of equal batches share it
     plans = []
     for planned, plain, changes in _programs(config, topology, sample=sample, compiled=compiled):
         begin = time.monotonic()
-        measured = measure(planned, topology, effort) if compiled else estimate(planned, topology)
+        needs = measured(planned)
         seconds = time.monotonic() - begin
         arithmetic = counted(planned, plain)
+        batch_size = planned.config.batch_size
+        if not sample and batch_size not in by_batch:
+            by = functools.partial(measured, by=embedding)
+            by_batch[batch_size] = embedding.plan(planned.config, planned.mesh, topology, by)
+        captions = by_batch.get(batch_size)
+        held, peak = planned.bytes_by_kind(), needs.peak
+        if captions is not None:
+            peak = max(needs.peak + captions.held, captions.peak + sum(held.values()))
+            held[embedding.KIND] = captions.held
         plans.append(
             Plan(
                 stage=planned.name,
@@ -190,19 +212,18 @@ def make_plan(
                 compiled=compiled,
                 changes=changes,
                 mesh=dict(planned.mesh.shape),
-                batch_size=planned.config.batch_size,
+                batch_size=batch_size,
                 remat=planned.config.model.remat,
-                held=planned.bytes_by_kind(),
-                temporaries=measured.temporaries,
-                peak=measured.peak,
-                hbm=measured.hbm,
+                held=held,
+                temporaries=needs.temporaries,
+                peak=peak,
+                hbm=needs.hbm,
                 arithmetic=arithmetic,
-                exchanges=collectives.totals(measured.exchanges),
-                roofline=roofline(
-                    topology, arithmetic.flops, measured.hbm_bytes, measured.exchanges
-                ),
+                exchanges=collectives.totals(needs.exchanges),
+                roofline=roofline(topology, arithmetic.flops, needs.hbm_bytes, needs.exchanges),
                 total_steps=planned.steps or None,
                 compile_seconds=seconds if compiled else 0.0,
+                embedding=captions,
             )
         )
     plans = [
@@ -261,19 +282,21 @@ class Measured:
     exchanges: tuple[collectives.Collective, ...]
 
 
-def estimate(planned: Program, topology: Topology) -> Measured:
-    """Estimates a program by formula, without a compiler."""
-    held, temporaries = sum(planned.bytes_by_kind().values()), formulas.temporaries(planned)
+def estimate(planned: Program, topology: Topology, by: Any = formulas) -> Measured:
+    """Estimates a program by formula, without a compiler; the module `by` has the formulas."""
+    held, temporaries = sum(planned.bytes_by_kind().values()), by.temporaries(planned)
     return Measured(
         temporaries,
         held + temporaries,
         topology.chip.hbm,
-        formulas.hbm_bytes(planned),
-        tuple(formulas.exchanges(planned)),
+        by.hbm_bytes(planned),
+        tuple(by.exchanges(planned)),
     )
 
 
-def measure(planned: Program, topology: Topology, effort: float = 0.0) -> Measured:
+def measure(
+    planned: Program, topology: Topology, effort: float = 0.0, by: Any = formulas
+) -> Measured:
     """Compiles, and reads the compiler's account of memory and exchanges.
 
     Args:
@@ -281,6 +304,7 @@ def measure(planned: Program, topology: Topology, effort: float = 0.0) -> Measur
       topology: that its mesh is of.
       effort: of the TPU compiler; at -1 it takes a quarter of the time, and its program, which is
         scheduled in another way than a run's, about as much memory.
+      by: the module of formulas, for what a compiler does not say.
     """
     options = {"exec_time_optimization_effort": effort} if topology.kind == "tpu" else None
     try:
@@ -291,7 +315,7 @@ def measure(planned: Program, topology: Topology, effort: float = 0.0) -> Measur
             raise
         peak, hbm = (_size(*used.groups()[at : at + 2]) for at in (0, 2))
         held = sum(planned.bytes_by_kind().values())
-        exchanges, moved = formulas.exchanges(planned), formulas.hbm_bytes(planned)
+        exchanges, moved = by.exchanges(planned), by.hbm_bytes(planned)
         return Measured(peak - held, peak, hbm, moved, tuple(exchanges))
     memory = compiled.memory_analysis()
     exchanges = collectives.collectives(compiled.as_text(), topology.chips)
@@ -299,7 +323,7 @@ def measure(planned: Program, topology: Topology, effort: float = 0.0) -> Measur
         memory.temp_size_in_bytes,
         peak_bytes(memory),
         topology.chip.hbm,
-        formulas.hbm_bytes(planned),
+        by.hbm_bytes(planned),
         tuple(exchanges),
     )
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from jax_distill import streams, worlds
 from jax_distill.assembly import adapters, build, resolution, stages
 from jax_distill.assembly.frozen import frozen_network
 from jax_distill.config import ConfigError
+from jax_distill.data.folders import folders, resolutions
+from jax_distill.data.manifest import DESCRIPTION
 from jax_distill.devices import sharding
 from jax_distill.flow import Batch, Text
 from jax_distill.objectives.methods import OBJECTIVES
@@ -91,7 +94,7 @@ def training(stage: stages.Stage, mesh: Any) -> Iterator[Program]:
         jax.ShapeDtypeStruct((config.batch_size, *build.token_shape(config)), jnp.float32),
         text_like(config, config.batch_size),
     )
-    batch = _split(batch, mesh)
+    batch = split(batch, mesh)
     kinds = {}
     for name, player in state.players.items():
         whose = f"{name}'s " if len(state.players) > 1 else ""
@@ -132,7 +135,7 @@ def sampling(stage: stages.Stage, mesh: Any) -> Program:
     noise = jax.ShapeDtypeStruct((count, *build.token_shape(config)), jnp.float32)
     guidance = jax.ShapeDtypeStruct((count,), jnp.float32)
     keys = jax.eval_shape(lambda: jax.random.split(streams.key(0), count))
-    inputs = _split((noise, text_like(config, count), guidance, keys), mesh)
+    inputs = split((noise, text_like(config, count), guidance, keys), mesh)
     null = text_like(config, 1)
     null = with_shardings(null, sharding.shard_state(null, mesh))
 
@@ -155,10 +158,23 @@ def run_stages(config: ConfigDict) -> list[stages.Stage]:
     resolution.validate(config)
     if config.objective.name == "autoencoder":
         raise ConfigError("objective.name: the autoencoder has no plan; give another --config")
+    config = _largest(config)
     teacher = None if config.teacher.checkpoint else worlds.of(config).planned_teacher()
     resolved = resolution.resolve(_shifted(config.copy_and_resolve_references()), teacher)
     every = [stage._replace(config=_shifted(stage.config)) for stage in resolved.stages]
     return [stage for stage in every if stage.config.total_steps]
+
+
+def _largest(config: ConfigDict) -> ConfigDict:
+    """The configuration at the largest of the sizes that its data has, where that is there."""
+    path = config.data.path
+    if not all((Path(folder) / DESCRIPTION).is_file() for folder in folders(path)):
+        return config
+    changed = config.copy_and_resolve_references()
+    with changed.unlocked():
+        sizes = [*resolutions(path), tuple(config.data.resolution)]
+        changed.data.resolution = max(sizes, key=math.prod)
+    return changed
 
 
 def _shifted(config: ConfigDict) -> ConfigDict:
@@ -245,8 +261,8 @@ def _frozen(stage: stages.Stage) -> dict:
     return network
 
 
-def _split(tree: Any, mesh: Any) -> Any:
-    """Shapes of arrays that are split along their first axis."""
+def split(tree: Any, mesh: Any) -> Any:
+    """Shapes of arrays that are split over a mesh along their first axis, as batches are."""
     place = NamedSharding(mesh, PartitionSpec(*sharding.BATCH))
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from jax_distill.planning.chips import GIB
+from jax_distill.planning.embedding import KIND
 from jax_distill.planning.planner import Plan
 from jax_distill.planning.roofline import utilisation
 
@@ -26,6 +27,8 @@ def describe(plan: Plan) -> str:
     for kind, entry in plan.exchanges.items():
         words = f"{entry['bytes'] / GIB:9.2f} GiB a chip in {entry['count']}"
         lines.append(_row(kind, words))
+    if plan.embedding is not None:
+        lines.append(_row(KIND, _captions(plan)))
     lines.append("")
     parts = plan.roofline
     times = f"compute {parts.compute:.3f}, memory {parts.hbm:.3f}, links {parts.ici:.3f}"
@@ -48,6 +51,15 @@ def evaluations(evaluations_per_step: float, evaluations: float) -> str:
     """A line of what `evaluations.summary` gives."""
     words = f"{evaluations_per_step:9.0f} a step in the mean, {evaluations:.0f} the run"
     return _row("evaluations", words)
+
+
+def _captions(plan: Plan) -> str:
+    """The row of the text encoders, whose bytes stand above."""
+    flops, parts = plan.embedding.flops, plan.embedding.roofline
+    return (
+        f"{flops / 1e12:9.1f} TFLOP a step ({flops / plan.arithmetic.flops:.1%} of the others),"
+        f" {parts.seconds:.3f} s more; bound by {BOUNDS[parts.bound]}"
+    )
 
 
 def _in_short(plan: Plan) -> str:

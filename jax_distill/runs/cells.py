@@ -24,7 +24,7 @@ from jax_distill import pipeline, streams
 from jax_distill.assembly import build
 from jax_distill.assembly.resolution import resolve
 from jax_distill.config import ConfigError
-from jax_distill.data import records
+from jax_distill.data.manifest import DESCRIPTION
 from jax_distill.evaluation import comparison, grids, scoring
 from jax_distill.evaluation.measures import Yardstick
 from jax_distill.evaluation.metrics import read_metrics
@@ -181,7 +181,7 @@ def prepare(path: Path, settings: Sequence[str]) -> None:
     Raises:
       ConfigError: the command failed.
     """
-    if (path / records.DESCRIPTION).exists():
+    if (path / DESCRIPTION).exists():
         return
     if _run("prepare", [f"--output={path}", *(f"--{setting}" for setting in settings)])[0]:
         raise ConfigError(f"'{path}' could not be made, see above")

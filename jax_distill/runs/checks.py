@@ -1,5 +1,6 @@
 """Checks of a run before anything is written."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from jax_distill.assembly import adapters, build, draw_settings, resolution
 from jax_distill.assembly.stages import Stage
 from jax_distill.config import ConfigError
 from jax_distill.config.settings import flatten
+from jax_distill.data import folders, mixture
 from jax_distill.data.loader import check_batch_size
 from jax_distill.data.records import LatentRecords
 from jax_distill.devices import sharding
@@ -21,6 +23,7 @@ from jax_distill.evaluation import scoring
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.objectives.methods import FROM_SCRATCH
 from jax_distill.runs import resuming
+from jax_distill.storage import buckets, paths
 from jax_distill.training.step import make_optimizers
 
 
@@ -36,7 +39,7 @@ def check(config: ConfigDict, workdir: Path) -> None:
     check_objective(config)
     taught = name not in FROM_SCRATCH
     for section in ("teacher", "start") if taught else ():
-        if resolution.absolute(config[section].checkpoint) == str(workdir.resolve()):
+        if resolution.absolute(config[section].checkpoint) == str(paths.absolute(workdir)):
             raise ConfigError(
                 f"{section}.checkpoint: '{workdir}' is the run's own --workdir; give another"
             )
@@ -46,6 +49,11 @@ def check(config: ConfigDict, workdir: Path) -> None:
         if worlds.of(config).pictures() is None:
             raise ConfigError(f"world: {config.world!r} has its autoencoder; none is trained there")
         AutoencoderConfig(**config.autoencoder)
+        if config.data.caption_dropout:
+            raise ConfigError(
+                f"data.caption_dropout: {config.data.caption_dropout:g}, but the autoencoder learns"
+                " from pictures alone; leave it 0"
+            )
         check_batches(config, ("batch_size",), config.data.examples)
     else:
         check_evaluation(config)
@@ -53,19 +61,20 @@ def check(config: ConfigDict, workdir: Path) -> None:
     check_lora(config)
     resuming.check(config, workdir)
     if name != "autoencoder":
-        check_stages(resolved.stages)
+        check_stages(resolved.stages, folders.resolutions(config.data.path) or [None])
 
 
 def check_workdir(workdir: Path) -> None:
-    """Checks that a workdir is a folder or does not exist yet.
+    """Checks that a workdir is a folder or does not exist yet; that its bucket is there.
 
     Raises:
-      ConfigError: it is a file or an address.
+      ConfigError: it is a file, or there is no such bucket.
     """
-    if workdir.parts and workdir.parts[0].endswith(":"):  # "gs://bucket/run", as a path
-        raise ConfigError(
-            f"--workdir: '{workdir}' is an address; mount the bucket and give a folder of it"
-        )
+    if paths.is_bucket(workdir):
+        try:
+            buckets.check_bucket(workdir)
+        except FileNotFoundError as error:
+            raise ConfigError(f"--workdir: '{workdir}': {error}; make it or give another") from None
     if workdir.exists() and not workdir.is_dir():
         raise ConfigError(f"--workdir: '{workdir}' is a file; give a folder")
 
@@ -154,42 +163,83 @@ def check_evaluation(config: ConfigDict) -> None:
 
 def check_data(config: ConfigDict) -> None:
     """Checks the data against the network's shapes, the batch size and the world's captions."""
-    world, path = worlds.of(config), config.data.path
+    world = worlds.of(config)
     widths = zip(("joint_attention_dim", "pooled_projection_dim"), world.text_widths)
     for key, width in widths:
         if config.model[key] != width:
             raise ConfigError(f"model.{key}: {config.model[key]} must be the captions' {width}")
-    records = LatentRecords(Path(path)) if path else None
-    if records is not None:
-        tokens, channels = records[0].latents.shape
-        if channels != config.model.in_channels:
-            raise ConfigError(
-                f"data.path: the latents in '{path}' have {channels} channels,"
-                f" model.in_channels is {config.model.in_channels}; they must be equal"
-            )
-        if tokens != (wanted := build.token_shape(config)[0]):
-            raise ConfigError(
-                f"data.path: the pictures in '{path}' have {tokens} tokens, where"
-                f" {world.resolution} pixels have {wanted}; set data.resolution to their size"
-            )
-    world.check(records)
-    examples = config.data.examples if records is None else len(records)
+    examples = config.data.examples
+    if config.data.path:
+        examples = check_folders(config, world)
+    else:
+        world.check(None)
     check_batches(config, ("batch_size",), examples, build.objective(config).rows_per_example)
     if config.objective.name not in FROM_SCRATCH:
         check_batches(config, ("rescale.batch_size",), examples)
 
 
-def check_stages(every: Sequence[Stage]) -> None:
-    """Counts each stage's turns, and traces its losses and optimizers.
+def check_folders(config: ConfigDict, world: worlds.World) -> int:
+    """Checks the folders of `data.path`; returns the examples of the size that has the fewest."""
+    try:
+        weighed = folders.weighed(config.data.path, config.data.weights)
+        mixture.rounds([weight for _, weight in weighed])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    counts: dict[tuple[int, ...], int] = {}
+    for folder, _ in weighed:
+        records = LatentRecords(paths.path(folder))
+        check_folder(config, world, records, folder, first=folder == weighed[0][0])
+        world.check(records, folder)
+        size = folders.resolution_of(records) or world.resolution
+        counts[size] = counts.get(size, 0) + len(records)
+    return min(counts.values())
+
+
+def check_folder(
+    config: ConfigDict, world: worlds.World, records: LatentRecords, folder: str, *, first: bool
+) -> None:
+    """Checks the pictures of a folder against the network, the world and the run's resolution."""
+    name = worlds.name(config)
+    if (theirs := records.description.get("world", name)) != name:
+        raise ConfigError(
+            f"data.path: '{folder}' is of world={theirs!r}, the run of world={name!r}; prepare"
+            " pictures for that"
+        )
+    tokens, channels = records[0].latents.shape
+    if channels != config.model.in_channels:
+        raise ConfigError(
+            f"data.path: the latents in '{folder}' have {channels} channels, model.in_channels is"
+            f" {config.model.in_channels}; they must be equal"
+        )
+    size, fix = world.resolution, "set data.resolution to their size"
+    if not first:
+        size, fix = folders.resolution_of(records) or size, "make the folder again"
+    try:
+        wanted = build.token_shape(config, size)[0]
+    except ValueError as error:
+        raise ConfigError(f"data.path: the pictures in '{folder}' have a {error}") from None
+    if tokens != wanted:
+        raise ConfigError(
+            f"data.path: the pictures in '{folder}' have {tokens} tokens, where {size} pixels have"
+            f" {wanted}; {fix}"
+        )
+
+
+def check_stages(
+    every: Sequence[Stage], resolutions: Sequence[tuple[int, int] | None] = (None,)
+) -> None:
+    """Counts each stage's turns, and traces its losses, for each size of pictures, and optimizers.
 
     That finds players that there are not, networks and batches that do not fit together, and
     patterns of frozen parameters that match none, before the first stage is trained.
     """
-    for stage in every:
+    for stage, size in itertools.product(every, resolutions):
         try:
-            objective = build.objective(stage.config, stage.teacher)
+            objective = build.objective(stage.config, stage.teacher, resolution=size)
             optimizers = make_optimizers(objective, stage.config)
-            for name, loss, arguments in build.abstract_losses(stage.config, stage.teacher):
+            for name, loss, arguments in build.abstract_losses(
+                stage.config, stage.teacher, resolution=size
+            ):
                 jax.eval_shape(loss, *arguments)
                 jax.eval_shape(optimizers[name].init, arguments[0])
         except ValueError as error:

@@ -105,6 +105,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is not None and disks.passing(error):
         what, fix = disks.full(error) or (os.strerror(error.errno), "mend that")
         return f"'{error.filename}': {what}; {fix} and run the same command again"
+    if any(map(disks.of_network, disks.chain(error))):
+        return f"the bucket: {disks.reason(error)}; mend that and run the same command again"
     return str(error) if _mendable(error) else None
 
 

@@ -18,6 +18,7 @@ from jax_distill import pipeline, streams, worlds
 from jax_distill.assembly import adapters, build, stages
 from jax_distill.assembly.frozen import frozen_network
 from jax_distill.assembly.resolution import EMBEDDED, Resolved, resolve
+from jax_distill.data.mixture import Mixture
 from jax_distill.devices import processes, sharding
 from jax_distill.devices.signals import Interrupted
 from jax_distill.evaluation import previews, report, scoring
@@ -26,10 +27,10 @@ from jax_distill.models import autoencoder, lora
 from jax_distill.models.binding import binder, parameters
 from jax_distill.models.latents import LatentCodec
 from jax_distill.objectives.autoencoder import AutoencoderObjective
-from jax_distill.storage import lease
+from jax_distill.storage import lease, paths
 from jax_distill.storage.files import write_json
 from jax_distill.training import acceptance, checkpoint, loop
-from jax_distill.worlds import Source, World
+from jax_distill.worlds import World
 from jax_distill.worlds.shapes import renderer
 
 __all__ = ["Interrupted", "run"]
@@ -65,7 +66,7 @@ def begin(config: ConfigDict, workdir: Path) -> None:
         )
 
 
-def data(world: World, workdir: Path) -> Source:
+def data(world: World, workdir: Path) -> Mixture:
     """The data of a run, which one process makes where it must be made."""
     return processes.leader_first(lambda: world.source(workdir), "data made")
 
@@ -104,17 +105,19 @@ def train_teacher(config: ConfigDict, workdir: Path) -> None:
     """Trains a network from scratch by flow matching, and evaluates it."""
     begin(config, workdir)
     world = worlds.of(config)
-    objective = build.objective(config)
     source = data(world, workdir)
+    objectives = build.objectives(config, None, source.resolutions)
     held = {"null": source.null}
     trained = pipeline.Pipeline(config, {}, world)
     preview = previews.previewer(
-        workdir, trained, source, {"teacher": config.evaluation.teacher_steps}
+        workdir, trained, source.first, {"teacher": config.evaluation.teacher_steps}
     )
     hooks = [(config.samples.every, previews.under_way(preview))]
     fresh = functools.partial(build.initial_parameters, config)
     initial = loop.Initial(jax.eval_shape(fresh), fresh)
-    trained.params = loop.fit(config, workdir, objective, initial, held, source, hooks=hooks)
+    trained.params = loop.fit(
+        config, workdir, objectives, initial, held, source, hooks=hooks, embedder=source.embedder
+    )
     preview(config.total_steps, trained.params)
     conclude(workdir, teacher=trained)
 
@@ -125,8 +128,8 @@ def rescale_teacher(config: ConfigDict, workdir: Path) -> None:
     source = data(teacher.world, workdir)
     rescaled = rescale(stage, workdir, teacher, source)
     counts = {"rescaled": config.evaluation.teacher_steps}
-    reference = previews.reference_row(teacher, source, config.samples)
-    previews.previewer(workdir, rescaled, source, counts, reference)(
+    reference = previews.reference_row(teacher, source.first, config.samples)
+    previews.previewer(workdir, rescaled, source.first, counts, reference)(
         config.total_steps, rescaled.params
     )
     conclude(workdir, teacher=rescaled)
@@ -146,7 +149,7 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     adapters.check_teacher(config, workdir, teacher.params["network"], note=True)
     world = teacher.world
     source = data(world, workdir)
-    reference = previews.reference_row(teacher, source, config.samples)
+    reference = previews.reference_row(teacher, source.first, config.samples)
     read, network = stored_network(config, teacher), teacher.params["network"]
     if config.start.checkpoint:
         read = started_network(config, teacher)
@@ -162,16 +165,17 @@ def distill(config: ConfigDict, workdir: Path) -> None:
     whole = functools.partial(adapters.whole, config, network)
     counts = {"student": config.evaluation.student_steps}
     student = pipeline.Pipeline(config, {}, world)
-    preview = previews.previewer(workdir, student, source, counts, reference)
+    preview = previews.previewer(workdir, student, source.first, counts, reference)
     hooks = [(config.samples.every, preview)]
     if world.scored:
         record = scoring.recorder(workdir / scoring.SCORES, student)
         hooks.append((config.evaluation.every, record))
     hooks = [(every, previews.under_way(of_whole(hook, whole))) for every, hook in hooks]
-    objective = build.objective(config, stage.teacher)
+    objectives = build.objectives(config, stage.teacher, source.resolutions)
     held = {"teacher": network, "null": source.null}
+    initial = initial_of(stage, read)
     trained = loop.fit(
-        config, workdir, objective, initial_of(stage, read), held, source, hooks=hooks
+        config, workdir, objectives, initial, held, source, hooks=hooks, embedder=source.embedder
     )
     student.params = whole(trained)
     preview(config.total_steps, student.params)
@@ -228,7 +232,7 @@ def stored_network(config: ConfigDict, teacher: pipeline.Pipeline) -> Callable[[
 
 def started_network(config: ConfigDict, teacher: pipeline.Pipeline) -> Callable[[], dict]:
     """A function that reads the averaged student that `start.checkpoint` has."""
-    folder = Path(config.start.checkpoint)
+    folder = paths.path(config.start.checkpoint)
     adapters.check_teacher(config, folder, teacher.params["network"])
 
     def read() -> dict:
@@ -250,16 +254,16 @@ def conclude(
 
 
 def rescale(
-    stage: stages.Stage, workdir: Path, teacher: pipeline.Pipeline, source: Source
+    stage: stages.Stage, workdir: Path, teacher: pipeline.Pipeline, source: Mixture
 ) -> pipeline.Pipeline:
     """The teacher with the student's inputs: t for 1000 t, and the guidance scale embedded."""
     config = stage.config
     begin(config, workdir)
     adapters.check_teacher(config, workdir, teacher.params["network"], note=True)
     initial = initial_of(stage, stored_network(config, teacher))
-    objective = build.objective(config, stage.teacher)
+    objectives = build.objectives(config, stage.teacher, source.resolutions)
     held = {"teacher": teacher.params["network"], "null": source.null}
-    loop.fit(config, workdir, objective, initial, held, source)
+    loop.fit(config, workdir, objectives, initial, held, source, embedder=source.embedder)
 
     def read() -> dict:
         average = checkpoint.load_averaged(workdir, mesh_of(config))
@@ -281,7 +285,7 @@ def rescale(
             "refitted": refitted,
             "finetuned": rescaled.params["network"],
         }
-        compared = rescaled_networks.compare(config, teacher, networks, source)
+        compared = rescaled_networks.compare(config, teacher, networks, source.first)
         for name, (error, condition) in quality.items():
             logging.info(
                 "%s: refitted with an error of %.3f of its variation, condition %.1f",

@@ -16,6 +16,7 @@ from jax_distill.interop.parts import Part, write_part
 from jax_distill.interop.readers import sources
 from jax_distill.interop.tensors import CHOICES
 from jax_distill.runs import port_settings
+from jax_distill.storage import paths
 from jax_distill.storage.files import check_no_partial, write_json
 from jax_distill.storage.outputs import made_whole
 
@@ -50,7 +51,7 @@ def port(
     """
     facts = port_settings.Flags(**flags)
     check_no_partial(base, "--base")
-    described = ported_folder.describe(Path(base)) if base else None
+    described = ported_folder.describe(paths.path(base)) if base else None
     with made_whole(output) as partial:
         network = described["parts"]["network"] if described else None
         path = sources.locate(source)
@@ -76,7 +77,7 @@ def port(
                 dtype,
             )
         config = _configuration(weights, CHOICES[dtype], settings, base)
-        _check_space(output, weights, dtype)
+        _check_space(output, partial.parent, weights, dtype)
         if weights.folder is not None:
             for name in diffusers_folder.TOKENIZERS:
                 diffusers_folder.copy_tokenizer(weights.folder / name, partial / name)
@@ -107,7 +108,7 @@ def _rounds_embedders(network: Part, dtype: np.dtype | None, factors: Mapping[st
     )
 
 
-def _check_space(output: Path, weights: sources.Source, dtype: str) -> None:
+def _check_space(output: Path, disk: Path, weights: sources.Source, dtype: str) -> None:
     """Raises ValueError when the disk has no room for the output."""
     kind = CHOICES[dtype]
     needed = sum(
@@ -115,7 +116,7 @@ def _check_space(output: Path, weights: sources.Source, dtype: str) -> None:
         for part in weights.parts.values()
         for tensor in part.tensors.values()
     )
-    free = shutil.disk_usage(output.parent).free
+    free = shutil.disk_usage(disk).free
     if needed > free:
         raise ValueError(
             f"--output: '{output}' needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB"
@@ -140,12 +141,12 @@ def _configuration(
         config.dtype = "bfloat16" if np.dtype(ml_dtypes.bfloat16) in stored else "float32"
         config.world = "flux"
         config.objective = settings.objective
-        config.teacher.checkpoint = str(Path(base).resolve()) if base else ""
+        config.teacher.checkpoint = str(paths.absolute(base)) if base else ""
         for key in config.model:
             config.model[key] = getattr(model, key)
         config.teacher.guidance = settings.guidance
         config.data.text_length = settings.text_length
-        resolution = configuration.load(Path(base)).data.resolution if base else _RESOLUTION
+        resolution = configuration.load(paths.path(base)).data.resolution if base else _RESOLUTION
         config.data.resolution = tuple(resolution)
         config.samples.teacher_steps = _TEACHER_STEPS
         config.evaluation.guidance = _GUIDANCE.get(config.objective.name, _EMBEDDED_GUIDANCE)

@@ -14,11 +14,13 @@ from jax_distill.assembly.resolution import EMBEDDED, absolute
 from jax_distill.config import ConfigError, base, load, optimizer_of
 from jax_distill.config.rules import general
 from jax_distill.config.settings import flatten
-from jax_distill.data.identity import Identity, identity
-from jax_distill.data.records import DESCRIPTION
+from jax_distill.data.folders import folders
+from jax_distill.data.identity import Identity, identity_of
+from jax_distill.data.manifest import DESCRIPTION
 from jax_distill.objectives.methods import FROM_SCRATCH, KINDS
 from jax_distill.objectives.objective import STUDENT
 from jax_distill.objectives.settings import settings_of
+from jax_distill.storage import paths
 from jax_distill.storage.quoting import shown
 from jax_distill.training import acceptance, checkpoint
 from jax_distill.training.optimizer import learning_rate
@@ -82,9 +84,33 @@ TABLE = (
     Row(("data.examples", "data.seed"), REFUSED, "the data would be another"),
     Row(("data.text_length", "data.resolution"), REFUSED, "the data would be another", NETWORKS),
     Row(
+        ("data.weights",),
+        REFUSED,
+        "other examples would come, some of them twice in an epoch",
+        NETWORKS,
+    ),
+    Row(("data.caption_dropout",), REFUSED, "the network would learn something else", NETWORKS),
+    Row(
+        ("data.damaged", "data.damaged_share"),
+        SAID,
+        "what happens to damaged examples, from here on",
+        NETWORKS,
+    ),
+    Row(
+        ("data.threads", "data.prefetch", "data.workers"),
+        FREE,
+        "how batches are read ahead; they are the same",
+    ),
+    Row(
         ("data.path",),
         SAID,
         "the same data lies there; other data is refused",
+        NETWORKS,
+    ),
+    Row(
+        ("data.embedding",),
+        SAID,
+        "captions are embedded elsewhere, the same to rounding to bfloat16",
         NETWORKS,
     ),
     Row(("optimizer.name",), REFUSED, "what it remembers is of another kind"),
@@ -305,7 +331,7 @@ def check_same_data(before: ConfigDict, config: ConfigDict, workdir: Path) -> st
     if config.objective.name == "autoencoder":
         return None
     old, new = before.data.path, config.data.path
-    moved = absolute(old) != absolute(new)
+    moved = [*map(absolute, folders(old))] != [*map(absolute, folders(new))]
     known = acceptance.known(workdir).get("records")
     if known is None and not moved:
         return None
@@ -331,8 +357,10 @@ def check_same_data(before: ConfigDict, config: ConfigDict, workdir: Path) -> st
 
 def _identity(path: str, workdir: Path) -> Identity | None:
     """Of the data of a run; None where there is none."""
-    folder = Path(path or workdir / "data")
-    return identity(folder) if (folder / DESCRIPTION).is_file() else None
+    names = folders(path) or [workdir / "data"]
+    if not all((paths.path(name) / DESCRIPTION).is_file() for name in names):
+        return None
+    return identity_of(names)
 
 
 def known_keys() -> list[str]:

@@ -13,6 +13,7 @@ from jax_distill.assembly.resolution import EMBEDDED, trained_config
 from jax_distill.interop import diffusers_folder, lora_weights, ported_folder
 from jax_distill.interop.orbax_tree import StoredLeaf, check_shapes, open_tree
 from jax_distill.objectives.objective import STUDENT
+from jax_distill.storage import paths
 from jax_distill.storage.files import check_no_partial, read_json
 from jax_distill.training import checkpoint
 from jax_distill.worlds.shapes import bundled
@@ -64,7 +65,7 @@ def open_network(source: str) -> StoredNetwork:
     if source == EMBEDDED:
         params, _ = bundled.load("teacher")
         return StoredNetwork(config, jax.tree.map(StoredLeaf, params), None)
-    folder = Path(source)
+    folder = paths.path(source)
     if not ported_folder.is_ported(folder):
         return _open_run(folder, config)
     tree = open_tree(folder / "network")

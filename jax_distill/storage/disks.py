@@ -11,6 +11,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from jax_distill.storage import buckets, paths
+
 FULL = {
     errno.ENOSPC: ("no space left", "make room"),
     errno.EDQUOT: ("no space left within the quota", "make room"),
@@ -30,6 +32,11 @@ _OF_CONTENT = {  # about the content of a folder, which no second try changes
 }
 _NUMBER = re.compile(r"(?:os_error_code='|\[Errno |\(os error |errno[ =:]+)(\d+)", re.IGNORECASE)
 _NAMES = {os.strerror(number).lower(): number for number in errno.errorcode}
+_NETWORK = ("gcsfs.", "aiohttp.", "google.auth.", "google.api_core.", "requests.")
+_NO_ANSWER = re.compile(
+    r"\bUNAVAILABLE\b|HTTP (?:status|response) code: (?:401|403|408|429|5\d\d)"
+    r"|[Rr]etry policy exhausted|retry attempts|[Cc]onnection (?:refused|reset)|[Tt]imed? ?out"
+)
 _STATUS = re.compile(
     r"\b(UNAVAILABLE|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|DEADLINE_EXCEEDED"
     r"|ABORTED|CANCELLED)\b|\b[Oo]ut of memory\b"
@@ -67,9 +74,22 @@ def full(error: BaseException) -> tuple[str, str] | None:
     return next((FULL[number] for number in numbers(error) if number in FULL), None)
 
 
+def of_network(error: BaseException) -> bool:
+    """Whether those raised it who reach buckets, after they had tried for a while.
+
+    TensorStore and ArrayRecord say so in words.
+    """
+    if type(error).__module__.startswith(_NETWORK):
+        return True
+    text = str(error)
+    return "gs://" in text and _NO_ANSWER.search(text) is not None
+
+
 def passing(error: BaseException) -> bool:
     """Whether an error of reading says nothing about the content: a second try may succeed."""
     if any(isinstance(found, MemoryError) or _unnumbered(found) for found in chain(error)):
+        return True
+    if any(map(of_network, chain(error))):
         return True
     if any(number not in _OF_CONTENT for number in numbers(error)):
         return True
@@ -119,6 +139,8 @@ def read_all(folder: Path) -> None:
     def stop(error: OSError) -> None:
         raise error
 
+    if paths.is_bucket(folder):
+        return buckets.read_all(folder)
     for parent, _, names in os.walk(folder, onerror=stop):
         for name in names:
             path = os.path.join(parent, name)

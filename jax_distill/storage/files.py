@@ -3,20 +3,20 @@
 import codecs
 import contextlib
 import errno
+import io
 import json
 import math
 import os
 import re
 import shutil
 import stat
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from jax_distill.storage import disks, liveness
+from jax_distill.storage import disks, liveness, paths
 
 TEXT_BYTES = 2**26
 """The most that is read of one text, or of one line of a file that is read line by line."""
@@ -33,8 +33,9 @@ _MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's does
     codecs.BOM_UTF16_BE: "utf-16",
 }
 
-
+UNFINISHED = ".unfinished"
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,9})\.partial")
+_UNFINISHED = re.compile(r"\..+\.unfinished")
 
 
 class FileError(ValueError):
@@ -88,6 +89,10 @@ def check_regular(path: Path) -> None:
       FileError: it is something else, which a reader could wait for without end.
       FileNotFoundError: there is nothing.
     """
+    if paths.is_bucket(path):
+        if path.stat().is_directory:
+            raise FileError(f"'{path}' is no regular file; give an object of a bucket")
+        return
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -105,7 +110,7 @@ def read_text(path: Path) -> str:
       FileError: it is not text, or longer than `TEXT_BYTES`.
       FileNotFoundError: there is none.
     """
-    path = Path(path)
+    path = paths.path(path)
     check_regular(path)
     with named(path), path.open("rb") as file:
         content = file.read(TEXT_BYTES + 1)
@@ -137,11 +142,11 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
       FileError: as `read_text`, of a line.
       FileNotFoundError: there is no file.
     """
-    path = Path(path)
+    path = paths.path(path)
     check_regular(path)
     with named(path), path.open("rb") as file:
         encoding = encoding_of(file.read(4))
-    with path.open(encoding=encoding, newline="\n") as file:
+    with io.TextIOWrapper(path.open("rb"), encoding=encoding, newline="\n") as file:
         number = 0
         while True:
             try:
@@ -269,49 +274,6 @@ def _no_text(where: str, error: UnicodeDecodeError) -> FileError:
     return FileError(f"{where} is not UTF-8 text ({error.reason}); save it as UTF-8")
 
 
-def is_address(path: str | Path) -> bool:
-    """Whether a path is of a bucket, such as gs://bucket/run; as a `Path` it has one slash less."""
-    return re.match(r"[a-z][a-z0-9+.-]+:/", str(path)) is not None
-
-
-def check_output(path: str | Path, endings: Sequence[str] = (), *, name: str = "--output") -> None:
-    """Checks that a file can be written, before the work is done; leaves nothing there.
-
-    Args:
-      path: of the file; folders that are missing are made when it is written.
-      endings: that its name may have, such as ".png"; any by default.
-      name: of the flag, for the message.
-
-    Raises:
-      FileError: it has another ending, there is something else, or its folder cannot be written.
-    """
-    text, path = str(path), Path(path)
-    if is_address(text):
-        raise FileError(f"{name}: '{text}' is an address; give a path, such as in a mounted bucket")
-    if not path.name or endings and path.suffix.lower() not in endings:
-        wanted = " or ".join(f"*{ending}" for ending in endings) or "a file"
-        raise FileError(f"{name}: '{text}' has the wrong ending; name the file {wanted}")
-    folder = path.parent
-    try:
-        if os.path.lexists(path) and not path.is_file():
-            raise FileError(f"{name}: '{text}' exists and is no regular file; choose another")
-        while not folder.exists():
-            if folder.is_symlink():
-                raise FileError(f"{name}: '{folder}' is a link to nothing; give another folder")
-            folder = folder.parent
-        with contextlib.suppress(FileNotFoundError):
-            os.lstat(path.with_name(path.name + ".partial"))  # as it is written: too long a name?
-        with tempfile.TemporaryFile(dir=folder):  # has no name, where the file system knows such
-            pass
-    except FileError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FileError(
-            f"{name}: '{text}' cannot be written ({reason} at '{folder}'); give another path"
-        ) from None
-
-
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Writes a file so that a reader finds the old one or the whole new one, never a part.
 
@@ -322,7 +284,10 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     Raises:
       FileError: the disk is full, or cannot be written.
     """
-    path = Path(path)
+    path = paths.path(path)
+    if paths.is_bucket(path):  # whole or not at all by itself
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
@@ -352,8 +317,15 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
+def unfinished_of(path: Path) -> Path:
+    """The path at which a folder is made that one process may begin and another one end."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
 def check_no_partial(path: str | Path, name: str) -> None:
     """Checks that a source is not one that a process is making, or was when it died.
+
+    In a bucket, where nothing is renamed, such a folder has an object `UNFINISHED` in it.
 
     Args:
       path: of the source.
@@ -362,7 +334,13 @@ def check_no_partial(path: str | Path, name: str) -> None:
     Raises:
       FileError: it is.
     """
-    if any(_PARTIAL.fullmatch(part) for part in Path(path).absolute().parts):
+    path = paths.path(path)
+    if paths.is_bucket(path):
+        half = any((folder / UNFINISHED).exists() for folder in (path, path.parent))
+    else:
+        parts = path.absolute().parts
+        half = any(_PARTIAL.fullmatch(part) or _UNFINISHED.fullmatch(part) for part in parts)
+    if half:
         raise FileError(f"{name}: '{path}' is half made; make it whole and give that")
 
 

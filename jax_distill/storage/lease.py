@@ -12,7 +12,7 @@ and which are compared by the clock of the disk, not of a host.
 
 The file is made by `link`, which is atomic on NFS as well. On one host, who takes or gives back a
 lease holds a lock (`flock`) of the folder meanwhile, so that of any number that find a dead
-process' lease one takes it over.
+process' lease one takes it over. In a bucket the lease is an object, see `bucket_lease`.
 """
 
 import contextlib
@@ -24,12 +24,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypedDict
 
 from jax_distill.devices import processes
-from jax_distill.storage.files import FileError, read_json
+from jax_distill.storage import bucket_lease, disks, paths
+from jax_distill.storage.files import FileError, parse_json, read_json
 from jax_distill.storage.liveness import is_alive, process_started
 
 NAME = ".lease.json"
@@ -71,8 +72,10 @@ def of_folder(folder: Path, flag: str = "--workdir") -> Iterator[None]:
     Raises:
       InUse: another process holds it.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    if not paths.is_bucket(folder):
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+    paths.make_folder(folder)
     try:
         with _held_file(folder / NAME, f"{flag}: '{folder}'", f"give another {flag}"):
             yield
@@ -114,7 +117,7 @@ def of_output(folder: Path, flag: str = "--output") -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held_file(path: Path, what: str, advice: str) -> Iterator[None]:
-    path = path.absolute()
+    path = path if paths.is_bucket(path) else path.absolute()
     if _held.get(path):
         _held[path] += 1
         try:
@@ -122,10 +125,11 @@ def _held_file(path: Path, what: str, advice: str) -> Iterator[None]:
         finally:
             _held[path] -= 1
         return
-    content = _take(path, what, advice)
+    lease = _OnBucket(path) if paths.is_bucket(path) else _OnDisk(path)
+    lease.take(what, advice)
     _held[path] = 1
     ended = threading.Event()
-    beat = threading.Thread(target=_beat, args=(path, content, ended), daemon=True)
+    beat = threading.Thread(target=_beat, args=(path, lease.renew, ended), daemon=True)
     beat.start()
     try:
         yield
@@ -133,7 +137,57 @@ def _held_file(path: Path, what: str, advice: str) -> Iterator[None]:
         ended.set()
         beat.join()
         del _held[path]
-        _give_back(path, content)
+        lease.give_back()
+
+
+class _OnDisk:
+    """A lease of this process, as a file."""
+
+    def __init__(self, path: Path):
+        self._path, self._content = path, b""
+
+    def take(self, what: str, advice: str) -> None:
+        self._content = _take(self._path, what, advice)
+
+    def renew(self) -> bool:
+        """Gives a sign of life; False if another process has the lease."""
+        try:
+            if self._path.read_bytes() != self._content:
+                return False
+            _renew(self._path, self._content)
+        except FileNotFoundError:  # removed by hand
+            with contextlib.suppress(OSError), self._path.open("xb") as file:
+                file.write(self._content)
+        return True
+
+    def give_back(self) -> None:
+        _give_back(self._path, self._content)
+
+
+class _OnBucket:
+    """Likewise, as an object of a bucket."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._object = bucket_lease.Lease(path, (json.dumps(_own()) + "\n").encode())
+        self.renew = self._object.renew
+
+    def take(self, what: str, advice: str) -> None:
+        def check_dead(content: bytes, silent: float) -> None:
+            with contextlib.suppress(FileError, UnicodeDecodeError):
+                holder = parse_json(content.decode(), Holder, where=f"'{self._path}'", fix="")
+                return _check_dead(self._path, holder, silent, what, advice)
+            _check_dead(self._path, None, silent, what, advice)
+
+        if not any(self._object.take(check_dead) for _ in range(_TRIES)):
+            raise InUse(f"{what} is in use, by one after the other; wait for them, or {advice}")
+
+    def give_back(self) -> None:
+        try:
+            self._object.give_back()
+        except Exception as error:  # it ends by itself
+            if not disks.passing(error):
+                raise
 
 
 def _take(path: Path, what: str, advice: str) -> bytes:
@@ -188,11 +242,34 @@ def _remove_if_dead(path: Path, now: float, what: str, advice: str) -> None:
       FileNotFoundError: the lease is no longer there.
     """
     found = os.stat(path)
-    silent, seen = now - found.st_mtime, None
     try:
         holder = read_json(path, Holder)
     except FileError:  # its disk was full, or its machine lost power
         holder = None
+    _check_dead(path, holder, now - found.st_mtime, what, advice)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.{next(_serial)}.old")
+    os.rename(path, aside)
+    try:
+        if os.stat(aside).st_ino != found.st_ino:  # one of another host was faster
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _check_dead(path: Path, holder: Holder | None, silent: float, what: str, advice: str) -> None:
+    """Checks that the holder of a lease is gone.
+
+    Args:
+      path: of the lease.
+      holder: None where it cannot be read.
+      silent: seconds since its last sign of life.
+      what, advice: begin and end the message.
+
+    Raises:
+      InUse: the holder may be alive.
+    """
+    seen = None
     if holder is None:
         alive = silent < LIMIT
         message = "is in use, by whom is not said"
@@ -211,14 +288,6 @@ def _remove_if_dead(path: Path, now: float, what: str, advice: str) -> None:
             f"{what} {message}; wait for it, or {advice}; if that process is gone, its lease ends"
             f" after {LIMIT:.0f} s or when you remove '{path}'"
         )
-    aside = path.with_name(f"{path.name}.{os.getpid()}.{next(_serial)}.old")
-    os.rename(path, aside)
-    try:
-        if os.stat(aside).st_ino != found.st_ino:  # one of another host was faster
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _give_back(path: Path, content: bytes) -> None:
@@ -227,22 +296,21 @@ def _give_back(path: Path, content: bytes) -> None:
             path.unlink()
 
 
-def _beat(path: Path, content: bytes, ended: threading.Event) -> None:
+def _beat(path: Path, renew: Callable[[], bool], ended: threading.Event) -> None:
     """Gives signs of life; ends the process when the lease was taken from it meanwhile.
 
     That happens to one that stood still for longer than `LIMIT`, such as on a laptop asleep.
     """
     while not ended.wait(BEAT):
         try:
-            if path.read_bytes() != content:
-                print(f"error: '{path}' was taken over while this process stood still", flush=True)
-                os._exit(1)
-            _renew(path, content)
-        except FileNotFoundError:  # removed by hand
-            with contextlib.suppress(OSError), path.open("xb") as file:
-                file.write(content)
-        except OSError:
-            continue
+            kept = renew()
+        except Exception as error:  # of a disk, or of those who reach a bucket
+            if isinstance(error, OSError) or disks.passing(error):
+                continue
+            raise
+        if not kept:
+            print(f"error: '{path}' was taken over while this process stood still", flush=True)
+            os._exit(1)
 
 
 def _renew(path: Path, content: bytes) -> None:

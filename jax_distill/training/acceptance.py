@@ -10,7 +10,8 @@ from typing import TypedDict
 from ml_collections import ConfigDict
 
 from jax_distill import config as configuration
-from jax_distill.data.identity import Identity, identity
+from jax_distill.data.folders import folders
+from jax_distill.data.identity import Identity, identity_of
 from jax_distill.devices import processes
 from jax_distill.storage.files import read_json, read_text, write_json
 
@@ -58,7 +59,7 @@ def known(workdir: Path) -> Kept:
 def _with_records(kept: Kept, config: ConfigDict) -> Kept:
     if config.objective.name == "autoencoder" or not config.data.path or "records" in kept:
         return kept
-    return {**kept, "records": identity(Path(config.data.path))}
+    return {**kept, "records": identity_of(folders(config.data.path))}
 
 
 def _keep(workdir: Path, kept: Kept) -> None:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jax_distill.devices import processes
 from jax_distill.devices.sharding import shard_state
 from jax_distill.objectives.objective import STUDENT
+from jax_distill.storage import buckets, paths
 from jax_distill.storage.files import read_json
 from jax_distill.training import damage
 
@@ -43,7 +44,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int = 2):
-        self.directory = Path(directory).resolve()
+        self.directory = paths.absolute(directory)
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -169,7 +170,7 @@ def complete_steps(workdir: Path) -> list[int]:
     Raises:
       ValueError: the run has none.
     """
-    directory = (Path(workdir) / "checkpoints").resolve()
+    directory = paths.absolute(workdir) / "checkpoints"
     if not directory.is_dir():
         raise ValueError(
             f"'{workdir}' has no checkpoints; train it with python -m jax_distill.main"
@@ -215,7 +216,7 @@ def load_averaged(workdir: Path, mesh: Mesh | None = None, *, from_step: int = 0
     steps = [step for step in complete_steps(workdir) if step >= from_step]
     if not steps:
         raise ValueError(f"'{workdir}' has no complete checkpoint of step {from_step} or later")
-    directory = (Path(workdir) / "checkpoints").resolve()
+    directory = paths.absolute(workdir) / "checkpoints"
 
     def restore(step: int) -> dict:
         folder = directory / str(step)
@@ -272,7 +273,10 @@ def _set_aside(folder: Path) -> None:
     for number in itertools.count():
         aside = folder.with_name(f"damaged-{folder.name}" + f"-{number}" * bool(number))
         if not aside.exists():
-            folder.rename(aside)
+            if paths.is_bucket(folder):
+                buckets.move(folder, aside)
+            else:
+                folder.rename(aside)
             return
 
 

@@ -143,7 +143,9 @@ def _passing(error: Exception, folder: Path) -> Exception | None:
         if not folder.is_dir():
             return FileNotFoundError(f"'{folder}' is gone")
         disks.read_all(folder)
-    except OSError as plain:
+    except Exception as plain:
+        if not (isinstance(plain, OSError) or disks.of_network(plain)):
+            raise
         return plain if disks.passing(plain) else None
     return None
 

@@ -12,12 +12,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_distill.config import optimizer_of
-from jax_distill.data.loader import Batches, batches, example_of_row
+from jax_distill.data.loader import Ahead, Batches, batches, example_of_row
 from jax_distill.devices import processes, sharding
 from jax_distill.devices.signals import Interrupted, Signals
 from jax_distill.objectives.objective import STUDENT, Method
+from jax_distill.storage import paths
 from jax_distill.training import acceptance, checkpoint, damage
 from jax_distill.training.checkpoint import Checkpoints
+from jax_distill.training.feed import Embedder, Feed
 from jax_distill.training.optimizer import learning_rate
 from jax_distill.training.progress import Report
 from jax_distill.training.step import (
@@ -54,12 +56,13 @@ class Initial(NamedTuple):
 def fit(
     config: ConfigDict,
     workdir: Path,
-    objective: Method,
+    objective: Method | Sequence[Method],
     initial: Initial | dict,
     frozen: dict,
     source: Any,
     *,
     hooks: Hooks = (),
+    embedder: Embedder | None = None,
 ) -> dict:
     """Trains until `config.total_steps`, from the latest checkpoint in `workdir` if there is one.
 
@@ -71,12 +74,15 @@ def fit(
     Args:
       config: the run's configuration.
       workdir: of this stage; checkpoints, metrics and samples go there.
-      objective: what is trained.
+      objective: what is trained; where the source has pictures of several sizes, one for each of
+        them, in their order, which differ in nothing but the size.
       initial: the student network's parameters; as `Initial` they are not made where there is a
         checkpoint, and not kept once there is a state.
       frozen: parameters that no gradient reaches, passed to the loss.
       source: random-access data, see `data/loader.py`.
       hooks: see `Hooks`.
+      embedder: of captions that come as token ids; its programs run after the step that is under
+        way, and the host does not wait for them.
 
     Returns:
       The averaged (EMA) parameters of the student.
@@ -85,7 +91,9 @@ def fit(
       NonFiniteLoss: with `on_nonfinite="stop"`, naming the step and the last good checkpoint.
       Interrupted: after saving.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    objectives = objective if isinstance(objective, Sequence) else (objective,)
+    objective = objectives[0]
+    paths.make_folder(workdir)
     mesh = sharding.make_mesh(config.mesh)
     average = finished(config, workdir, mesh)
     if average is not None:
@@ -100,14 +108,12 @@ def fit(
 
     abstract = jax.eval_shape(create, initial.shapes)
     shardings = sharding.shard_state(abstract, mesh)
-    rows = sharding.local_rows(config.batch_size, mesh)
-    layout = example_of_row(config.batch_size, config.accumulate, objective.rows_per_example)
     with (
         Signals() as signals,
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
         Report(workdir, config.total_steps, config.batch_size) as report,
     ):
-        iterator = batches(source, config.batch_size, config.seed, rows, layout)
+        iterator = stream(config, source, objective, mesh)
         found = checkpoints.restore_latest(with_shardings(abstract, shardings))
         if found is None:
             start, window = 0, {}
@@ -128,10 +134,29 @@ def fit(
         total, begins = config.total_steps, "after" if start else "from"
         logging.info("%s, %s step %d of %d", what, begins, start, total)
         report.begin(start, window)
-        programs = functools.partial(jit_step, objective, optimizers, config, shardings)
+
+        def program(size: int, turn: tuple[str, ...]) -> Callable:
+            return jit_step(objectives[size], optimizers, config, shardings, turn)
+
         frozen = sharding.put(frozen, sharding.shard_state(frozen, mesh))
-        run = _Run(config, objective, functools.cache(programs), frozen, checkpoints, report)
-        return run.train(state, start, iterator, signals, hooks)
+        run = _Run(config, objective, functools.cache(program), frozen, checkpoints, report)
+        feed = Feed(iterator, mesh, config.batch_size, start, embedder)
+        return run.train(state, start, feed, signals, hooks)
+
+
+def stream(config: ConfigDict, source: Any, objective: Method, mesh: Mesh) -> Batches:
+    """The batches of a run, of which this process reads the rows that its devices hold."""
+    data = config.data
+    return batches(
+        source,
+        config.batch_size,
+        config.seed,
+        sharding.local_rows(config.batch_size, mesh),
+        example_of_row(config.batch_size, config.accumulate, objective.rows_per_example),
+        caption_dropout=data.caption_dropout,
+        damaged_share=data.damaged_share if data.damaged == "skip" else 0.0,
+        ahead=Ahead(data.threads, data.prefetch, data.workers),
+    )
 
 
 class _Run:
@@ -141,7 +166,7 @@ class _Run:
         self,
         config: ConfigDict,
         objective: Method,
-        program: Callable[[tuple[str, ...]], Callable],
+        program: Callable[[int, tuple[str, ...]], Callable],
         frozen: dict,
         checkpoints: Checkpoints,
         report: Report,
@@ -157,19 +182,20 @@ class _Run:
         }
 
     def train(
-        self, state: TrainState, start: int, iterator: Batches, signals: Signals, hooks: Hooks
+        self, state: TrainState, start: int, feed: Feed, signals: Signals, hooks: Hooks
     ) -> dict:
         """Takes the steps after `start`; returns the student's average."""
         config, total = self._config, self._config.total_steps
         moves = {name: int(player.moves) for name, player in state.players.items()}
-        compiled = set()
+        compiled: set[tuple[int, tuple[str, ...]]] = set()
         for step in range(start + 1, total + 1):
             turn = self._objective.turn(step - 1)
-            batch = sharding.shard_batch(next(iterator), state.step.sharding.mesh)
-            state, metrics = self._program(turn)(state, self._frozen, batch)
-            if turn not in compiled:
+            batch = next(feed)
+            which = (feed.size, turn)
+            state, metrics = self._program(*which)(state, self._frozen, batch)
+            if which not in compiled:
                 self._report.start_clock(step - 1)
-                compiled.add(turn)
+                compiled.add(which)
             moves |= {name: moves[name] + 1 for name in turn}
             self._running.append((step, metrics))
             self._settle(leave=1)  # the last runs while the next batch is made
@@ -183,8 +209,9 @@ class _Run:
             stop = processes.preempted() if processes.joined() else signals.received
             if step % config.checkpoint.every == 0 or last or stop:
                 self._settle(leave=0)
+                self._report.flush()
                 # The input's position belongs to the state: both after `step` batches.
-                self._checkpoints.save(step, state, iterator.get_state(), self._report.window)
+                self._checkpoints.save(step, state, feed.get_state(), self._report.window)
             if stop:
                 where = self._checkpoints.directory.parent
                 raise Interrupted(f"{where}: stopped by a signal, saved at step {step}")

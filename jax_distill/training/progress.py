@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 import time
 from pathlib import Path
 from typing import TypedDict
@@ -9,13 +10,19 @@ from typing import TypedDict
 from absl import logging
 
 from jax_distill.devices import processes
+from jax_distill.storage import paths
 from jax_distill.storage.files import FileError, check_regular, parse_json, write_atomically
 
 METRICS = "metrics.jsonl"
+PAUSE = 30.0
+"""Seconds at least between copies of the files of a run in a bucket, where nothing is appended."""
 
 
 class Report:
     """Progress on the terminal, TensorBoard events, and one line of metrics.jsonl a logged step.
+
+    In a bucket, where objects are written whole, the files grow on a disk of this host, and are
+    copied now and then, before each checkpoint, and at the end.
 
     A line holds the means over the steps since the line before, of finite values; null where there
     are none. It says nothing of a player that has not moved since.
@@ -29,6 +36,9 @@ class Report:
     def __init__(self, workdir: Path, total: int, batch_size: int):
         self._workdir, self._total, self._batch_size = workdir, total, batch_size
         self._writer = None
+        self._local = workdir
+        self._copied: dict[str, int] = {}  # sizes of the files when they were copied
+        self._next_copy = 0.0
         self.window: dict[str, list[float]] = {}  # of each metric, the sum and the count
 
     def begin(self, start: int, window: dict[str, list[float]]) -> None:
@@ -45,8 +55,13 @@ class Report:
             from clu import metric_writers  # brings TensorFlow: seconds that only training pays
 
             _forget_after(self._workdir / METRICS, start)
+            if paths.is_bucket(self._workdir):
+                self._temporary = tempfile.TemporaryDirectory(prefix="jax_distill-")
+                self._local = Path(self._temporary.name)
+                if (before := self._workdir / METRICS).exists():
+                    (self._local / METRICS).write_bytes(before.read_bytes())
             self._writer = metric_writers.create_default_writer(
-                str(self._workdir), just_logging=False, asynchronous=True
+                str(self._local), just_logging=False, asynchronous=True
             )
 
     def start_clock(self, step: int) -> None:
@@ -89,9 +104,11 @@ class Report:
             "examples_per_sec": rate * self._batch_size,
             "time": now - self._begun,
         }
-        with (self._workdir / METRICS).open("a") as file:
+        with (self._local / METRICS).open("a") as file:
             file.write(json.dumps({"step": step, **line}) + "\n")
         self._writer.write_scalars(step, {k: v for k, v in line.items() if v is not None})
+        if time.monotonic() >= self._next_copy:
+            self.flush()
         shown = "  ".join(
             f"{name} not finite" if value is None else f"{name} {value:.4f}"
             for name, value in losses.items()
@@ -104,10 +121,29 @@ class Report:
             clock(left),
         )
 
+    def flush(self) -> None:
+        """Copies the files into the bucket that the run is in."""
+        if self._writer is not None and self._local != self._workdir:
+            self._writer.flush()
+            self._copy()
+
+    def _copy(self) -> None:
+        began = time.monotonic()
+        for path in sorted(self._local.iterdir()):
+            size = path.stat().st_size
+            if self._copied.get(path.name) != size:
+                write_atomically(self._workdir / path.name, path.read_bytes())
+                self._copied[path.name] = size
+        took = time.monotonic() - began
+        self._next_copy = time.monotonic() + max(PAUSE, 20 * took)
+
     def close(self) -> None:
         """Writes out what TensorBoard has not got yet."""
         if self._writer is not None:
             self._writer.close()
+            if self._local != self._workdir:
+                self._copy()
+                self._temporary.cleanup()
 
     def __enter__(self) -> "Report":
         return self

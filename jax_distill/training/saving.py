@@ -20,7 +20,7 @@ import jax
 from absl import logging
 
 from jax_distill.devices import processes
-from jax_distill.storage import disks
+from jax_distill.storage import disks, paths
 from jax_distill.storage.files import FileError
 from jax_distill.training import checkpoint
 
@@ -75,7 +75,7 @@ def _other(error: Exception) -> tuple[str, str] | None:
 
 def _sentence(workdir: Path, what: str, fix: str) -> str:
     folders = [workdir / "checkpoints", workdir / "time_rescale" / "checkpoints"]
-    if not processes.joined():
+    if not (processes.joined() or paths.is_bucket(workdir)):
         for thread in threading.enumerate():  # one that still writes would make it anew
             if type(thread).__module__.startswith("orbax."):
                 threading.Thread.join(thread, _PATIENCE)  # Orbax's own raises

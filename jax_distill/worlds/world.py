@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ml_collections import ConfigDict
 
+from jax_distill.data.encoding import StoredText, Work
+from jax_distill.data.mixture import Mixture
 from jax_distill.data.records import LatentRecords
 from jax_distill.data.sources.source import CaptionedSource
 from jax_distill.flow import Batch, Text
 from jax_distill.interop.parts import StoredPart
 from jax_distill.models.latents import LatentCodec
+from jax_distill.training.feed import Embedder
 
 
 class Source(Protocol):
@@ -19,9 +22,31 @@ class Source(Protocol):
     null: Text
     """The empty caption, with a leading axis of length one."""
 
+    empty: Any
+    """The empty caption as examples have theirs: embedded, or as token ids."""
+
+    embedder: Embedder | None
+    """Embeds captions that come as token ids; None where they come embedded."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Batch: ...
+
+
+class Embedding(NamedTuple):
+    """The program that embeds captions between steps, from shapes alone.
+
+    Attributes:
+      function: (parameters, batches of token ids) to a `Text` for each.
+      jitted: the same, placed on a mesh.
+      parameters: shapes of the text encoders' parameters, as a run holds them.
+      tokens: shapes of the token ids, a tree for each of the batches that are embedded at a time.
+    """
+
+    function: Callable[[Any, Any], list[Text]]
+    jitted: Any
+    parameters: Any
+    tokens: list[Any]
 
 
 class World(Protocol):
@@ -92,14 +117,17 @@ class World(Protocol):
     def planned_teacher(self) -> ConfigDict:
         """Like `default_teacher`, for plans, which need no more than the sizes of its network."""
 
+    def planned_embedding(self, count: int, mesh: Any) -> Embedding | None:
+        """How a run embeds its batches of `count` captions; None where they come embedded."""
+
     def part(self, name: str) -> StoredPart | None:
         """The "autoencoder", "clip" or "t5" of an exported network's pipeline, if there is one."""
 
     def examples(self, count: int) -> list[str]:
         """Captions to be exported as embeddings; none where text encoders of PyTorch make them."""
 
-    def source(self, workdir: Path) -> Source:
-        """The data of a run; may be made, below `workdir`."""
+    def source(self, workdir: Path) -> Mixture:
+        """The data of a run, of the folders of `data.path`; may be made, below `workdir`."""
 
     def pictures(self) -> Sequence[Batch] | None:
         """Pictures to train an autoencoder on; None in a world that comes with its own."""
@@ -107,39 +135,46 @@ class World(Protocol):
     def captions(self, count: int, seed: int) -> list[str] | None:
         """The first captions of the world's stream `seed`; None where the user must give them."""
 
-    def prepare(
+    def stored_text(self, padding: str = "shared") -> StoredText | None:
+        """How captions are embedded to be stored; None where they are embedded as they are read.
+
+        Args:
+          padding: see `manifest.TextFacts`.
+        """
+
+    def work(
         self,
-        output: Path,
         source: CaptionedSource | None = None,
         *,
         seed: int | None = None,
         damaged_share: float = 0.0,
-    ) -> int:
-        """Encodes pictures and captions into a folder of records.
+        padding: str = "shared",
+        embed: bool = True,
+    ) -> Work:
+        """Pictures and captions that are to be encoded into a folder of records.
 
         Args:
-          output: folder of the records.
           source: captioned pictures; None in a world that renders its own, by `data.examples` and
             `data.seed`.
           seed: of latents drawn from the autoencoder's posterior; None takes its mean.
           damaged_share: the largest share of examples that may be left out, see
             `sources.checking`.
-
-        Returns:
-          The number of examples.
+          padding: see `manifest.TextFacts`.
+          embed: whether captions are stored embedded, in a world that `stores_text`.
 
         Raises:
-          ValueError: pictures or captions cannot be used.
+          ValueError: the encoders are missing.
         """
 
     def preview(self, source: Source, count: int) -> tuple[list[str], Text]:
         """Captions for sample grids, always the same `count`, as words and embedded."""
 
-    def check(self, records: LatentRecords | None) -> None:
+    def check(self, records: LatentRecords | None, folder: str = "") -> None:
         """Checks this world's own requirements before a run begins.
 
         Args:
-          records: of `data.path`; None where the world makes its data itself.
+          records: of a folder of `data.path`; None where the world makes its data itself.
+          folder: that they lie in.
 
         Raises:
           ConfigError: naming the key and the fix.

@@ -1,17 +1,21 @@
 """Reads every example of a source once, so that none of them fails hours later."""
 
+import json
 from array import array
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, NotRequired, TypedDict
 
 from absl import logging
 
 from jax_distill.data import pictures
 from jax_distill.data.sources.source import Captioned, CaptionedSource, check_index
-from jax_distill.storage.files import FileError, PassingError
+from jax_distill.devices.processes import ALONE, Share
+from jax_distill.storage.files import FileError, PassingError, read_json_lines, write_atomically
 
 CHECKS_LOGGED = 1000
+PART, MOST_PARTS = 1024, 256  # examples that are noted at a time, and at most how often
 
 
 class Damaged(NamedTuple):
@@ -21,14 +25,51 @@ class Damaged(NamedTuple):
     reason: str  # a sentence
 
 
+class Looked(TypedDict):
+    """What was found of an example: a caption, or the damage."""
+
+    key: str
+    caption: NotRequired[str]
+    damage: NotRequired[str]
+    notes: NotRequired[list[str]]  # about its picture
+    where: NotRequired[str]  # the picture is, if there are notes
+    size: NotRequired[int]  # the number of the one that suits it best, unless that is 0
+
+
 class CheckedSource:
-    """The examples of a source that can be used, in its order; a `CaptionedSource`."""
+    """The examples of a source that can be used, in its order; a `CaptionedSource`.
+
+    Attributes:
+      captions: of its examples, as they were when they were checked.
+      damaged: the other examples.
+
+    Args:
+      source: of all examples.
+      indices: of those that can be used.
+      captions: of those.
+      damaged: the others.
+      sizes: the number of the size that suits each best, where there are several.
+    """
 
     has_pictures = True
 
-    def __init__(self, source: CaptionedSource, indices: Sequence[int], damaged: list[Damaged]):
-        self.name, self.damaged = source.name, damaged
-        self._source, self._indices = source, indices
+    def __init__(
+        self,
+        source: CaptionedSource,
+        indices: Sequence[int],
+        captions: Sequence[str],
+        damaged: Sequence[Damaged],
+        sizes: Sequence[int] | None = None,
+    ):
+        self.name, self.captions, self.damaged = source.name, captions, damaged
+        self._source, self._indices, self._sizes = source, indices, sizes
+
+    def of_size(self, number: int, damaged: Sequence[Damaged]) -> "CheckedSource":
+        """The examples that one of several sizes suits best, and damaged ones to list with them."""
+        places = [place for place, size in enumerate(self._sizes) if size == number]
+        indices = array("q", (self._indices[place] for place in places))
+        captions = [self.captions[place] for place in places]
+        return CheckedSource(self._source, indices, captions, damaged)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -38,19 +79,42 @@ class CheckedSource:
         return self._source.key(self._indices[index])
 
     def __getitem__(self, index: int) -> Captioned:
+        """As a `CaptionedSource`.
+
+        Raises:
+          FileError: it has another caption than when it was checked.
+        """
         check_index(index, len(self))
-        return self._source[self._indices[index]]
+        found = self._source[self._indices[index]]
+        if found.caption != self.captions[index]:
+            raise FileError(
+                f"{self.name}: {found.key!r:.200} has another caption than when it was checked; put"
+                " the old one back, or begin anew with another --output"
+            )
+        return found
 
 
 def checked(
-    source: CaptionedSource, resolution: tuple[int, int], *, damaged_share: float = 0.0
+    source: CaptionedSource,
+    resolution: tuple[int, int],
+    others: Sequence[tuple[int, int]] = (),
+    *,
+    damaged_share: float = 0.0,
+    most: int | None = None,
+    journal: Path | None = None,
+    share: Share = ALONE,
 ) -> CheckedSource:
     """Reads every caption and decodes every picture; the log counts what is done about them.
 
     Args:
       source: of captioned pictures.
       resolution: height and width that pictures will be fitted to; smaller ones are counted.
+      others: more of them; each picture will be fitted to the one that suits it best.
       damaged_share: the largest share of examples that may be left out because they are damaged.
+      most: the number of examples to look at, from the first on; by default, all.
+      journal: a folder that keeps what was found, so that a process that comes later needs not
+        look again.
+      share: of this process; of several, each looks at a part and all return the same.
 
     Returns:
       The examples that can be used, and what is wrong with the others.
@@ -65,24 +129,78 @@ def checked(
             f"{source.name} has captions alone, and no pictures to encode; let a teacher draw for"
             " them with --teacher and --captions"
         )
-    count = len(source)
-    indices, damaged, damages = array("q"), [], 0
-    notes, noted_first = Counter(), {}
-    for index in range(count):
+    count = len(source) if most is None else min(most, len(source))
+    sizes = (resolution, *others)
+    if journal is None:
+        found: Iterable[Looked] = _looked(source, sizes, range(count))
+    else:
+        found = _kept(source, sizes, count, journal, share)
+    return _usable(source, found, count, damaged_share)
+
+
+def _looked(
+    source: CaptionedSource, sizes: Sequence[tuple[int, int]], span: range
+) -> Iterator[Looked]:
+    """What is found of some examples."""
+    for index in span:
         try:
-            picture = source[index].picture
-            for note in pictures.check(picture, *resolution):
-                notes[note] += 1
-                noted_first.setdefault(note, picture.where)
-            indices.append(index)
+            example = source[index]
+            picture = pictures.shown(example.picture)
+            size = pictures.nearest(picture, sizes)
+            looked: Looked = {"key": example.key, "caption": example.caption}
+            if size:
+                looked["size"] = size
+            if notes := sorted(pictures.noted(picture, *sizes[size])):
+                looked |= {"notes": notes, "where": example.picture.where}
         except PassingError:
             raise
         except FileError as error:
-            damages += 1
-            if not damaged or damages <= damaged_share * count:  # no more are ever listed
-                damaged.append(Damaged(source.key(index), str(error)))
+            looked = {"key": source.key(index), "damage": str(error)}
+        yield looked
         if (index + 1) % CHECKS_LOGGED == 0:
-            logging.info("checked %d of %d pictures", index + 1, count)
+            logging.info("checked %d of %d pictures", index + 1, len(source))
+
+
+def _kept(
+    source: CaptionedSource,
+    sizes: Sequence[tuple[int, int]],
+    count: int,
+    journal: Path,
+    share: Share,
+) -> Iterator[Looked]:
+    """As `_looked`, of all; by parts, each in a file of the journal once it is known."""
+    size = max(PART, -(-count // MOST_PARTS))
+    starts = range(0, count, size)
+    paths = [journal / f"checked-{number:05d}.jsonl" for number in range(len(starts))]
+    for number in range(len(starts))[share.index :: share.count]:
+        if not paths[number].exists():
+            span = range(starts[number], min(starts[number] + size, count))
+            lines = [json.dumps(looked) + "\n" for looked in _looked(source, sizes, span)]
+            write_atomically(paths[number], "".join(lines))
+    share.wait(f"checked {journal}")
+    for path in paths:
+        for _, looked in read_json_lines(path, Looked):
+            yield looked
+
+
+def _usable(
+    source: CaptionedSource, found: Iterable[Looked], count: int, damaged_share: float
+) -> CheckedSource:
+    """Takes the examples that can be used; see `checked`."""
+    indices, captions, damaged, damages, sizes = array("q"), [], [], 0, array("H")
+    notes, noted_first = Counter(), {}
+    for index, looked in enumerate(found):
+        for note in looked.get("notes", ()):
+            notes[note] += 1
+            noted_first.setdefault(note, looked["where"])
+        if "damage" not in looked:
+            indices.append(index)
+            captions.append(looked["caption"])
+            sizes.append(looked.get("size", 0))
+            continue
+        damages += 1
+        if not damaged or damages <= damaged_share * count:  # no more are ever listed
+            damaged.append(Damaged(looked["key"], looked["damage"]))
     for note, times in sorted(notes.items()):
         where = noted_first[note]
         logging.warning("%d of %d pictures %s, such as %s", times, count, note, where)
@@ -93,4 +211,4 @@ def checked(
     if damages:
         first = damaged[0].reason
         logging.warning("%d of %d pictures are left out: damaged: %s", damages, count, first)
-    return CheckedSource(source, indices, damaged)
+    return CheckedSource(source, indices, captions, damaged, sizes)

@@ -19,6 +19,7 @@ from jax_distill.interop.readers import (
     unreadable,
     variants,
 )
+from jax_distill.storage import paths
 from jax_distill.storage.files import check_no_partial
 from jax_distill.storage.quoting import shown
 
@@ -74,6 +75,8 @@ def locate(source: str | Path) -> Path:
     path = Path(source)
     if path.exists():
         return path
+    if paths.is_address(source):
+        raise ValueError(f"--source: '{source}' is an address; copy it to a disk and give that")
     if not _HUB_ID.fullmatch(str(source)):
         raise ValueError(f"--source: no file or folder '{source}'")
     try:

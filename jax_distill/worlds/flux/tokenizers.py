@@ -6,6 +6,7 @@ Source: diffusers' `FluxPipeline.encode_prompt`, which makes the same ids.
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +15,15 @@ import numpy as np
 from absl import logging
 
 from jax_distill.models.sizes import LONGEST
-from jax_distill.storage import disks
+from jax_distill.storage import buckets, disks, paths
 from jax_distill.storage.files import check_regular, unread
 from jax_distill.storage.quoting import one_line, shown
 
 CLIP_FOLDER, T5_FOLDER = "tokenizer", "tokenizer_2"
 _FIX = "download the tokenizer's folder again"
 _SHOWN = 60  # characters of a caption in a message
+_WARNED = 100  # captions whose end is cut off, in a log
+_ONE_AT_A_TIME = threading.Lock()  # a call changes the settings of transformers' tokenizers
 _BYTES = 64 << 20  # of a file; T5's largest has 2 MB
 
 
@@ -83,9 +86,13 @@ class FluxTokenizer:
             ) from error
 
         def read(kind: Any, name: str) -> Any:
-            path = Path(folder) / name
+            path = paths.path(folder) / name
             if not path.is_dir():
                 raise ValueError(f"'{path}' is missing; give a diffusers folder of FLUX")
+            with buckets.on_disk(path) as copy:
+                return read_folder(kind, copy)
+
+        def read_folder(kind: Any, path: Path) -> Any:
             # transformers makes up a tokenizer of an empty vocabulary where it finds no files.
             files = dict(kind.vocab_files_names)
             files.pop("tokenizer_file", None)
@@ -111,7 +118,8 @@ class FluxTokenizer:
         Args:
           captions: B of them.
           strict: whether a caption that is too long is an error; otherwise its end is cut off, and
-            the log says so. FLUX reads the words from T5's ids, and a summary from CLIP's.
+            the log says so of the first hundred. FLUX reads the words from T5's ids, and a summary
+            from CLIP's.
 
         Raises:
           ValueError: `strict`, and a caption has too many tokens.
@@ -119,10 +127,17 @@ class FluxTokenizer:
         captions = list(captions)
         if not captions:
             raise ValueError("captions: none given; pass one or more")
-        return TokenIds(
-            self._encode("CLIP", self._clip, captions, self.clip_length, strict),
-            self._encode("T5", self._t5, captions, self.t5_length, strict),
-        )
+        with _ONE_AT_A_TIME:
+            return TokenIds(
+                self._encode("CLIP", self._clip, captions, self.clip_length, strict),
+                self._encode("T5", self._t5, captions, self.t5_length, strict),
+            )
+
+    def rows(self, captions: Sequence[str]) -> list[int]:
+        """The number of T5's tokens of each caption, with the end token and without padding."""
+        with _sentence("the T5 tokenizer", "cannot encode captions"):
+            found = self._t5(list(captions), truncation=True, max_length=self.t5_length)
+        return [len(ids) for ids in found["input_ids"]]
 
     def _encode(
         self, name: str, tokenizer: Any, captions: list[str], limit: int, strict: bool
@@ -138,7 +153,7 @@ class FluxTokenizer:
             if strict:
                 fix = "shorten it" + (" or raise t5_length" if name == "T5" else "")
                 raise ValueError(f"{found}; {fix}")
-            logging.warning("%s; the rest is cut off", found)
+            logging.log_first_n(logging.WARNING, "%s; the rest is cut off", _WARNED, found)
         with _sentence(f"the {name} tokenizer", "cannot encode captions"):
             padded = tokenizer(captions, padding="max_length", max_length=limit, truncation=True)
             ids = np.asarray(padded["input_ids"], np.int32)

@@ -8,32 +8,39 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx, traverse_util
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_distill import flow
 from jax_distill.config import ConfigError, load
-from jax_distill.data.encoding import NULL_CAPTION, encode_pictures
-from jax_distill.data.loader import EmbeddedLatents
+from jax_distill.data import mixture
+from jax_distill.data.encoding import NULL_CAPTION, Embed, EncodedPictures, StoredText
+from jax_distill.data.folders import folders, resolution_of, weighed
+from jax_distill.data.identity import of_weights
+from jax_distill.data.loader import EmbeddedLatents, TokenizedLatents
 from jax_distill.data.records import LatentRecords
-from jax_distill.data.sources.checking import checked
 from jax_distill.data.sources.source import CaptionedSource
 from jax_distill.devices import sharding
 from jax_distill.flow import Text
 from jax_distill.interop import ported_folder, scheduler_config
-from jax_distill.interop.orbax_tree import open_tree
 from jax_distill.interop.parts import StoredPart
 from jax_distill.models import clip, t5
 from jax_distill.models.autoencoder import Autoencoder, AutoencoderConfig
 from jax_distill.models.binding import parameters
 from jax_distill.models.latents import LatentCodec
+from jax_distill.storage import paths
 from jax_distill.storage.quoting import shown
+from jax_distill.worlds.flux import embedding
+from jax_distill.worlds.flux.embedding import BatchEmbedder
 from jax_distill.worlds.flux.flux_lite import flux_lite
-from jax_distill.worlds.flux.text_encoders import Part, TextEncoders
+from jax_distill.worlds.flux.stored import load_stored
+from jax_distill.worlds.flux.text_encoders import Part, TextEncoders, shapes
 from jax_distill.worlds.flux.tokenizers import FluxTokenizer
+from jax_distill.worlds.world import Embedding
 
 _LARGEST_SHIFT = 50.0  # of mu: times are shifted by e^mu
+_TEXT_ENCODERS = ("clip", "t5", "tokenizer", "tokenizer_2")
 # Other settings of diffusers' FlowMatchEulerDiscreteScheduler, each with the supported value.
 _FIXED = {
     "num_train_timesteps": 1000,
@@ -52,7 +59,7 @@ class Flux:
 
     The parts come from the ported folder that `teacher.checkpoint` leads to, through any number of
     runs. Parameters are read when they are needed, in the type they are stored in; the text
-    encoders are released again.
+    encoders are released again, but where `data.embedding` is "training".
     """
 
     batch_size = 4
@@ -94,18 +101,38 @@ class Flux:
         parts = self._described["parts"]
         return parts["t5"]["d_model"], parts["clip"]["hidden_size"]
 
-    def text_encoders(self) -> TextEncoders:
-        """The text encoders, on all devices; they take memory until they are released."""
-        tokenizer = FluxTokenizer.load(self.folder, self._config.data.text_length)
-        mesh = sharding.make_mesh(sharding.ALL_FSDP)
-        parts = []
-        for name, module, kind in (("clip", clip, clip.ClipConfig), ("t5", t5, t5.T5Config)):
-            config = kind.from_dict(self._described["parts"][name])
-            like = jax.eval_shape(
-                lambda module=module, config=config: module.initial_parameters(config, nnx.Rngs(0))
-            )
-            parts.append(Part(config, load_stored(self.folder, name, like, mesh)))
-        return TextEncoders(tokenizer.encode, *parts, dtype=self._config.dtype, mesh=mesh)
+    @functools.cached_property
+    def tokenizer(self) -> FluxTokenizer:
+        return FluxTokenizer.load(self.folder, self._config.data.text_length)
+
+    def text_encoders(self, mesh: Mesh | None = None) -> TextEncoders:
+        """The text encoders, by default on all devices; they take memory until released."""
+        mesh = sharding.make_mesh(sharding.ALL_FSDP) if mesh is None else mesh
+        parts = [
+            Part(config, load_stored(self.folder, name, shapes(config), mesh))
+            for name, config in zip(("clip", "t5"), self._text_configs())
+        ]
+        return TextEncoders(self.tokenizer.encode, *parts, dtype=self._config.dtype, mesh=mesh)
+
+    def batch_embedder(self) -> BatchEmbedder:
+        """The text encoders on the mesh of the run, where they stay."""
+        mesh, configs = sharding.make_mesh(self._config.mesh), self._text_configs()
+        return BatchEmbedder.load(self.folder, configs, dtype=self._config.dtype, mesh=mesh)
+
+    def planned_embedding(self, count: int, mesh: Any) -> Embedding | None:
+        """With the sizes of FLUX's encoders where no folder says others."""
+        config = self._config
+        if config.data.embedding != "training":
+            return None
+        configs = clip.ClipConfig(), t5.T5Config()
+        if config.teacher.checkpoint:
+            configs = self._text_configs()
+        length = config.data.text_length
+        return embedding.planned(configs, count, length, dtype=config.dtype, mesh=mesh)
+
+    def _text_configs(self) -> tuple[clip.ClipConfig, t5.T5Config]:
+        parts = self._described["parts"]
+        return clip.ClipConfig.from_dict(parts["clip"]), t5.T5Config.from_dict(parts["t5"])
 
     def encode(self, captions: Sequence[str]) -> Text:
         """Reads the text encoders, embeds, and releases them: 10 GB in FLUX's size."""
@@ -116,9 +143,9 @@ class Flux:
 
     @functools.cached_property
     def null(self) -> Text:
-        """The empty caption, from `data.path` if it is set, otherwise embedded anew."""
-        if self._config.data.path:
-            return LatentRecords(Path(self._config.data.path)).null
+        """The empty caption, from `data.path` if it is embedded there, otherwise embedded anew."""
+        if self._config.data.path and self._config.data.embedding == "prepared":
+            return LatentRecords(folders(self._config.data.path)[0]).null
         return self.encode([NULL_CAPTION])
 
     def time_shift(self, tokens: int) -> float:
@@ -164,13 +191,24 @@ class Flux:
         """FLUX.1-lite-8B."""
         return flux_lite(self._config.model.get("remat", "none"), self.resolution)
 
-    def source(self, workdir: Path) -> EmbeddedLatents:
-        """`data.path`, captions embedded, as `jax_distill.prepare` made it."""
+    def source(self, workdir: Path) -> mixture.Mixture:
+        """The folders of `data.path`, as `jax_distill.prepare` made them."""
         del workdir
-        return EmbeddedLatents(LatentRecords(Path(self._config.data.path)))
+        parts = []
+        for folder, weight in weighed(self._config.data.path, self._config.data.weights):
+            records = LatentRecords(paths.path(folder))
+            parts.append(mixture.Part(self._opened(records), weight, resolution_of(records)))
+        return mixture.Mixture(parts)
 
-    def preview(self, source: EmbeddedLatents, count: int) -> tuple[list[str], Text]:
-        """Captions of the data, taken evenly: no text encoder is needed."""
+    def _opened(self, records: LatentRecords) -> EmbeddedLatents | TokenizedLatents:
+        if self._config.data.embedding == "prepared":
+            return EmbeddedLatents(records)
+        return TokenizedLatents(records, self.tokenizer.encode, self.batch_embedder)
+
+    def preview(
+        self, source: EmbeddedLatents | TokenizedLatents, count: int
+    ) -> tuple[list[str], Text]:
+        """Captions of the data, taken evenly, embedded as in training."""
         return source.captions([index * len(source) // count for index in range(count)])
 
     def pictures(self) -> None:
@@ -179,52 +217,107 @@ class Flux:
     def captions(self, count: int, seed: int) -> None:
         return None
 
-    def prepare(
+    def stored_text(self, padding: str = "shared") -> StoredText:
+        length, (width, pooled) = self._config.data.text_length, self.text_widths
+        facts = {"sequence": [length, width], "pooled": pooled, "type": "bfloat16"}
+
+        def read() -> Embed:
+            return self.text_encoders(sharding.local_mesh()).encode
+
+        facts |= {"padding": padding}
+        return StoredText(facts, read, self.tokenizer.rows, self._digests(_TEXT_ENCODERS))
+
+    def _digests(self, names: Sequence[str]) -> dict[str, str]:
+        return {name: of_weights(self.folder / name) for name in names}
+
+    def work(
         self,
-        output: Path,
         source: CaptionedSource,
         *,
         seed: int | None = None,
         damaged_share: float = 0.0,
-    ) -> int:
-        """Encodes captioned pictures, fitted to the world's height and width."""
-        usable = checked(source, self.resolution, damaged_share=damaged_share)
-        encode_pictures(
-            output, usable, self.resolution, self.codec.encode, self.encoder(), seed=seed
-        )
-        return len(usable)
+        padding: str = "shared",
+        embed: bool = True,
+    ) -> EncodedPictures:
+        """Of captioned pictures, fitted to the world's height and width."""
+        text, devices = self.stored_text(padding) if embed else None, jax.local_devices()
+        rows, columns = (size // 16 for size in self.resolution)
+        latents = {"shape": [rows * columns, self.latent_channels], "type": "float16"}
+        latents |= {"taken": "mean"} if seed is None else {"taken": "sample", "seed": seed}
+        facts = {
+            "world": "flux",
+            "source": source.name,
+            "looked_at": len(source),
+            "resolution": list(self.resolution),
+            "latents": latents,
+            "encoders": self._digests(["autoencoder"]),
+        }
+        if text is not None:
+            facts["text"] = text.facts
+            facts["encoders"] |= text.encoders
 
-    def check(self, records: LatentRecords | None) -> None:
+        def encoders() -> list[Callable[..., Any]]:
+            return [self.codec.on(device).encode for device in devices]
+
+        return EncodedPictures(
+            source, self.resolution, encoders, text, facts, seed, damaged_share, len(devices)
+        )
+
+    def check(self, records: LatentRecords | None, folder: str = "") -> None:
         config = self._config
         if records is None:
             raise ConfigError(
                 "data.path: missing; make the folder with python -m jax_distill.prepare"
                 f" --checkpoint={self.folder} --source=PICTURES --output=DIR"
             )
-        if config.samples.prompts > len(records):
+        first = folder == folders(config.data.path)[0]  # grids have its captions
+        if first and config.samples.prompts > len(records):
             raise ConfigError(
                 f"samples.prompts: {config.samples.prompts} is more than the {len(records)}"
                 " examples there are"
             )
-        sequence = records[0].sequence
+        made_for = resolution_of(records)
+        if first and made_for != self.resolution:
+            raise ConfigError(
+                f"data.path: the pictures in '{folder}' are of {made_for} pixels, data.resolution"
+                f" is {self.resolution}; they must be equal"
+            )
+        if config.data.embedding == "prepared":
+            self._check_embedded(records, folder)
+        elif not records[0].caption.strip():
+            raise ConfigError(
+                f"data.path: '{folder}' has no captions to embed (the first is"
+                f" {records[0].caption!r}); prepare pictures that have some, with python -m"
+                f" jax_distill.prepare --checkpoint={self.folder}"
+            )
+
+    def _check_embedded(self, records: LatentRecords, folder: str) -> None:
+        config, sequence = self._config, records[0].sequence
         if sequence is None or not records.has_null:
             raise ConfigError(
-                f"data.path: '{config.data.path}' has no embedded captions; make the folder with"
-                f" python -m jax_distill.prepare --checkpoint={self.folder}"
+                f"data.path: '{folder}' has no embedded captions; embed them while"
+                " training with --config.data.embedding=training, or make the folder with"
+                f" python -m jax_distill.prepare --checkpoint={self.folder}, without --embed=false"
             )
         length = config.data.text_length
-        made_for = records.description.get("resolution", ())
-        if tuple(made_for) != self.resolution:
-            raise ConfigError(
-                f"data.path: the pictures in '{config.data.path}' are of {tuple(made_for)} pixels,"
-                f" data.resolution is {self.resolution}; they must be equal"
-            )
         if sequence.shape != (length, self.text_widths[0]):
             raise ConfigError(
-                f"data.path: the captions in '{config.data.path}' are of shape {sequence.shape},"
-                f" the teacher's text encoders make {(length, self.text_widths[0])}; prepare the"
-                " folder with its text encoders"
+                f"data.path: the captions in '{folder}' are of shape {sequence.shape}, the"
+                f" teacher's text encoders make {(length, self.text_widths[0])}; prepare the folder"
+                " with its text encoders"
             )
+        first = folders(config.data.path)[0]
+        if _encoders(LatentRecords(Path(first))) != _encoders(records):
+            raise ConfigError(
+                f"data.path: the captions in '{folder}' were embedded by other text encoders than"
+                f" those in '{first}'; prepare both with the same"
+            )
+
+
+def _encoders(records: LatentRecords) -> dict[str, str | None]:
+    """The digests of the text encoders that a folder's captions were embedded by."""
+    known = records.description.get("encoders", {})
+    return {name: known.get(name) for name in _TEXT_ENCODERS}
 
 
 def ported_config(folder: Path) -> ConfigDict:
@@ -273,11 +366,11 @@ def ported_folders(checkpoint: str) -> Iterator[Path]:
     """The ported folders that a teacher leads to, its own first."""
     passed: list[str] = []
     while checkpoint and checkpoint not in passed:
-        if ported_folder.is_ported(Path(checkpoint)):
-            yield Path(checkpoint)
+        if ported_folder.is_ported(folder := paths.path(checkpoint)):
+            yield folder
         passed.append(checkpoint)
         try:
-            checkpoint = load(Path(checkpoint)).teacher.checkpoint
+            checkpoint = load(folder).teacher.checkpoint
         except ConfigError as error:
             raise ConfigError(f"teacher.checkpoint: {error}") from None
 
@@ -312,13 +405,3 @@ def schedule_shift(scheduler: Mapping[str, Any], tokens: int) -> float:
             " mend scheduler_config.json and port it again"
         )
     return shift
-
-
-def load_stored(folder: Path, name: str, like: dict, mesh: Mesh | None = None) -> dict:
-    """Like `ported_folder.load_part`, with parameters of the types they have on disk."""
-    stored = traverse_util.flatten_dict(open_tree(folder / name))
-    flat = {
-        path: jax.ShapeDtypeStruct(leaf.shape, stored[path].dtype if path in stored else leaf.dtype)
-        for path, leaf in traverse_util.flatten_dict(like).items()
-    }
-    return ported_folder.load_part(folder, name, traverse_util.unflatten_dict(flat), mesh=mesh)

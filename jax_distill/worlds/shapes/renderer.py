@@ -268,6 +268,20 @@ def sample(seed: int, index: int, split: str = "train") -> Example:
     Raises:
         ValueError: if `split` is unknown.
     """
+    request, pairs, caption, rng = _asked(seed, index, split)
+    objects, image = _place(request, pairs, rng)
+    return Example(request, caption, objects, image)
+
+
+def caption(seed: int, index: int) -> str:
+    """The caption of `sample(seed, index)`, whose picture is not drawn."""
+    return _asked(seed, index, "train")[2]
+
+
+def _asked(
+    seed: int, index: int, split: str
+) -> tuple[Request, Sequence[Pair], str, np.random.Generator]:
+    """What a picture is asked to show, in what words, and the generator that places it."""
     if split not in SPLITS:
         raise ValueError(f"split: unknown split {split!r}, expected one of {SPLITS}")
     key = np.array([seed, index], np.uint64)
@@ -280,9 +294,7 @@ def sample(seed: int, index: int, split: str = "train") -> Example:
     # Only the open colours are drawn again, so that no shape or count becomes rarer than asked.
     while _kept_out(pairs := _draw_pairs(request, rng)) and train:
         pass
-    caption = write_caption(request, rng)
-    objects, image = _place(request, pairs, rng)
-    return Example(request, caption, objects, image)
+    return request, pairs, write_caption(request, rng), rng
 
 
 def _all_requests(task: str) -> Iterator[Request]:

@@ -1,16 +1,15 @@
 """Data of the shapes world: rendered as it is read, or encoded once into records."""
 
-import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from absl import logging
 
-from jax_distill.data import records
-from jax_distill.data.encoding import stored_latents
+from jax_distill.data.encoding import Listed, stored_latents
+from jax_distill.data.making import Encode
 from jax_distill.data.records import LatentRecords
+from jax_distill.devices.processes import ALONE
 from jax_distill.flow import Batch, Text
 from jax_distill.worlds.shapes import renderer
 from jax_distill.worlds.shapes.captions import CaptionEncoder
@@ -35,9 +34,12 @@ class Pictures:
 class CaptionedLatents:
     """Latents with captions that are embedded as they are read."""
 
+    embedder = None
+
     def __init__(self, records: LatentRecords, encoder: CaptionEncoder):
         self._records, self._encoder = records, encoder
         self.null = Text(*encoder.encode([""]))
+        self.empty = Text(*(leaf[0] for leaf in self.null))
 
     def __len__(self) -> int:
         return len(self._records)
@@ -51,32 +53,49 @@ class CaptionedLatents:
         return Batch(record.latents.astype(np.float32), Text(sequence[0], pooled[0]))
 
 
-def encode_shapes(
-    path: Path, examples: int, seed: int, encode: Callable[[np.ndarray], Any]
-) -> None:
-    """Renders and encodes the first `examples` of the stream `seed` into `path`.
+@dataclass(frozen=True)
+class RenderedPictures:
+    """The work of encoding the first pictures of a stream; see `encoding.Work`.
 
-    Args:
-      path: folder of the records.
-      examples: number of pictures.
+    Attributes:
+      count: of pictures.
       seed: of the stream.
       encode: pictures (`BATCH`, H, W, 3) uint8 to packed latents (`BATCH`, N, C).
+      shape: of a picture's latents, (N, C).
     """
-    begun = time.monotonic()
 
-    def encoded():
-        for start in range(0, examples, BATCH):
-            count = min(BATCH, examples - start)
-            batch = [renderer.sample(seed, start + i) for i in range(count)]
-            images = np.stack([example.image for example in batch])
-            padded = np.pad(images, ((0, BATCH - count), (0, 0), (0, 0), (0, 0)))
-            names = [f"picture {start + i} of the shapes world" for i in range(count)]
-            latents = stored_latents(encode(padded), names)
-            for example, latent in zip(batch, latents):
-                yield records.LatentRecord(latent, example.caption)
-            if start // BATCH % 100 == 99:
-                rate = (start + count) / (time.monotonic() - begun)
-                logging.info("encoded %d of %d pictures, %.0f/s", start + count, examples, rate)
+    count: int
+    seed: int
+    encode: Callable[[np.ndarray], Any]
+    shape: tuple[int, int]
+    text: None = field(default=None, init=False)
+    batch: int = field(default=BATCH, init=False)
+    workers: int = field(default=1, init=False)
 
-    description = {"world": "shapes", "examples": examples, "seed": seed}
-    records.write(path, encoded(), description)
+    @property
+    def facts(self) -> dict[str, Any]:
+        latents = {"shape": self.shape, "type": "float16", "taken": "mean"}
+        size = [renderer.IMAGE_SIZE, renderer.IMAGE_SIZE]
+        return {"world": "shapes", "seed": self.seed, "resolution": size, "latents": latents}
+
+    def look(self, *, most=None, journal=None, share=ALONE) -> Listed:
+        del journal, share
+        return Listed(self.words(self.count if most is None else most))
+
+    def words(self, most: int) -> list[str]:
+        return [renderer.caption(self.seed, index) for index in range(min(most, self.count))]
+
+    def begin(self, found: Listed, texts: Callable[[range], Text]) -> Encode:
+        del found, texts
+
+        def encode(span: range) -> list[dict[str, Any]]:
+            images = np.stack([renderer.sample(self.seed, index).image for index in span])
+            padding = self.batch - len(span)  # one shape compiles
+            padded = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
+            names = [f"picture {index} of the shapes world" for index in span]
+            stored = stored_latents(self.encode(padded), names)
+            return [
+                {"key": f"{self.seed}:{index}", "latents": one} for index, one in zip(span, stored)
+            ]
+
+        return encode

@@ -2,23 +2,30 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
 from ml_collections import ConfigDict
 
 from jax_distill.config import ConfigError
-from jax_distill.data.records import DESCRIPTION, LatentRecords
+from jax_distill.data.encoding import make
+from jax_distill.data.folders import weighed
+from jax_distill.data.manifest import DESCRIPTION
+from jax_distill.data.mixture import Mixture, Part
+from jax_distill.data.records import LatentRecords
 from jax_distill.flow import Text
 from jax_distill.interop.orbax_tree import StoredLeaf
 from jax_distill.interop.parts import StoredPart
 from jax_distill.models.autoencoder import AutoencoderConfig
 from jax_distill.models.latents import LatentCodec
+from jax_distill.storage import outputs, paths
 from jax_distill.storage.files import FileError
 from jax_distill.worlds.shapes import bundled, renderer
 from jax_distill.worlds.shapes.captions import POOLED_DIM, SEQUENCE_DIM, CaptionEncoder
-from jax_distill.worlds.shapes.sources import CaptionedLatents, Pictures, encode_shapes
+from jax_distill.worlds.shapes.sources import CaptionedLatents, Pictures, RenderedPictures
 
 CAPTIONS_CHECKED = 1000  # of the stream; in a folder, all
 
@@ -73,40 +80,55 @@ class Shapes:
 
     planned_teacher = default_teacher
 
-    def source(self, workdir: Path) -> CaptionedLatents:
+    def planned_embedding(self, count: int, mesh: Any) -> None:
+        return None
+
+    def source(self, workdir: Path) -> Mixture:
         """`data.path`, or the stream of `data.seed`, encoded once into the workdir."""
         data = self._config.data
-        path = Path(data.path or workdir / "data")
-        if not data.path and not (path / DESCRIPTION).exists():
+        if data.path:
+            parts = weighed(data.path, data.weights)
+            return Mixture([Part(self._opened(folder), weight) for folder, weight in parts])
+        path = workdir / "data"
+        if not (path / DESCRIPTION).exists():
             logging.info("encoding %d pictures into %s", data.examples, path)
-            self.prepare(path)
-        return CaptionedLatents(LatentRecords(path), self._encoder)
+            with outputs.made_whole(path) if paths.is_bucket(path) else nullcontext(path) as folder:
+                make(folder, self.work())
+        return Mixture([Part(self._opened(path))])
+
+    def _opened(self, folder: str | Path) -> CaptionedLatents:
+        return CaptionedLatents(LatentRecords(paths.path(folder)), self._encoder)
 
     def pictures(self) -> Pictures:
         return Pictures(self._config.data.examples, self._config.data.seed)
 
     def captions(self, count: int, seed: int) -> list[str]:
-        return [renderer.sample(seed, index).caption for index in range(count)]
+        return [renderer.caption(seed, index) for index in range(count)]
 
-    def prepare(
+    def stored_text(self, padding: str = "shared") -> None:
+        return None
+
+    def work(
         self,
-        output: Path,
         source: None = None,
         *,
         seed: None = None,
         damaged_share: float = 0.0,
-    ) -> int:
-        """Renders and encodes the first `data.examples` of the stream `data.seed`."""
-        data = self._config.data
-        encode_shapes(output, data.examples, data.seed, self.codec.encode)
-        return data.examples
+        padding: str = "shared",
+        embed: bool = False,
+    ) -> RenderedPictures:
+        """Of the first `data.examples` of the stream `data.seed`."""
+        data, codec = self._config.data, self.codec
+        shape = codec.token_shape(*self.resolution)
+        return RenderedPictures(data.examples, data.seed, codec.encode, shape)
 
     def preview(self, source: CaptionedLatents, count: int) -> tuple[list[str], Text]:
         """Held-out captions, evenly spaced from first to last."""
         captions = preview_captions(count)
         return captions, self.encode(captions)
 
-    def check(self, records: LatentRecords | None) -> None:
+    def check(self, records: LatentRecords | None, folder: str = "") -> None:
+        del folder
         limit = len(renderer.held_out_prompts())
         if self._config.samples.prompts > limit:
             raise ConfigError(
@@ -114,7 +136,7 @@ class Shapes:
             )
         data = self._config.data
         if records is not None:
-            captions = (records[index].caption for index in range(len(records)))
+            captions = records.captions()
         else:
             captions = self.captions(min(data.examples, CAPTIONS_CHECKED), data.seed)
         try:
