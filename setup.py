@@ -34,8 +34,7 @@ setup(
         "tensorflow; platform_machine != 'x86_64' or sys_platform != 'linux'",
         "tensorboard",
         "ml-collections>=1.0",  # config/
-        "msgpack",  # data/record_fields.py
-        "msgspec>=0.19",  # storage/files.py: the types of what JSON holds
+        "msgspec>=0.19",  # storage/files.py: the types of what JSON holds; data/record_fields.py
         "absl-py",
         "numpy>=2.0",
         "scipy",  # worlds/shapes/judge.py: connected components
@@ -67,6 +66,7 @@ setup(
             "pytest>=8",
             "pytest-xdist",
             "ruff>=0.12",
+            "msgpack",  # tests/test_records.py
             # tests/bucket_server.py
             "gcp-storage-emulator>=2026.7",
             "gcsfs>=2026.10",

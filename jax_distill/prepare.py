@@ -18,6 +18,7 @@ python -m jax_distill.prepare --check=DIR
 import contextlib
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ from jax_distill.runs import commands
 from jax_distill.storage import paths
 from jax_distill.storage.files import FileError
 from jax_distill.storage.outputs import made_in_tries
+from jax_distill.storage.places import check_new_folder
 from jax_distill.training import checkpoint
 from jax_distill.worlds.flux.world import ported_config
 from jax_distill.worlds.shapes import bundled
@@ -113,22 +115,16 @@ def main(argv: list[str]) -> None:
     if _CHECK.value:
         check(paths.path(_CHECK.value))
         return
-    if not _OUTPUT.value and not _DRY_RUN.value:
-        raise ValueError("--output is missing; name the folder to write, such as --output=latents")
-    output = paths.path(_OUTPUT.value or "latents")
-    on_disk = not paths.is_bucket(output)
-    if on_disk and (output / manifest.DESCRIPTION).exists():
-        raise ValueError(f"--output: '{output}' is already prepared; give another folder")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output: '{output}' is a file; give a folder")
     check_flags()
+    if not _DRY_RUN.value:
+        output = new_output()
     processes.join()
     share = processes.share()
     if _DRY_RUN.value:
         for line in estimate(asked()).lines(share.count):
             print(line)
         return
-    if on_disk:
+    if not paths.is_bucket(output):
         with contextlib.suppress(OSError):
             output.rmdir()  # an empty one
     with made_in_tries(output, share) as unfinished:
@@ -137,16 +133,31 @@ def main(argv: list[str]) -> None:
             counts = make_each(unfinished, sized(), work, share)
         else:
             count = make(unfinished, asked(), share)
-    if not share.leads:
-        return
-    if not _SIZES.value:
+    if share.leads and _SIZES.value:
+        tell_sizes({output / sizes.name(size): count for size, count in counts.items()})
+    elif share.leads:
         print(f"wrote {count} examples to {output}; train on them with --config.data.path={output}")
-        return
-    for size, count in counts.items():
-        print(f"wrote {count} examples to {output / sizes.name(size)}")
-    path = ",".join(f"{output / sizes.name(size)}" for size in counts)
-    weights = ",".join(map(str, counts.values()))
+
+
+def tell_sizes(counts: Mapping[Path, int]) -> None:
+    """Prints what was made: folders and the numbers of their examples."""
+    for folder, count in counts.items():
+        print(f"wrote {count} examples to {folder}")
+    path, weights = ",".join(map(str, counts)), ",".join(map(str, counts.values()))
     print(f"train on them with --config.data.path={path} --config.data.weights={weights}")
+
+
+def new_output() -> Path:
+    """The folder of --output; raises ValueError if it is missing or cannot be made there."""
+    if not _OUTPUT.value:
+        raise ValueError("--output is missing; name the folder to write, such as --output=latents")
+    output = paths.path(_OUTPUT.value)
+    check_new_folder(output)
+    if not paths.is_bucket(output) and (output / manifest.DESCRIPTION).exists():
+        raise ValueError(f"--output: '{output}' is already prepared; give another folder")
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output: '{output}' is a file; give a folder")
+    return output
 
 
 def check(folder: Path) -> None:
@@ -243,7 +254,7 @@ def drawings() -> DrawnLatents:
     size, steps, seed = resolution(pipe.world.resolution), _STEPS.value, _SEED.value
     shape = build.token_shape(pipe.config, size)
     if _CAPTIONS.value:
-        keys, captions = read_captions(Path(_CAPTIONS.value), columns())
+        keys, captions = read_captions(_CAPTIONS.value, columns())
     elif (captions := pipe.world.captions(_EXAMPLES.value, seed)) is None:
         raise ValueError("--captions is missing; give a file of captions")
     else:
@@ -288,17 +299,17 @@ def weights_of(teacher: str) -> str:
     return of_weights(paths.path(teacher) / "checkpoints" / str(step))
 
 
-def read_captions(path: Path, columns: Columns = USUAL) -> tuple[list[str], list[str]]:
+def read_captions(path: str | Path, columns: Columns = USUAL) -> tuple[list[str], list[str]]:
     """The captions of a file, see `Prompts`: their keys, and their words.
 
     Raises:
       ValueError: the file is missing, is not text, or has no caption.
     """
     try:
-        prompts = Prompts([path], columns)
+        prompts = Prompts([paths.path(path)], columns)
     except FileNotFoundError:
         raise ValueError(f"--captions: '{path}' is missing") from None
-    except FileError as error:
+    except (FileError, paths.NoBucket) as error:
         raise ValueError(f"--captions: {error}") from None
     found = [prompts[index] for index in range(len(prompts))]
     return [each.key for each in found], [each.caption for each in found]

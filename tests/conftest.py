@@ -7,6 +7,7 @@ import tempfile
 import types
 
 import pytest
+from absl import logging
 
 import jax_distill  # noqa: F401 - its settings of libraries come before they are imported
 
@@ -32,6 +33,14 @@ def pytest_collection_finish() -> None:
     """Collections of garbage, which every restore makes, pass over what the imports have left."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """The lines of warnings."""
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+    return lines
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import made_records
 import numpy as np
 from PIL import Image
 from test_passing_errors import failing
-from test_pictures import DEEP, HEIGHT, RAMP, RGB, deep_colours, png
+from test_pictures import DEEP, HEIGHT, RAMP, RGB, deep_colours, png, tiff
 from test_records import SHARD, embedded, null, replace
 
 from jax_distill import prepare, worlds
@@ -68,6 +68,7 @@ def _mixtures(root, ask):
     facts = {"world": "flux", "resolution": [32, 32], "encoders": {"t5": "another"}}
     made_records.write(root / "hares", embedded(2), facts, null=null())
     world = Flux(config)
+    world.folder = root / "ported"
     world.__dict__["_described"] = {
         "parts": {"t5": {"d_model": null().sequence.shape[-1]}, "clip": {"hidden_size": 1}}
     }
@@ -108,6 +109,8 @@ def _pictures(root, ask):
         Image.open = real
     rows = deep_colours().astype(">u2").view(np.uint8).reshape(HEIGHT, -1)
     path.write_bytes(png(16, 2, rows, (b"tRNS", bytes(6))))
+    ask(pictures.shown, path)
+    path.write_bytes(tiff(deep_colours(), "<", planes=True))
     ask(pictures.shown, path)
     Image.new("1", (9000, 7200)).save(path)
     ask(pictures.shown, path)

@@ -44,6 +44,7 @@ def _names(root, ask):
     for name in ("two/a.tar", "two/b.png", "a.parquet", "a.tar.gz", "a.h5"):
         (root / name).touch()
     (root / "a.txt").write_text("a fox\n")
+    ask(read, "gs://bucket/pictures")
     for names in (
         ["no"],
         ["no*"],

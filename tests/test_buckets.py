@@ -1,12 +1,15 @@
 """Buckets: the promises of folders, kept by objects, while the store fails as networks do."""
 
 import json
+import logging
 import os
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from jax_distill import prepare
 from jax_distill.data.records import LatentRecords
 from jax_distill.runs import checks, commands
 from jax_distill.storage import buckets, disks, files, lease, outputs, paths
@@ -42,6 +45,22 @@ def test_without_its_package_an_address_is_refused(monkeypatch):
         paths.path("gs://test/a")
 
 
+def test_libraries_that_reach_buckets_log_nothing_of_their_own():
+    paths.path("gs://test/a")
+    assert not logging.getLogger("gcsfs").isEnabledFor(logging.ERROR)
+    assert not logging.getLogger("fsspec").isEnabledFor(logging.INFO)
+
+
+def test_captions_of_a_bucket_are_read(bucket):
+    files.write_atomically(bucket / "a.txt", "a fox\n\na hen\n")
+    keys, captions = prepare.read_captions(f"{bucket}/a.txt")
+    assert keys == ["a.txt:1", "a.txt:3"] and captions == ["a fox", "a hen"]
+    with pytest.raises(ValueError, match="^--captions: 'gs://.*/no.txt' is missing"):
+        prepare.read_captions(f"{bucket}/no.txt")
+    with pytest.raises(ValueError, match="^--captions: 's3://a/b' is an address of a kind that"):
+        prepare.read_captions("s3://a/b")
+
+
 def test_files_are_written_and_read_as_on_a_disk(bucket, faults):
     faults.next = ["cut_write", "unavailable", "lost_answer"]
     files.write_json(bucket / "a.json", {"x": [1, 2]})
@@ -69,7 +88,7 @@ def test_the_answer_to_the_end_of_an_upload_in_parts_may_be_lost(bucket, faults)
     assert (bucket / "large").read_bytes() == content
 
 
-def test_a_store_that_does_not_answer_is_named_and_is_no_damage(bucket, faults):
+def test_a_store_that_does_not_answer_is_named_and_is_no_damage(bucket, faults, monkeypatch):
     files.write_json(bucket / "a.json", {})
     faults.next = ["unavailable"] * 100
     with pytest.raises(Exception) as caught:
@@ -77,9 +96,16 @@ def test_a_store_that_does_not_answer_is_named_and_is_no_damage(bucket, faults):
     faults.next = []
     assert disks.passing(caught.value) and disks.of_network(caught.value)
     assert files.unread("'a'", caught.value) is not None
+    monkeypatch.setattr(sys, "argv", ["main"])
     assert commands.explain(caught.value).startswith("the bucket: ")
     of_tensorstore = ValueError("Error reading gs://test/a: UNAVAILABLE: no answer")
     assert commands.explain(of_tensorstore).startswith("the bucket: ")
+    unread = files.unread("'a'", caught.value)
+    unread.__cause__ = caught.value
+    assert commands.explain(unread) == str(unread) and str(unread).startswith("'a' cannot be read")
+    monkeypatch.setattr(sys, "argv", ["main", "--config.data.path=gs://test/a", "--seed=1"])
+    told = commands.explain(caught.value)
+    assert told.startswith("the bucket (--config.data.path=gs://test/a): ")
     faults.next = ["unavailable"] * 100
     with pytest.raises(type(caught.value)):  # and does not say that nothing is there
         (bucket / "a.json").exists()

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 
 import pytest
 
@@ -104,3 +105,12 @@ def test_every_file_is_read_and_no_pipe(tmp_path):
     with pytest.raises(OSError) as found:
         disks.read_all(tmp_path)
     assert found.value.errno == errno.EIO
+
+
+def test_a_host_that_is_not_found_has_no_number_of_the_system():
+    error = socket.gaierror(-2, "Name or service not known")
+    assert disks.passing(error) and not disks.full(error)
+    assert disks.reason(error) == "[Errno -2] Name or service not known"
+    wrapped = ValueError("no answer")
+    wrapped.__cause__ = error
+    assert disks.passing(wrapped) and disks.reason(wrapped) == "no answer"

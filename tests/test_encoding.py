@@ -14,6 +14,7 @@ from jax_distill.data.drawing import DRAWN_BATCH, DrawnLatents
 from jax_distill.data.encoding import EncodedPictures, StoredText
 from jax_distill.data.records import LatentRecords
 from jax_distill.data.sources.opening import open_source
+from jax_distill.data.sources.source import Captioned
 from jax_distill.flow import Text
 from jax_distill.storage.files import FileError
 from jax_distill.worlds.shapes import renderer, sources
@@ -200,9 +201,9 @@ class Killed(BaseException):
     pass
 
 
-def tries(folder, work, calls):
+def tries(folder, work, calls, most=100):
     """Makes a folder in tries that end after so many batches; returns the number of tries."""
-    for number in range(1, 100):
+    for number in range(1, most + 1):
         left = [calls]
 
         def encode(*arguments, left=left, **options):
@@ -216,6 +217,7 @@ def tries(folder, work, calls):
         except Killed:
             continue
         return number
+    return most + 1
 
 
 @pytest.mark.parametrize("calls", [1, 2, 5])
@@ -302,7 +304,8 @@ def test_what_is_left_out_is_told_alike_in_every_try(tmp_path, monkeypatch):
     assert description["damaged"] == 2 and description["examples"] == 18
 
 
-def test_a_caption_that_changes_between_tries_is_named(tmp_path):
+@pytest.mark.parametrize("other", ["caption", "picture"])
+def test_what_changes_between_tries_is_named(tmp_path, other):
     pictures_of(tmp_path / "pictures", ["a fox", "a hen"])
 
     def work(encode):
@@ -313,9 +316,44 @@ def test_a_caption_that_changes_between_tries_is_named(tmp_path):
 
     with pytest.raises(Killed):
         encoding.make(tmp_path / "out", work(dying))
-    (tmp_path / "pictures/1.txt").write_text("a cow")
-    with pytest.raises(FileError, match="'1.png' has another caption than when it was checked"):
+    if other == "caption":
+        (tmp_path / "pictures/1.txt").write_text("a cow")
+    else:
+        Image.new("RGB", (8, 8), (0, 0, 9)).save(tmp_path / "pictures/1.png")
+    with pytest.raises(FileError, match=f"'1.png' has another {other} than when it was checked"):
         encoding.make(tmp_path / "out", work(mean_color))
+
+
+@pytest.mark.parametrize("name", ["captions-00000.array_record", "latents-00000.array_record"])
+def test_a_shard_of_the_same_source_as_it_was_before_is_told(tmp_path, name):
+    pictures_of(tmp_path / "pictures", ["a fox", "a hen"])
+
+    def make(folder):
+        encoding.make(folder, work_of(open_source([str(tmp_path / "pictures")])))
+
+    make(tmp_path / "before")
+    Image.new("RGB", (8, 8), (0, 0, 9)).save(tmp_path / "pictures/1.png")
+    make(tmp_path / "now")
+    assert (tmp_path / "now" / name).stat().st_size == (tmp_path / "before" / name).stat().st_size
+    shutil.copy(tmp_path / "before" / name, tmp_path / "now" / name)
+    records = LatentRecords(tmp_path / "now")
+    with pytest.raises(FileError, match="the record of another folder lies in its place"):
+        _ = records[0]
+
+
+def test_shards_are_kept_where_the_source_is_refused_later(tmp_path, monkeypatch):
+    """As without the flag that lets damaged pictures be left out."""
+    monkeypatch.setattr(shards, "SHARD_RECORDS", 8)
+    source = pictures_of(tmp_path / "pictures", [f"a fox {number}" for number in range(20)])
+    (tmp_path / "pictures/3.png").write_bytes(b"no picture")
+    folder = tmp_path / "out"
+    assert tries(folder, lambda encode: work_of(source, encode, damaged_share=0.1), 1, most=1) == 2
+    found = content(folder / making.JOURNAL)
+    with pytest.raises(FileError, match="3.png"):
+        encoding.make(folder, work_of(source))
+    assert content(folder / making.JOURNAL) == found
+    encoding.make(folder, work_of(source, damaged_share=0.1))
+    assert len(LatentRecords(folder)) == 19
 
 
 def test_several_encoders_make_the_same(tmp_path, monkeypatch):
@@ -353,6 +391,27 @@ def test_an_estimate_counts_and_writes_nothing(tmp_path):
     lines = "\n".join(found.lines())
     assert "examples: 5 (1 of the first 5 are damaged)" in lines and "captions: 3" in lines
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_estimate_reads_few_captions_from_all_parts_of_a_source():
+    read = []
+
+    class Source:
+        name, has_pictures = "it", True
+
+        def __len__(self):
+            return 40_000
+
+        def __getitem__(self, index):
+            read.append(index)
+            return Captioned(str(index), f"caption {index}", None)
+
+    words = work_of(Source()).words(estimate.WORDS)
+    assert words == [f"caption {index}" for index in read] and 900 < len(words) <= 1000
+    assert read == sorted(set(read)) and read[-1] == 39_999 and max(np.diff(read)) < 3000
+    assert np.mean(np.diff(read) == 1) > 0.9  # most beside the one before
+    read.clear()
+    assert len(work_of(Source()).words(10**6)) == len(read) == 40_000
 
 
 def test_times_are_said_as_people_do():

@@ -312,6 +312,23 @@ def test_a_network_of_other_widths_is_refused(ported, prepared):
         checks.check_data(config)
 
 
+def test_data_of_other_encoders_is_told(ported, prepared, tmp_path, caplog):
+    config = ported_config(ported)
+    with config.unlocked():
+        config.data.path, config.data.resolution = str(prepared), SIZE
+        config.samples.prompts = 1
+    with caplog.at_level("WARNING", logger="absl"):
+        Flux(config).check(LatentRecords(prepared), str(prepared))
+        assert not caplog.records
+        records = LatentRecords(prepared)
+        records.description["encoders"]["autoencoder"] = "another"
+        Flux(config).check(records, str(prepared))
+    assert [
+        f"prepared with the autoencoder of another folder than '{ported}'" in m
+        for m in caplog.messages
+    ] == [True]
+
+
 def test_plain_networks_are_followed_as_they_are(ported):
     config = ported_config(ported)
     assert build.guided(config) is build.embedded_guidance

@@ -6,7 +6,7 @@ import grain
 import made_records
 import numpy as np
 import pytest
-from absl import flags, logging
+from absl import flags
 
 from jax_distill.config import ConfigError, base
 from jax_distill.config import check as check_config
@@ -255,13 +255,6 @@ def test_captions_are_dropped_by_position_alone(source):
     assert not any(dropped(next(plain)).any() for _ in range(20))
 
 
-@pytest.fixture
-def warned(monkeypatch):
-    lines = []
-    monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
-    return lines
-
-
 def test_a_damaged_example_is_replaced_by_the_next_good_one(warned):
     bad = {3, 8}
     whole = np.concatenate(take(batches(Named(0, 10), 5, seed=0), 8))
@@ -296,22 +289,26 @@ def test_damage_ends_a_run_that_allows_less_of_it(warned):
     said(PassingError, damaged_share=0.5)  # which is no damage
 
 
-def test_worker_processes_give_the_same_batches(tmp_path):
+def test_worker_processes_give_the_same_batches_and_have_one_count_of_damage(tmp_path, warned):
     flags.FLAGS.mark_as_parsed()  # as commands have them: grain's workers read some
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((9, 4, 8)).astype(np.float16)
-    rows = [LatentRecord(x, str(i), "", x[:3], x[0]) for i, x in enumerate(latents)]
+    rows = [LatentRecord(x, str(i), f"{i}.png", x[:3], x[0]) for i, x in enumerate(latents)]
+    for number in (2, 7):
+        rows[number] = rows[number]._replace(latents=np.full_like(latents[0], np.nan))
     null = Text(latents[:1, :3] + 1, latents[:1, 0] + 1)
     made_records.write(tmp_path / "data", rows, null=null)
-    source = EmbeddedLatents(LatentRecords(tmp_path / "data"))
-    expected = batches(source, 4, seed=2)
-    for _ in range(2):
-        next(expected)
-    found = batches(source, 4, seed=2, ahead=Ahead(1, 2, workers=2))
+    source = EmbeddedLatents(LatentRecords(tmp_path / "data", 0.3))
+    expected = batches(source, 4, seed=2, damaged_share=0.3)
+    expected.set_state({"examples": 8})
+    found = batches(source, 4, seed=2, damaged_share=0.3, ahead=Ahead(1, 2, workers=2))
     found.set_state(expected.get_state())
     for _ in range(6):
         for a, b in zip(next(expected).text, next(found).text):
             np.testing.assert_array_equal(a, b)
+    assert sorted(line.split("'")[1] for line in warned) == ["2.png"] * 2 + ["7.png"] * 2
+    assert ["(1 of 9 so far)" in line for line in warned] == [True, True, False, False]
+    assert all("(2 of 9 so far)" in line for line in warned[2:])
 
 
 @pytest.mark.parametrize(
@@ -336,6 +333,7 @@ def test_folders_and_weights_that_do_not_fit_are_refused(path, weights, message)
         ("weights", (0.0,), "data.weights: (0.0,) is not a list of positive numbers"),
         ("caption_dropout", 1.0, "data.caption_dropout: 1.0 is not at least 0 and less than 1"),
         ("damaged", "pass", "data.damaged: 'pass' is not one of fail, skip"),
+        ("damaged_share", 1.1, "data.damaged_share: 1.1 is not from 0 to 1"),
         ("threads", 0, "data.threads: 0 is not positive"),
         ("workers", -1, "data.workers: -1 is not zero or more"),
     ],

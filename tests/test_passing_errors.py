@@ -20,7 +20,7 @@ from test_disks import of_rust, of_tensorflow, of_tensorstore, raised, wrapped
 from test_sources import pack, table
 from test_torch_files import archive, state, stored
 
-from jax_distill.data import pictures, records
+from jax_distill.data import pictures, records, shards
 from jax_distill.data.sources import tars
 from jax_distill.data.sources.folder import PictureFolder
 from jax_distill.data.sources.parquet import open_parquet
@@ -107,12 +107,12 @@ READERS = {  # what fails, with which kind of error, and who meets it
     ),
     "part": ((ported_folder.ocp.StandardCheckpointHandler, "restore"), wrapped, read_part),
     "shards": (
-        (records.grain.sources, "ArrayRecordDataSource"),
+        (shards.grain.sources, "ArrayRecordDataSource"),
         of_tensorflow,
         lambda root: records.LatentRecords(root / "records"),
     ),
     "record": (
-        (records.grain.sources.ArrayRecordDataSource, "__getitem__"),
+        (shards.grain.sources.ArrayRecordDataSource, "__getitem__"),
         of_tensorflow,
         lambda root: records.LatentRecords(root / "records")[0],
     ),

@@ -220,6 +220,59 @@ def test_pngs_that_pillow_does_not_write(tmp_path, name):
     assert np.abs(shown(tmp_path / "a.png") - expected).max() <= 1
 
 
+def tiff(colours, order, packed=False, planes=False):
+    """A TIFF of 16 bits a colour, (H, W, 3)."""
+    axes = (2, 0, 1) if planes else (0, 1, 2)
+    data = colours.transpose(axes).astype(f"{order}u2").tobytes()
+    data = zlib.compress(data) if packed else data
+    strips = 3 if planes else 1
+    at = [8 + strip * (len(data) // strips) for strip in range(strips)]
+    bits = 8 + len(data)
+    tags = [
+        (256, colours.shape[1]),
+        (257, colours.shape[0]),
+        (258, bits),
+        (259, 8 if packed else 1),
+    ]
+    tags += [(262, 2), (273, at[0]), (277, 3), (279, len(data)), (284, 1 + planes)]
+    more = struct.pack(f"{order}6H", 16, 16, 16, 0, 0, 0)
+    if planes:
+        tags[5], tags[7] = (273, bits + 12), (279, bits + 24)
+        more += struct.pack(f"{order}6I", *at, *[len(data) // 3] * 3)
+    counts = {258: 3, 273: strips, 279: strips}
+    entries = [struct.pack(f"{order}HHII", tag, 4, counts.get(tag, 1), x) for tag, x in tags]
+    entries[2] = struct.pack(f"{order}HHII", 258, 3, 3, bits)
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", bits + len(more))
+    return head + data + more + struct.pack(f"{order}H", len(tags)) + b"".join(entries) + bytes(4)
+
+
+def test_colours_of_16_bits_are_rounded():
+    colours = np.random.default_rng(0).integers(0, 65536, (HEIGHT, WIDTH, 3)).astype(np.uint16)
+    colours[0, 0] = 0x00FF, 0x80FF, 0xFE80
+    expected = np.round(colours / 257)
+    assert expected[0, 0].tolist() == [1, 128, 254]
+    opaque = np.dstack([colours, np.full((HEIGHT, WIDTH), 65535)])
+    grey = np.dstack([colours[..., 0], np.full((HEIGHT, WIDTH), 65535)])
+    made = {
+        "colours": (png(16, 2, as_rows(colours)), expected),
+        "with alpha": (png(16, 6, as_rows(opaque)), expected),
+        "grey with alpha": (png(16, 4, as_rows(grey)), as_rgb(expected[..., 0])),
+        "TIFF": (tiff(colours, "<"), expected),
+        "TIFF of the other order": (tiff(colours, ">"), expected),
+        "packed TIFF": (tiff(colours, "<", packed=True), expected),
+    }
+    for name, (content, wanted) in made.items():
+        found = np.asarray(pictures.shown(pictures.Encoded(content, name)).image)
+        np.testing.assert_array_equal(found, wanted, err_msg=name)
+    with pytest.raises(FileError, match="^it is a TIFF with a plane of 16 bits for each colour"):
+        pictures.shown(pictures.Encoded(tiff(colours, "<", planes=True), "it"))
+
+
+def as_rows(values):
+    """The rows of a PNG of 16 bits."""
+    return values.astype(">u2").view(np.uint8).reshape(HEIGHT, -1)
+
+
 def patched(tmp_path, image, tag, value):
     """A TIFF with one short entry changed."""
     path = tmp_path / "a.tif"

@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from flax import serialization
 from made_records import some
 
-from jax_distill.data import manifest
+from jax_distill.data import arrays, manifest
 from jax_distill.data.manifest import DESCRIPTION, NULL
 from jax_distill.data.record_fields import Array, pack, unpack
 from jax_distill.data.records import LatentRecord, LatentRecords
@@ -349,3 +349,24 @@ LATENTS = (
     "666c6f61743136c4080000003c00400042a26f66c4084335d0e2df1c8840"
 )
 CAPTION = "83a2617400a763617074696f6ea56120666f78a26f66c4084335d0e2df1c8840"
+
+
+def test_every_half_becomes_its_single_and_what_is_not_finite_is_told():
+    half, single = np.arange(2**16, dtype=np.uint16).view(np.float16), np.empty(2**16, np.float32)
+    finite = np.isfinite(half)
+    assert not arrays.widen(half, single)
+    np.testing.assert_array_equal(single[finite], half[finite].astype(np.float32))
+    good = half[finite]
+    assert arrays.widen(good, single[: len(good)])
+    assert not any(arrays.widen(half[[0, index]], single[:2]) for index in np.flatnonzero(~finite))
+
+
+def test_the_empty_caption_is_what_was_written(tmp_path):
+    made_records.write(tmp_path, embedded(2), null=null(), padding="shared")
+    content = bytearray((tmp_path / NULL).read_bytes())
+    for at in range(len(content)):
+        changed = bytearray(content)
+        changed[at] ^= 1
+        (tmp_path / NULL).write_bytes(changed)
+        with pytest.raises(FileError, match=f"{NULL}' cannot be read"):
+            _ = LatentRecords(tmp_path).null

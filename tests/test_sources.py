@@ -23,8 +23,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from jax_distill.data import pictures
+from jax_distill.data.making import in_order
 from jax_distill.data.sources.checking import checked
 from jax_distill.data.sources.opening import open_source
+from jax_distill.data.sources.rows import Group, Rows
 from jax_distill.data.sources.source import Columns
 from jax_distill.storage.files import FileError
 
@@ -82,6 +84,19 @@ def listed(name, encoding="utf-8", end="\n", columns=("file_name", "text")):
         return [str(root)], Columns(*columns) if "words" in columns else Columns()
 
     return make
+
+
+def listed_in_parquet(root):
+    """The same with Hugging Face's table, which has more columns."""
+    listed("metadata.jsonl")(root)
+    rows = [json.loads(line) for line in (root / "metadata.jsonl").read_text().split("\n")[:-1]]
+    (root / "metadata.jsonl").unlink()
+    parquet.write_table(
+        pa.Table.from_pylist([{"objects": {"box": [1]}, **row} for row in rows]),
+        root / "metadata.parquet",
+        row_group_size=2,
+    )
+    return [str(root)], Columns()
 
 
 def pack(path, members):
@@ -239,6 +254,7 @@ LAYOUTS = {
     "cache": cache,
     "capitals": capitals,
     "tar of capitals": capital_tar,
+    "metadata.parquet": listed_in_parquet,
     "views": views,
 }
 
@@ -298,18 +314,42 @@ def test_threads_read_a_group_once_and_one_at_a_time(tmp_path, monkeypatch):
     assert reads == [0]
 
 
+def test_threads_that_read_ahead_load_each_group_once():
+    groups = [Group(Path("a.parquet"), n, 32 * n, 32, ("image", "text")) for n in range(16)]
+    loaded = []
+
+    def load(group):
+        loaded.append(group.place)
+        return pa.array([b"x"] * 32), pa.array([b"a fox"] * 32)
+
+    source = Rows("it", groups, load)
+    spans = [range(start, start + 8) for start in range(0, 512, 8)]
+    in_step = threading.Barrier(8)
+
+    def keys_of(span):
+        return [source[index].key for index in span if in_step.wait(60) >= 0]
+
+    read = in_order(keys_of, spans, 8)
+    assert [key for keys in read for key in keys] == [f"a.parquet:{n}" for n in range(512)]
+    assert sorted(loaded) == list(range(16))
+
+
+@pytest.mark.parametrize("kept", [1, 3])
 @pytest.mark.parametrize("make", [pa.ipc.new_stream, pa.ipc.new_file])
-def test_compressed_pictures_are_in_memory_a_batch_at_a_time(tmp_path, make):
+def test_compressed_pictures_are_in_memory_some_batches_at_a_time(
+    tmp_path, monkeypatch, make, kept
+):
     size, count = 2**20, 8
-    rows = pa.table({"image": pa.array([bytes(size)] * count), "text": pa.array(["a"] * count)})
-    stream(tmp_path / "a.arrow", rows, 1, "zstd", make)
-    del rows
+    monkeypatch.setattr("jax_distill.data.sources.rows.KEPT_BYTES", (kept + 0.5) * size)
+    many = pa.table({"image": pa.array([bytes(size)] * count), "text": pa.array(["a"] * count)})
+    stream(tmp_path / "a.arrow", many, 1, "zstd", make)
+    del many
     before = pa.total_allocated_bytes()
     source = open_source([str(tmp_path / "a.arrow")])
     assert pa.total_allocated_bytes() - before < size
     for index in range(count):
         assert len(source[index].picture.content) == size
-        assert pa.total_allocated_bytes() - before < 2 * size
+        assert pa.total_allocated_bytes() - before < (kept + 1) * size
 
 
 def test_an_example_of_a_tar_takes_little_memory(tmp_path):
@@ -375,6 +415,7 @@ REFUSED = (
     r"'tfds:tiny' has no column 'text' or 'caption' \(it has: .*words.*\); name one of them with",
     r"'.*/tiny/1.0.0' is a data set of tfds; give it as 'tfds:/.*/tiny/1.0.0'",
     r"'tfds:tiny' has no random access \(.*\); make it with tfds build NAME --file_format=array_r",
+    r"'s3://test/tiny/1.0.0' is an address of a kind that is not read; give a folder",
 )
 
 

@@ -12,6 +12,7 @@ from test_sources import CAPTIONS, PICTURES, assert_as_made, beside
 
 from jax_distill.data.sources.opening import open_source
 from jax_distill.data.sources.source import Columns
+from jax_distill.storage import buckets, paths
 
 
 class Tiny(tfds.core.GeneratorBasedBuilder):
@@ -81,7 +82,24 @@ def main(folder):
     described.write_text(described.read_text().replace('"array_record"', '"tfrecord"'))
     refused("tiny", (None, "words"))
     described.write_text(described.read_text().replace('"tfrecord"', '"array_record"'))
+    refused("s3://test/tiny/1.0.0", (None, "words"))
     assert "tensorflow" not in sys.modules
+
+
+def read_from_a_bucket(folder):
+    """Reads the data set in a bucket, where there are the packages for that."""
+    try:
+        from bucket_server import BucketServer, environment
+    except ImportError:
+        return
+    with BucketServer() as running, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(running.port).items():
+            patch.setenv(name, value)
+        address = "gs://test/tiny/1.0.0"
+        buckets.upload(Path(folder, "tiny/1.0.0"), paths.path(address))
+        source = open_source([f"tfds:{address}:train"], Columns(caption="words"))
+        assert_as_made(source)
+        assert pickle.loads(pickle.dumps(source))[1].caption == CAPTIONS[1]
 
 
 def compare(folder):
@@ -98,4 +116,5 @@ def compare(folder):
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    read_from_a_bucket(sys.argv[1])
     compare(Path(sys.argv[1]))

@@ -68,9 +68,8 @@ _NOT_NEGATIVE = (
     *("evaluation.diversity_prompts", "data.workers"),
     *("optimizer.warmup_steps", "optimizer.weight_decay", "lora.rank"),
 )
-_SHARES = (
-    *("ema_decay", "optimizer.b1", "optimizer.b2", "data.caption_dropout", "data.damaged_share"),
-)
+_SHARES = ("ema_decay", "optimizer.b1", "optimizer.b2", "data.caption_dropout")
+_WHOLE_SHARES = ("optimizer.decay_share", "data.damaged_share")
 _SEEDS = ("seed", "data.seed")
 _STEP_COUNTS = ("evaluation.student_steps", "evaluation.teacher_steps")
 MOST_STEPS = 10_000
@@ -130,7 +129,7 @@ def of_runs() -> Iterable[Rule]:
     yield ("ema_power",), lambda value: 0 <= value <= 0.28, "from 0 to 0.28"
     yield _SEEDS, lambda value: 0 <= value <= streams.MOST_SEED, "at least 0 and less than 2^32"
     yield ("evaluation.diversity_pictures",), lambda value: value >= 2, "2 or more"
-    yield ("optimizer.decay_share",), lambda value: 0 <= value <= 1, "from 0 to 1"
+    yield _WHOLE_SHARES, lambda value: 0 <= value <= 1, "from 0 to 1"
     yield ("name",), _is_name, "a word; it names the default workdir"
     yield ("data.resolution",), _is_resolution, _RESOLUTION
     yield ("data.weights",), _are_weights, "a list of positive numbers"

@@ -23,6 +23,7 @@ from jax_distill.flow import Text
 from jax_distill.storage.files import FileError, PassingError
 
 EMBEDDED_BATCH = 8  # pictures, or captions, at a time through large networks
+STRETCHES = 16  # of a source, that stand for all of it
 NULL_CAPTION = " "  # replaces dropped captions in T2I-Distill (arXiv:2512.13006)
 
 Embed = Callable[[Sequence[str]], Text]
@@ -50,10 +51,13 @@ class Found(Protocol):
     Attributes:
       captions: one an example.
       damaged: those that are left out.
+      content: a digest of the examples, by which shards of other ones are told from theirs; empty
+        where the facts tell.
     """
 
     captions: Sequence[str]
     damaged: Sequence[Damaged]
+    content: str
 
 
 class Listed(NamedTuple):
@@ -61,6 +65,7 @@ class Listed(NamedTuple):
 
     captions: Sequence[str]
     damaged: Sequence[Damaged] = ()
+    content: str = ""
 
 
 class Work(Protocol):
@@ -87,7 +92,7 @@ class Work(Protocol):
         """Finds the examples that can be used; arguments and errors as of `checking.checked`."""
 
     def words(self, most: int) -> Sequence[str]:
-        """The captions of at most so many examples, the first ones, without looking further."""
+        """The captions of at most so many examples, without looking further."""
 
     def begin(self, found: Found, texts: Callable[[range], Text]) -> Encode:
         """Reads networks; returns what encodes examples: `key` and `latents` of each.
@@ -116,6 +121,7 @@ def make(folder: Path, work: Work, share: Share = ALONE) -> int:
     making = Making(folder, work.facts, share)
     if not making.done:
         found = look(work, making, share)
+        making.settle(found.content)
         numbers, captions = distinct(found.captions)
         _write_captions(making, work.text, captions)
         _write_latents(making, work, found, numbers)
@@ -143,7 +149,7 @@ def look(work: Work, making: Making, share: Share) -> Any:
     except FileError as error:
         refused = error
     if share.any(refused is not None):
-        if share.leads:
+        if share.leads and not making.has_shards():  # which were made of what it was then
             making.forget()
         raise refused or FileError("another process refuses the source, see there")
     return found
@@ -264,8 +270,9 @@ class EncodedPictures:
         )
 
     def words(self, most: int) -> list[str]:
+        """As `Work`: those of stretches in all parts of the source, whose pictures are read too."""
         found = []
-        for index in range(min(most, self.count)):
+        for index in _spread(self.count, most):
             try:
                 found.append(self.source[index].caption)
             except PassingError:
@@ -294,6 +301,17 @@ class EncodedPictures:
             return [{"key": row.key, "latents": one} for row, one in zip(rows, stored)]
 
         return encode
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """Indices of so many at most, in stretches from all parts of what has `count`.
+
+    Examples of a stretch often lie in one file, or a group of its rows, which is read once.
+    """
+    if count <= most:
+        return list(range(count))
+    starts = np.linspace(0, count - most // STRETCHES, STRETCHES).astype(int).tolist()
+    return [start + step for start in starts for step in range(most // STRETCHES)]
 
 
 def stored_latents(latents: Any, names: Sequence[str]) -> np.ndarray:

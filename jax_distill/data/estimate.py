@@ -11,8 +11,8 @@ from jax_distill.data.encoding import EMBEDDED_BATCH, Work, distinct, embedded_h
 from jax_distill.data.making import duration
 from jax_distill.flow import Text
 
-LOOKED_AT, WORDS, COUNTED = 64, 10_000, 1000
-"""Examples that are looked at, captions that are read, and those whose tokens are counted."""
+LOOKED_AT, WORDS = 64, 1000
+"""Examples that are looked at, and captions that are read, their pictures with them."""
 
 
 class Estimate(NamedTuple):
@@ -53,7 +53,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(work: Work) -> Estimate:
-    """Looks at a few examples, encodes two batches, and counts the captions of many.
+    """Looks at a few examples, encodes two batches, and counts the captions of more.
 
     Args:
       work: what is to be made.
@@ -86,7 +86,7 @@ def estimate(work: Work) -> Estimate:
 
         first = range(min(EMBEDDED_BATCH, len(found.captions)))
         seconds["captions"] = _second_time(texts, first) / EMBEDDED_BATCH * count
-        size += _text_bytes(work, captions[:COUNTED])
+        size += _text_bytes(work, captions)
     encode = work.begin(found, texts)
     span = range(min(work.batch, len(found.captions)))
     each = _second_time(encode, span) / work.batch / work.workers

@@ -1,15 +1,22 @@
 """Reads the rows of batches: from any source of a mixture, damaged or not, into arrays."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 
 from jax_distill.data.arrays import Arrays, Pool
+from jax_distill.data.damaged import Replaced, first_good, key_of
 from jax_distill.data.mixture import Mixture, Start, is_dropped
 from jax_distill.flow import Batch
-from jax_distill.storage.files import FileError, PassingError
+from jax_distill.storage.files import FileError
+
+
+class Rows(NamedTuple):
+    """The rows of a batch, and the damaged examples that others stand in for."""
+
+    batch: Batch
+    replaced: list[Replaced]
 
 
 class Examples:
@@ -25,7 +32,7 @@ class Examples:
       rows: for each row, which of those it is.
       caption_dropout: the share of examples that are given with the empty caption.
       damaged_share: the largest share of a source's examples that may be replaced because they are
-        damaged; see `_read`.
+        damaged; see `_read`. All that are met are counted in `damaged.Damages`.
     """
 
     def __init__(
@@ -41,45 +48,47 @@ class Examples:
         self._seed, self._held, self._rows = seed, held, rows
         self._dropout, self._damaged_share = caption_dropout, damaged_share
         self._empty = mixture.empty if caption_dropout else None
-        self._damaged: dict[int, set[int]] = {}
         self._pools: dict[int, Pool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers, which have memory of their own."""
         return {**self.__dict__, "_pools": {}}
 
-    def __call__(self, start: Start) -> Batch:
+    def __call__(self, start: Start) -> Rows:
         """The batch that begins there."""
-        arrays = None
+        arrays, replaced = None, []
         for row, place in enumerate(self._held):
-            arrays = self._read(start, int(place), row, arrays)
+            arrays = self._read(start, int(place), row, arrays, replaced)
         if np.array_equal(self._rows, np.arange(len(self._held))):
-            return arrays.batch
-        return jax.tree.map(lambda leaf: leaf[self._rows], arrays.batch)
+            return Rows(arrays.batch, replaced)
+        return Rows(jax.tree.map(lambda leaf: leaf[self._rows], arrays.batch), replaced)
 
-    def _read(self, start: Start, place: int, row: int, arrays: Arrays | None) -> Arrays:
+    def _read(
+        self, start: Start, place: int, row: int, arrays: Arrays | None, replaced: list[Replaced]
+    ) -> Arrays:
         """Reads one example of a batch into a row; makes the arrays for the first one.
 
-        In the place of a damaged one, which a warning names once, stands the next good one of its
+        In the place of a damaged one, which is added to `replaced`, stands the next good one of its
         source's epoch. Other places of the stream stay as they are, on every process.
 
         Raises:
-          FileError: it is damaged, as are more than may be.
+          FileError: it is damaged, as are more after it than may be.
           PassingError: it cannot be read for now.
         """
         order = self._orders[start.size]
         found = order[start.within + place]
         source = self._mixture.parts[found.part].source
-        for later in range(len(source)):
+        dropped = is_dropped(self._seed, start.position + place, self._dropout)
+
+        def read(later: int) -> Arrays:
             index = order.index(found, later)
-            try:
-                dropped = is_dropped(self._seed, start.position + place, self._dropout)
-                return self._write(arrays, row, start.size, found.part, index, dropped)
-            except PassingError:
-                raise
-            except FileError as error:
-                self._note(found.part, index, error)
-        raise AssertionError("all examples of a source are damaged, and none was too many")
+            return self._write(arrays, row, start.size, found.part, index, dropped)
+
+        def told(later: int, error: FileError) -> None:
+            index = order.index(found, later)
+            replaced.append(Replaced(found.part, index, key_of(source, index), str(error)))
+
+        return first_good(read, len(source), self._damaged_share, told)
 
     def _write(
         self, arrays: Arrays | None, row: int, size: int, part: int, index: int, dropped: bool
@@ -101,16 +110,3 @@ class Examples:
             example = example._replace(text=self._empty)
         jax.tree.map(lambda leaf, value: np.copyto(leaf[row, ...], value), arrays.batch, example)
         return arrays
-
-    def _note(self, part: int, index: int, error: FileError) -> None:
-        """Counts a damaged example; raises its error if there are too many."""
-        damaged = self._damaged.setdefault(part, set())
-        new = index not in damaged
-        damaged.add(index)
-        count = len(self._mixture.parts[part].source)
-        if len(damaged) > self._damaged_share * count:
-            limit = f"; data.damaged_share={self._damaged_share:g} allows no more"
-            raise FileError(f"{error}{limit * (self._damaged_share > 0)}") from None
-        if new:
-            known = f"{len(damaged)} of {count}"
-            logging.warning("replaced by the next one (%s so far): %s", known, error)

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from jax_distill.data.records import LatentRecords
+from jax_distill.data import manifest
+from jax_distill.data.manifest import Description
 from jax_distill.storage import paths
 
 
@@ -40,12 +41,12 @@ def weighed(path: str, weights: Sequence[float]) -> list[tuple[str, float]]:
     return list(zip(found, weights))
 
 
-def resolution_of(records: LatentRecords) -> tuple[int, ...]:
+def resolution_of(description: Description) -> tuple[int, ...]:
     """Height and width in pixels of the pictures in a folder; () where it does not say."""
-    return tuple(records.description.get("resolution", ()))
+    return tuple(description.get("resolution", ()))
 
 
 def resolutions(path: str) -> list[tuple[int, ...]]:
     """The sizes of pictures in the folders of `data.path`, each once, that of the first first."""
-    found = (resolution_of(LatentRecords(paths.path(folder))) for folder in folders(path))
-    return list(dict.fromkeys(size for size in found if size))
+    described = (manifest.read(paths.path(folder), whole=False) for folder in folders(path))
+    return list(dict.fromkeys(size for size in map(resolution_of, described) if size))

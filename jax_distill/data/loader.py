@@ -9,11 +9,13 @@ import grain
 import jax
 import numpy as np
 
+from jax_distill.data.damaged import Damages, Lost
 from jax_distill.data.encoding import NULL_CAPTION
-from jax_distill.data.examples import Examples
+from jax_distill.data.examples import Examples, Rows
 from jax_distill.data.mixture import Course, Mixture, Part, Sizes, Start
 from jax_distill.data.records import LatentRecords
 from jax_distill.flow import Batch, Text
+from jax_distill.storage.files import FileError
 
 
 class Ahead(NamedTuple):
@@ -39,17 +41,33 @@ def first_of(batch: Any) -> Any:
     return jax.tree.map(lambda leaf: np.asarray(leaf)[0], batch)
 
 
-class EmbeddedLatents:
+class OfRecords:
+    """The part of a source that is the same for all that read a folder of records."""
+
+    def __init__(self, records: LatentRecords):
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def lost(self) -> Sequence[Lost]:
+        """Examples of shards that are missing or damaged as a whole."""
+        return self._records.lost
+
+    def key(self, index: int) -> str:
+        """See `LatentRecords.key`."""
+        return self._records.key(index)
+
+
+class EmbeddedLatents(OfRecords):
     """Latents with captions embedded when they were prepared: those of FLUX's world."""
 
     embedder = None
 
     def __init__(self, records: LatentRecords):
-        self._records = records
+        super().__init__(records)
         self.null = records.null
-
-    def __len__(self) -> int:
-        return len(self._records)
 
     def __getitem__(self, index: int) -> Batch:
         record = self._records[int(index)]
@@ -78,8 +96,11 @@ class EmbeddedLatents:
         return self._records.fill(index, batch.x[row], text, held, bare=dropped)
 
     def captions(self, indices: Sequence[int]) -> tuple[list[str], Text]:
-        """The captions of some examples, as words and embedded (B, ...)."""
-        records = [self._records[index] for index in indices]
+        """The captions of some examples, as words and embedded (B, ...).
+
+        In the place of a damaged one, where some may be, stands that of the next good one.
+        """
+        records = [self._records.good(index) for index in indices]
         text = Text(*(np.stack([getattr(r, name) for r in records]) for name in Text._fields))
         return [record.caption for record in records], text
 
@@ -88,7 +109,7 @@ class EmbeddedLatents:
         return first_of(self.null)
 
 
-class TokenizedLatents:
+class TokenizedLatents(OfRecords):
     """Latents with captions as token ids, which `embedder` embeds on the devices of the run.
 
     Text encoders are read where something is first embedded: by all processes at the same time.
@@ -106,15 +127,13 @@ class TokenizedLatents:
         tokenize: Callable[[Sequence[str]], Any],
         read: Callable[[], Any],
     ):
-        self._records, self._tokenize, self._read = records, tokenize, read
+        super().__init__(records)
+        self._tokenize, self._read = tokenize, read
 
     def __getstate__(self) -> dict[str, Any]:
         """For the workers of a loader, which embed nothing."""
         kept = {name: self.__dict__[name] for name in ("_records", "_tokenize")}
         return {**kept, "_read": None}
-
-    def __len__(self) -> int:
-        return len(self._records)
 
     def __getitem__(self, index: int) -> Batch:
         record = self._records[int(index)]
@@ -135,8 +154,8 @@ class TokenizedLatents:
         return first_of(self._tokenize([NULL_CAPTION]))
 
     def captions(self, indices: Sequence[int]) -> tuple[list[str], Text]:
-        """The captions of some examples, as words and embedded (B, ...)."""
-        captions = [self._records[index].caption for index in indices]
+        """As those of `EmbeddedLatents`."""
+        captions = [self._records.good(index).caption for index in indices]
         return captions, self.embedder.gathered(self._tokenize(captions))
 
 
@@ -158,6 +177,7 @@ class Batches:
 
     Args:
       read: makes the batch that begins at a given place.
+      damages: of the sources.
       count: of examples in a batch.
       sizes: which size each batch has; by default there is one.
       ahead: how batches are read ahead.
@@ -165,12 +185,14 @@ class Batches:
 
     def __init__(
         self,
-        read: Callable[[Start], Batch],
+        read: Callable[[Start], Rows],
+        damages: Damages,
         count: int,
         sizes: Sizes | None = None,
         ahead: Ahead = ONE_THREAD,
     ):
         self._read, self._count, self._reading = read, count, ahead
+        self._damages = damages
         self._sizes = Sizes([1], 0) if sizes is None else sizes
         self.size = 0
         self.set_state({"examples": 0})
@@ -179,7 +201,12 @@ class Batches:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._ahead)
+        batch, replaced = next(self._ahead)
+        try:
+            self._damages.add(replaced)
+        except FileError:
+            self._ahead.close()  # worker processes, which would complain at the end of this one
+            raise
         self.size = self._course.start(self._taken).size
         self._taken += 1
         return batch
@@ -212,12 +239,12 @@ class Batches:
 
 
 class Read(NamedTuple):
-    """A function from the number of a batch to the batch; workers are sent it."""
+    """A function from the number of a batch to its rows; workers are sent it."""
 
-    read: Callable[[Start], Batch]
+    read: Callable[[Start], Rows]
     course: Course
 
-    def __call__(self, number: int) -> Batch:
+    def __call__(self, number: int) -> Rows:
         return self.read(self.course.start(int(number)))
 
 
@@ -251,7 +278,7 @@ def batches(
       ahead: how batches are read ahead.
 
     Raises:
-      ValueError: see `check_batch_size`.
+      ValueError: see `check_batch_size` and `Damages`.
     """
     mixture = source if isinstance(source, Mixture) else Mixture([Part(source)])
     layout = np.arange(batch_size) if layout is None else np.asarray(layout)
@@ -259,7 +286,8 @@ def batches(
     check_batch_size(batch_size, mixture.smallest(), rows_per_example=batch_size // count)
     held, places = np.unique(layout if rows is None else layout[rows], return_inverse=True)
     read = Examples(mixture, seed, held, places, caption_dropout, damaged_share)
-    return Batches(read, count, mixture.sizes(seed), ahead)
+    damages = Damages(mixture.parts, damaged_share)
+    return Batches(read, damages, count, mixture.sizes(seed), ahead)
 
 
 def check_batch_size(

@@ -64,9 +64,7 @@ class Making:
             if path.exists():
                 if (other := _difference(read_json(path), self.facts)) is None:
                     return
-                if path == whole or any(
-                    file.suffix == ".array_record" for file in contents.files(self.folder)
-                ):
+                if path == whole or self.has_shards():
                     raise FileError(
                         f"'{self.folder}' was begun with {other}; go on with what it was begun"
                         " with, or remove it to begin anew"
@@ -74,6 +72,19 @@ class Making:
         paths.make_folder(self.folder)
         contents.remove(self.folder, keep=[UNFINISHED])  # what others left, who came to no shard
         write_json(begun, self.facts)
+
+    def has_shards(self) -> bool:
+        """Whether some are there, in the folder or below."""
+        return any(file.suffix == ".array_record" for file in contents.files(self.folder))
+
+    def settle(self, content: str) -> None:
+        """Adds to the facts what is known only once the source was looked at.
+
+        Args:
+          content: a digest of its examples, or nothing.
+        """
+        self.facts |= {"content": content} if content else {}
+        self.mark = manifest.mark_of(self.facts)
 
     def forget(self) -> None:
         """Removes the journal, such as where the source cannot be used."""

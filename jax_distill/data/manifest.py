@@ -105,8 +105,12 @@ def canonical(facts: Any) -> bytes:
     return json.dumps(facts, sort_keys=True).encode()
 
 
-def read(folder: Path) -> Description:
-    """Reads a manifest; every file that it names is there and of the size it says.
+def read(folder: Path, *, whole: bool = True) -> Description:
+    """Reads a manifest.
+
+    Args:
+      folder: that it is of.
+      whole: whether every file that it names is checked to be there, of the size it says.
 
     Raises:
       FileError: the folder is missing, unfinished, damaged, or of an earlier version.
@@ -133,8 +137,8 @@ def read(folder: Path) -> Description:
         _check_shards(path, kind, found["shards"].get(kind, []), found[count])
     if "null" in found and found["null"]["name"] != NULL:
         raise FileError(f"'{path}': {found['null']['name']!r:.80} is not {NULL}; {AGAIN}")
-    for file in files_of(found):
-        _check_size(folder / file["name"], file["bytes"])
+    for file in files_of(found) if whole else ():
+        check_size(folder / file["name"], file["bytes"])
     return found
 
 
@@ -157,7 +161,8 @@ def _check_shards(path: Path, kind: str, shards: Sequence[File], count: int) -> 
         raise FileError(f"'{path}': its {kind} shards have {found} of {count} records; {AGAIN}")
 
 
-def _check_size(path: Path, size: int) -> None:
+def check_size(path: Path, size: int) -> None:
+    """Raises FileError unless a file of a folder is there, and has so many bytes."""
     try:
         check_regular(path)
         found = paths.size(path)

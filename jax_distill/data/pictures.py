@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageOps
 
+from jax_distill.data import deep_colours
 from jax_distill.storage import disks
 from jax_distill.storage.files import FileError, check_regular, unread
 
@@ -156,7 +157,8 @@ def shown(picture: Path | Encoded) -> Shown:
     """Decodes a picture as a viewer shows it on a white page.
 
     Its orientation is applied, and an embedded profile is converted to sRGB unless that moves no
-    colour by more than two of 255 levels. Samples of 16 bits are rounded to 8, v / 257.
+    colour by more than two of 255 levels. Samples of 16 bits are rounded to 8, v / 257; of
+    colours in JPEG 2000, and in TIFF as planes or multiplied by alpha, the high byte is taken.
     Transparent pixels are blended with white before anything is resized. The first of several
     frames or pages is taken.
 
@@ -207,6 +209,7 @@ def _shown(encoded: Encoded) -> Shown:
         notes = {FRAMES} if getattr(image, "is_animated", False) else set()
         packed = _packed_as(image)
         image.load()
+        deep_colours.round_samples(image, packed, content, formats, where)
         colours, alpha = _colours(image, packed, where)
         upright = _UPRIGHT.get(_orientation(image, where))
         profile = image.info.get("icc_profile")

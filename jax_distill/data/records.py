@@ -2,21 +2,23 @@
 
 import bisect
 import functools
+import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 
 from jax_distill.data import manifest
 from jax_distill.data.arrays import widen
-from jax_distill.data.manifest import AGAIN, CAPTIONS, LATENTS, NULL, Description
-from jax_distill.data.record_fields import RECORD_BYTES, Array, check_finite, unpack
+from jax_distill.data.damaged import check_lost, good
+from jax_distill.data.manifest import CAPTIONS, LATENTS, NULL, Description
+from jax_distill.data.record_fields import RECORD_BYTES, Array, check_finite, finite, parse, unpack
+from jax_distill.data.shards import open_shards, unreadable
 from jax_distill.flow import Text
 from jax_distill.storage import paths
-from jax_distill.storage.files import FileError, check_regular, named, unread
+from jax_distill.storage.files import FileError, PassingError, check_regular, named
 
 
 class LatentRecord(NamedTuple):
@@ -32,18 +34,33 @@ class LatentRecord(NamedTuple):
 class LatentRecords:
     """Random access to a folder that `python -m jax_distill.prepare` made.
 
+    Args:
+      path: of the folder.
+      damaged_share: the largest share of its examples that may be damaged; with 0 every shard has
+        to be there, and whole.
+
+    Attributes:
+      description: its manifest.
+      lost: examples of shards that are missing or damaged as a whole.
+
     Raises:
       ValueError: the folder is missing, unfinished, damaged, or of an earlier version.
     """
 
-    def __init__(self, path: Path):
-        self._path = paths.path(path)
-        self.description = manifest.read(self._path)
+    def __init__(self, path: Path, damaged_share: float = 0.0):
+        self._path, self._share = paths.path(path), damaged_share
+        self.description = manifest.read(self._path, whole=False)
         latents = self.description["latents"]
         kinds = {"key": str, "caption": int}
         kinds["latents"] = Array(tuple(latents["shape"]), latents["type"])
-        self._examples = Shards(self._path, self.description, LATENTS, kinds)
-        self._captions = Captions(self._path, self.description)
+        skip = damaged_share > 0
+        self._examples = Shards(self._path, self.description, LATENTS, kinds, skip=skip)
+        self._captions = Captions(self._path, self.description, skip=skip)
+        self.lost = self._examples.lost
+        check_lost(self.lost, len(self), damaged_share)
+        if "null" in self.description:
+            null = self.description["null"]
+            manifest.check_size(self._path / null["name"], null["bytes"])
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -57,6 +74,14 @@ class LatentRecords:
         found, number = self._found(index)
         words, text = self._captions[number]
         return LatentRecord(found["latents"], words, found["key"], *(text or ()))
+
+    def good(self, index: int) -> LatentRecord:
+        """One example; in the place of a damaged one, where some may be, the next good one."""
+        return good(self, index, self._share)
+
+    def key(self, index: int) -> str:
+        """The key of an example that cannot be read; "" where its key cannot be read either."""
+        return self._examples.key(index)
 
     def _found(self, index: int, *, check: bool = True) -> tuple[dict[str, Any], int]:
         """The fields of an example, and the number of its caption."""
@@ -87,14 +112,13 @@ class LatentRecords:
           FileError: as for reading it.
         """
         found, number = self._found(index, check=False)
-        try:
-            check_finite("latents", found["latents"])
-        except ValueError as error:
-            raise self._examples.unreadable(index, error) from None
         if found["latents"].dtype == np.float16:
-            widen(found["latents"], x)
+            good = widen(found["latents"], x)
         else:
             x[...] = found["latents"]
+            good = finite(found["latents"])
+        if not good:
+            raise self._examples.unreadable(index, ValueError("its latents are not finite"))
         empty, held = self._captions.null, len(text.sequence) if held is None else held
         own = 0 if bare else self._captions.fill(number, text)
         text.sequence[own:held] = empty.sequence[0, own:held]
@@ -108,8 +132,17 @@ class LatentRecords:
         return tuple(self.description["latents"]["shape"])
 
     def captions(self) -> Iterator[str]:
-        """The distinct captions; latents are not read."""
-        return (self._captions[number][0] for number in range(len(self._captions)))
+        """The distinct captions, but for damaged ones where some may be; latents are not read."""
+        for number in range(len(self._captions)):
+            try:
+                words, _ = self._captions[number]
+            except PassingError:
+                raise
+            except FileError:
+                if not self._share:
+                    raise
+            else:
+                yield words
 
     @property
     def has_null(self) -> bool:
@@ -133,17 +166,21 @@ class Captions:
       folder: of the records.
       description: what `data.manifest` says of it, or as much as is known while it is made:
         `mark`, `text` and `shards`.
+      skip: see `Shards`.
     """
 
-    def __init__(self, folder: Path, description: Description | Mapping[str, Any]):
+    def __init__(
+        self, folder: Path, description: Description | Mapping[str, Any], *, skip: bool = False
+    ):
         self._folder, self._text = folder, description.get("text")
+        self._null = description.get("null")
         kinds: dict[str, Any] = {"caption": str}
         if self._text is not None:
             (length, width), kind = self._text["sequence"], self._text["type"]
             own = None if self._text["padding"] == "shared" else length
             kinds["sequence"] = Array((own, width), kind)
             kinds["pooled"] = Array((self._text["pooled"],), kind)
-        self._shards = Shards(folder, description, CAPTIONS, kinds)
+        self._shards = Shards(folder, description, CAPTIONS, kinds, skip=skip)
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -196,12 +233,14 @@ class Captions:
             check_regular(path)
             with named(path), path.open("rb") as file:
                 content = file.read(RECORD_BYTES + 1)
+            if self._null and hashlib.sha256(content).hexdigest() != self._null["sha256"]:
+                raise ValueError("its checksum is another than was written")
             (length, width), kind = self._text["sequence"], self._text["type"]
             kinds = {"sequence": Array((1, length, width), kind)}
             kinds["pooled"] = Array((1, self._text["pooled"]), kind)
             return Text(**unpack(content, kinds))
         except (FileNotFoundError, ValueError) as error:
-            raise _unreadable(f"'{path}'", error) from None
+            raise unreadable(f"'{path}'", error) from None
 
 
 class Shards:
@@ -212,26 +251,30 @@ class Shards:
       description: as of `Captions`.
       kind: `LATENTS` or `CAPTIONS`.
       kinds: of the fields, but for `at` and `of`.
+      skip: whether shards that cannot be opened are listed in `lost`, unless all are.
+
+    Attributes:
+      lost: the records of shards that are missing, or damaged as a whole.
 
     Raises:
       FileError: a shard cannot be opened, or has not the records that it should.
     """
 
     def __init__(
-        self, folder: Path, description: Mapping[str, Any], kind: str, kinds: Mapping[str, Any]
+        self,
+        folder: Path,
+        description: Mapping[str, Any],
+        kind: str,
+        kinds: Mapping[str, Any],
+        *,
+        skip: bool = False,
     ):
         files = description["shards"][kind]
         self._paths = [folder / file["name"] for file in files]
         self._ends = list(itertools.accumulate(file["records"] for file in files))
         self._mark, self._kind = bytes.fromhex(description["mark"]), kind
         self._kinds = {"at": int, "of": bytes, **kinds}
-        try:
-            self._source = grain.sources.ArrayRecordDataSource([str(path) for path in self._paths])
-        except (RuntimeError, ValueError) as error:
-            raise _unreadable(f"a shard of '{folder}'", error) from None
-        if len(self._source) != len(self):
-            told = f"'{folder}' has {len(self._source)} of {len(self)} records of {kind}"
-            raise FileError(f"data.path: {told}; {AGAIN}")
+        self._source, self.lost = open_shards(folder, files, skip=skip)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -249,6 +292,8 @@ class Shards:
         Raises:
           FileError: it is damaged, or is not the one with that number.
         """
+        if self.lost and (reason := self._lost(index)):
+            raise FileError(reason)
         try:
             found = unpack(self._source[index], self._kinds, check=check)
             if found["at"] != index:
@@ -259,13 +304,24 @@ class Shards:
             raise self.unreadable(index, error) from None
         return found
 
+    def key(self, index: int) -> str:
+        """See `LatentRecords.key`."""
+        if self._lost(index):
+            return ""
+        try:
+            found = parse(self._source[index])
+        except (RuntimeError, ValueError, OverflowError):
+            return ""
+        key = found.get("key")
+        mine = found.get("at") == index and found.get("of") == self._mark
+        return key if mine and isinstance(key, str) else ""
+
+    def _lost(self, index: int) -> str:
+        """Why a record is lost with its shard; "" unless it is."""
+        return next((each.reason for each in self.lost if index in each.examples), "")
+
     def unreadable(self, index: int, error: Exception) -> FileError:
         """The error to raise for a record."""
         shard = self._paths[min(bisect.bisect(self._ends, index), len(self._paths) - 1)]
         what = "example" if self._kind == LATENTS else "caption"
-        return _unreadable(f"{what} {index} in '{shard}'", error)
-
-
-def _unreadable(where: str, error: Exception) -> FileError:
-    where, reason = f"data.path: {where}", str(error).partition("\n")[0]
-    return unread(where, error) or FileError(f"{where} cannot be read ({reason}); {AGAIN}")
+        return unreadable(f"{what} {index} in '{shard}'", error)

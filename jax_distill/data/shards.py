@@ -1,19 +1,30 @@
-"""Writes shards: each whole, by one process, with a note that it is there.
+"""Writes shards: each whole, by one process, with a note that it is there; and opens them.
 
 Which records lie in which shard depends on their number and size alone, so that any number of
 processes, begun any number of times, make the same files.
 """
 
+import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import grain
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from jax_distill.data import manifest
-from jax_distill.data.manifest import File
+from jax_distill.data.damaged import Lost
+from jax_distill.data.manifest import AGAIN, File
 from jax_distill.storage import buckets, paths
-from jax_distill.storage.files import FileError, partial_of, read_json, remove_leftovers, write_json
+from jax_distill.storage.files import (
+    FileError,
+    PassingError,
+    partial_of,
+    read_json,
+    remove_leftovers,
+    unread,
+    write_json,
+)
 from jax_distill.storage.outputs import staged
 
 SHARD_BYTES, SHARD_RECORDS = 2**26, 1024
@@ -83,3 +94,68 @@ def written(path: Path, journal: Path) -> File | None:
 
 def _note(path: Path, journal: Path) -> Path:
     return journal / f"{path.stem}.json"
+
+
+def open_shards(
+    folder: Path, files: Sequence[File], *, skip: bool = False
+) -> tuple[grain.sources.ArrayRecordDataSource, list[Lost]]:
+    """Opens the shards of one kind, as one sequence of records.
+
+    Args:
+      folder: of the shards.
+      files: what the manifest says of them.
+      skip: whether some may be missing, or damaged as a whole.
+
+    Returns:
+      The contents of all records by their numbers; and those that are lost, which it fails to read.
+
+    Raises:
+      FileError: a shard cannot be opened, or has not the records that it should; with `skip`, none
+        can.
+      PassingError: one cannot be read for now.
+    """
+    try:
+        return _opened(folder, files), []
+    except PassingError:
+        raise
+    except FileError as error:
+        if not skip:
+            raise
+        first = error
+    lost, names = [], []
+    ends = itertools.accumulate(file["records"] for file in files)
+    for file, end in zip(files, ends):
+        count, name = file["records"], str(folder / file["name"])
+        try:
+            _opened(folder, [file], f"'{name}'")
+        except PassingError:
+            raise
+        except FileError as error:
+            lost.append(Lost(range(end - count, end), str(error)))
+            name += f"[0:{count}]"  # which is not opened to count its records
+        names.append(name)
+    if len(lost) == len(files):
+        raise first
+    return grain.sources.ArrayRecordDataSource(names), lost
+
+
+def _opened(
+    folder: Path, files: Sequence[File], where: str = ""
+) -> grain.sources.ArrayRecordDataSource:
+    """Opens shards, which `where` names, that are whole; raises FileError where one is not."""
+    where = where or f"a shard of '{folder}'"
+    for file in files:
+        manifest.check_size(folder / file["name"], file["bytes"])
+    try:
+        source = grain.sources.ArrayRecordDataSource([str(folder / file["name"]) for file in files])
+    except (RuntimeError, ValueError) as error:
+        raise unreadable(where, error) from None
+    if len(source) != (count := sum(file["records"] for file in files)):
+        raise FileError(f"data.path: {where} has {len(source)} of {count} records; {AGAIN}")
+    return source
+
+
+def unreadable(where: str, error: Exception) -> FileError:
+    """The error to raise for a record or a file of a folder."""
+    where, reason = f"data.path: {where}", str(error).partition("\n")[0]
+    return unread(where, error) or FileError(f"{where} cannot be read ({reason}); {AGAIN}")

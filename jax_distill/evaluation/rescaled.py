@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from jax_distill import flow, streams
 from jax_distill.assembly import build
+from jax_distill.data.damaged import good, share_of
 from jax_distill.devices import sharding
 from jax_distill.objectives import time_rescale
 from jax_distill.pipeline import Pipeline
@@ -34,7 +35,9 @@ def compare(
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     most = config.batch_size // config.accumulate
     count = min(most, len(source) // devices * devices, max(devices, 64 // devices * devices))
-    batch = jax.tree.map(lambda *rows: np.stack(rows), *[source[index] for index in range(count)])
+    share = share_of(config.data)
+    rows = [good(source, index, share) for index in range(count)]
+    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
     t = jnp.linspace(0.01, 0.99, count)
     noise = jax.random.normal(streams.key(config.seed), batch.x.shape)
     guidance = jnp.full(count, config.evaluation.guidance)

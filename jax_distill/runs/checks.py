@@ -16,6 +16,7 @@ from jax_distill.assembly.stages import Stage
 from jax_distill.config import ConfigError
 from jax_distill.config.settings import flatten
 from jax_distill.data import folders, mixture
+from jax_distill.data.damaged import share_of
 from jax_distill.data.loader import check_batch_size
 from jax_distill.data.records import LatentRecords
 from jax_distill.devices import sharding
@@ -187,10 +188,10 @@ def check_folders(config: ConfigDict, world: worlds.World) -> int:
         raise ConfigError(str(error)) from None
     counts: dict[tuple[int, ...], int] = {}
     for folder, _ in weighed:
-        records = LatentRecords(paths.path(folder))
+        records = LatentRecords(paths.path(folder), share_of(config.data))
         check_folder(config, world, records, folder, first=folder == weighed[0][0])
         world.check(records, folder)
-        size = folders.resolution_of(records) or world.resolution
+        size = folders.resolution_of(records.description) or world.resolution
         counts[size] = counts.get(size, 0) + len(records)
     return min(counts.values())
 
@@ -205,7 +206,7 @@ def check_folder(
             f"data.path: '{folder}' is of world={theirs!r}, the run of world={name!r}; prepare"
             " pictures for that"
         )
-    tokens, channels = records[0].latents.shape
+    tokens, channels = records.latents_shape
     if channels != config.model.in_channels:
         raise ConfigError(
             f"data.path: the latents in '{folder}' have {channels} channels, model.in_channels is"
@@ -213,7 +214,7 @@ def check_folder(
         )
     size, fix = world.resolution, "set data.resolution to their size"
     if not first:
-        size, fix = folders.resolution_of(records) or size, "make the folder again"
+        size, fix = folders.resolution_of(records.description) or size, "make the folder again"
     try:
         wanted = build.token_shape(config, size)[0]
     except ValueError as error:

@@ -19,6 +19,7 @@ from jax_distill import streams
 from jax_distill.devices import lost_report
 from jax_distill.runs import config_flag
 from jax_distill.storage import disks
+from jax_distill.storage.files import PassingError
 
 PACKAGE = str(Path(__file__).parents[1])
 
@@ -105,8 +106,12 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is not None and disks.passing(error):
         what, fix = disks.full(error) or (os.strerror(error.errno), "mend that")
         return f"'{error.filename}': {what}; {fix} and run the same command again"
+    if isinstance(error, PassingError):  # says the same of what it names
+        return str(error)
     if any(map(disks.of_network, disks.chain(error))):
-        return f"the bucket: {disks.reason(error)}; mend that and run the same command again"
+        given = ", ".join(argument for argument in sys.argv[1:] if "gs://" in argument)
+        bucket = f"the bucket ({given})" if given else "the bucket"
+        return f"{bucket}: {disks.reason(error)}; mend that and run the same command again"
     return str(error) if _mendable(error) else None
 
 

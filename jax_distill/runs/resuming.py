@@ -110,7 +110,7 @@ TABLE = (
     Row(
         ("data.embedding",),
         SAID,
-        "captions are embedded elsewhere, the same to rounding to bfloat16",
+        "captions are embedded elsewhere; padding that is stored as shared becomes their own",
         NETWORKS,
     ),
     Row(("optimizer.name",), REFUSED, "what it remembers is of another kind"),

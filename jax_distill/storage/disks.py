@@ -60,7 +60,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 def numbers(error: BaseException) -> Iterator[int]:
     """The system's error numbers that an error and its causes name, as attribute or in words."""
     for found in chain(error):
-        if isinstance(found, OSError) and found.errno is not None:
+        if isinstance(found, OSError) and (found.errno or 0) > 0:  # those of addresses are below
             yield found.errno
             continue
         text = str(found)
@@ -109,9 +109,10 @@ def raised(error: BaseException) -> bool:
 
 
 def _unnumbered(error: BaseException) -> bool:
-    """Whether this is an error of the system that does not carry its number."""
+    """Whether this is an error of the system that does not carry its number, or of addresses."""
     of_content = FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError
-    return isinstance(error, OSError) and error.errno is None and not isinstance(error, of_content)
+    numbered = isinstance(error, OSError) and (error.errno or 0) > 0
+    return isinstance(error, OSError) and not numbered and not isinstance(error, of_content)
 
 
 def of_system(error: BaseException) -> str | None:
@@ -121,11 +122,15 @@ def of_system(error: BaseException) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """An error in a few words: the system's name of it, or the beginning of its first line."""
+    """An error in a few words: the system's name of it, or the beginning of its first line.
+
+    Of one that those who reach buckets have raised, that is theirs.
+    """
     if (named := of_system(error)) is not None:
         return named
     if any(isinstance(found, MemoryError) for found in chain(error)):
         return "out of memory"
+    error = next(filter(of_network, chain(error)), error)
     return str(error).strip().partition("\n")[0][:200] or type(error).__name__
 
 

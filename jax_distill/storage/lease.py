@@ -32,6 +32,7 @@ from jax_distill.devices import processes
 from jax_distill.storage import bucket_lease, disks, paths
 from jax_distill.storage.files import FileError, parse_json, read_json
 from jax_distill.storage.liveness import is_alive, process_started
+from jax_distill.storage.places import check_beside
 
 NAME = ".lease.json"
 BEAT = 15.0
@@ -71,9 +72,11 @@ def of_folder(folder: Path, flag: str = "--workdir") -> Iterator[None]:
 
     Raises:
       InUse: another process holds it.
+      FileError: the folder cannot be made or written.
     """
     made = []
     if not paths.is_bucket(folder):
+        check_beside(folder / NAME, flag)
         made = [path for path in (folder, *folder.parents) if not path.exists()]
     paths.make_folder(folder)
     try:
@@ -91,16 +94,19 @@ def of_run(workdir: Path) -> Iterator[None]:
 
     Raises:
       InUse: another run holds it; in all processes.
+      FileError: the folder cannot be made or written; in process 0.
     """
     with contextlib.ExitStack() as held:
         refused = None
         if processes.is_leader():
             try:
                 held.enter_context(of_folder(workdir))
-            except InUse as error:
+            except (InUse, FileError) as error:
                 refused = error
         if not processes.agreed(refused is None):
-            raise refused or InUse(f"--workdir: '{workdir}' is in use, as process 0 says")
+            raise refused or InUse(
+                f"--workdir: '{workdir}' is in use or cannot be written, as process 0 says"
+            )
         yield
 
 
@@ -195,15 +201,18 @@ def _take(path: Path, what: str, advice: str) -> bytes:
 
     Raises:
       InUse: there is one of a process that may be alive.
+      FileError: no file can be made in its folder.
     """
     content = (json.dumps(_own()) + "\n").encode()
     fresh = path.with_name(f"{path.name}.{os.getpid()}.{next(_serial)}")
+    written = False
     for _ in range(_TRIES):
         path.parent.mkdir(parents=True, exist_ok=True)
         # Not there: one that gives its lease back has removed the empty folder.
         with contextlib.suppress(FileNotFoundError), _folder_locked(path.parent):
             try:
                 fresh.write_bytes(content)
+                written = True
                 now = os.stat(fresh).st_mtime
                 with contextlib.suppress(FileExistsError):
                     _create(path, fresh, content)
@@ -211,6 +220,8 @@ def _take(path: Path, what: str, advice: str) -> bytes:
                 _remove_if_dead(path, now, what, advice)
             finally:
                 fresh.unlink(missing_ok=True)
+    if not written:
+        raise FileError(f"{what}: no file can be made in '{path.parent}'; {advice}")
     raise InUse(f"{what} is in use, by one after the other; wait for them, or {advice}")
 
 

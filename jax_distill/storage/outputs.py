@@ -19,6 +19,7 @@ from jax_distill.storage.files import (
     remove_leftovers,
     unfinished_of,
 )
+from jax_distill.storage.places import check_beside, check_new_folder
 
 DESCRIPTIONS = ("dataset.json", "ported.json", "model_index.json", "README.md")
 """Files that say what is in a folder, which are written into a bucket after all others."""
@@ -49,25 +50,13 @@ def check_output(path: str | Path, endings: Sequence[str] = (), *, name: str = "
         raise FileError(f"{name}: '{text}' has the wrong ending; name the file {wanted}")
     if paths.is_bucket(path):
         return _check_object(path, name)
-    folder = path.parent
     try:
-        if os.path.lexists(path) and not path.is_file():
-            raise FileError(f"{name}: '{text}' exists and is no regular file; choose another")
-        while not folder.exists():
-            if folder.is_symlink():
-                raise FileError(f"{name}: '{folder}' is a link to nothing; give another folder")
-            folder = folder.parent
-        with contextlib.suppress(FileNotFoundError):
-            os.lstat(path.with_name(path.name + ".partial"))  # as it is written: too long a name?
-        with tempfile.TemporaryFile(dir=folder):  # has no name, where the file system knows such
-            pass
-    except FileError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FileError(
-            f"{name}: '{text}' cannot be written ({reason} at '{folder}'); give another path"
-        ) from None
+        taken = os.path.lexists(path) and not path.is_file()
+    except (OSError, ValueError):  # of its name or its folder, which are looked at next
+        taken = False
+    if taken:
+        raise FileError(f"{name}: '{text}' exists and is no regular file; choose another")
+    check_beside(path, name)
 
 
 def _check_object(path: Path, name: str) -> None:
@@ -102,9 +91,11 @@ def made_whole(folder: Path) -> Iterator[Path]:
       fails.
 
     Raises:
-      ValueError: the folder exists, another process is making it, or the disk is full.
+      ValueError: the folder exists or cannot be made there, another process is making it, or the
+        disk is full.
       Stopped: by a signal.
     """
+    check_new_folder(folder)
     check_absent(folder)
     try:
         paths.make_folder(folder.parent)
@@ -139,9 +130,11 @@ def made_in_tries(folder: Path, share: Share = ALONE) -> Iterator[Path]:
       and is kept if the block fails, unless it is empty.
 
     Raises:
-      ValueError: the folder exists, others are making it, or the disk is full.
+      ValueError: the folder exists or cannot be made there, others are making it, or the disk is
+        full.
       Stopped: by a signal.
     """
+    check_new_folder(folder)
     what, bucket = f"--output: '{folder}'", paths.is_bucket(folder)
     unfinished = folder if bucket else unfinished_of(folder)
 

@@ -7,6 +7,7 @@ alone: a folder is there as soon as an object below it is, and is never made.
 
 import functools
 import importlib.util
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ def _set_up() -> None:
     """Settings of gcsfs, for ourselves and for those who reach it through epath, such as Orbax."""
     import fsspec
 
+    for library, level in (("gcsfs", logging.CRITICAL), ("fsspec", logging.WARNING)):
+        logging.getLogger(library).setLevel(level)  # errors are raised, too
     for name in ("gcs", "gs"):
         # Listings that are kept hide what other hosts write; checksums end what a cut line spoils.
         given = {"use_listings_cache": False, "consistency": "md5"}

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_distill.config import optimizer_of
+from jax_distill.data.damaged import share_of
 from jax_distill.data.loader import Ahead, Batches, batches, example_of_row
 from jax_distill.devices import processes, sharding
 from jax_distill.devices.signals import Interrupted, Signals
@@ -154,7 +155,7 @@ def stream(config: ConfigDict, source: Any, objective: Method, mesh: Mesh) -> Ba
         sharding.local_rows(config.batch_size, mesh),
         example_of_row(config.batch_size, config.accumulate, objective.rows_per_example),
         caption_dropout=data.caption_dropout,
-        damaged_share=data.damaged_share if data.damaged == "skip" else 0.0,
+        damaged_share=share_of(data),
         ahead=Ahead(data.threads, data.prefetch, data.workers),
     )
 

@@ -1,5 +1,6 @@
 """Reads every example of a source once, so that none of them fails hours later."""
 
+import hashlib
 import json
 from array import array
 from collections import Counter
@@ -15,6 +16,7 @@ from jax_distill.devices.processes import ALONE, Share
 from jax_distill.storage.files import FileError, PassingError, read_json_lines, write_atomically
 
 CHECKS_LOGGED = 1000
+_TOLD = ("key", "caption", "picture")
 PART, MOST_PARTS = 1024, 256  # examples that are noted at a time, and at most how often
 
 
@@ -30,6 +32,7 @@ class Looked(TypedDict):
 
     key: str
     caption: NotRequired[str]
+    picture: NotRequired[str]  # its digest
     damage: NotRequired[str]
     notes: NotRequired[list[str]]  # about its picture
     where: NotRequired[str]  # the picture is, if there are notes
@@ -42,12 +45,15 @@ class CheckedSource:
     Attributes:
       captions: of its examples, as they were when they were checked.
       damaged: the other examples.
+      content: a digest of what the examples are: their keys, captions and pictures.
 
     Args:
       source: of all examples.
       indices: of those that can be used.
       captions: of those.
+      pictures: their digests.
       damaged: the others.
+      content: as above.
       sizes: the number of the size that suits each best, where there are several.
     """
 
@@ -58,18 +64,24 @@ class CheckedSource:
         source: CaptionedSource,
         indices: Sequence[int],
         captions: Sequence[str],
+        pictures: Sequence[int],
         damaged: Sequence[Damaged],
+        content: str,
         sizes: Sequence[int] | None = None,
     ):
         self.name, self.captions, self.damaged = source.name, captions, damaged
-        self._source, self._indices, self._sizes = source, indices, sizes
+        self.content = content
+        self._source, self._indices, self._pictures = source, indices, pictures
+        self._sizes = sizes
 
     def of_size(self, number: int, damaged: Sequence[Damaged]) -> "CheckedSource":
         """The examples that one of several sizes suits best, and damaged ones to list with them."""
         places = [place for place, size in enumerate(self._sizes) if size == number]
         indices = array("q", (self._indices[place] for place in places))
         captions = [self.captions[place] for place in places]
-        return CheckedSource(self._source, indices, captions, damaged)
+        images = array("Q", (self._pictures[place] for place in places))
+        content = hashlib.sha256(f"{self.content} {number}".encode()).hexdigest()
+        return CheckedSource(self._source, indices, captions, images, damaged, content)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -82,16 +94,23 @@ class CheckedSource:
         """As a `CaptionedSource`.
 
         Raises:
-          FileError: it has another caption than when it was checked.
+          FileError: it has another caption or picture than when it was checked.
         """
         check_index(index, len(self))
         found = self._source[self._indices[index]]
-        if found.caption != self.captions[index]:
+        same = digest(found.picture) == self._pictures[index]
+        if found.caption != self.captions[index] or not same:
+            other = "caption" if same else "picture"
             raise FileError(
-                f"{self.name}: {found.key!r:.200} has another caption than when it was checked; put"
+                f"{self.name}: {found.key!r:.200} has another {other} than when it was checked; put"
                 " the old one back, or begin anew with another --output"
             )
         return found
+
+
+def digest(picture: pictures.Encoded) -> int:
+    """A number of 64 bits that tells a picture from others, however they lie."""
+    return int.from_bytes(hashlib.sha256(picture.content).digest()[:8], "big")
 
 
 def checked(
@@ -148,6 +167,7 @@ def _looked(
             picture = pictures.shown(example.picture)
             size = pictures.nearest(picture, sizes)
             looked: Looked = {"key": example.key, "caption": example.caption}
+            looked["picture"] = f"{digest(example.picture):016x}"
             if size:
                 looked["size"] = size
             if notes := sorted(pictures.noted(picture, *sizes[size])):
@@ -187,7 +207,8 @@ def _usable(
     source: CaptionedSource, found: Iterable[Looked], count: int, damaged_share: float
 ) -> CheckedSource:
     """Takes the examples that can be used; see `checked`."""
-    indices, captions, damaged, damages, sizes = array("q"), [], [], 0, array("H")
+    indices, captions, damaged, damages = array("q"), [], [], 0
+    images, sizes, content = array("Q"), array("H"), hashlib.sha256()
     notes, noted_first = Counter(), {}
     for index, looked in enumerate(found):
         for note in looked.get("notes", ()):
@@ -196,7 +217,9 @@ def _usable(
         if "damage" not in looked:
             indices.append(index)
             captions.append(looked["caption"])
+            images.append(int(looked["picture"], 16))
             sizes.append(looked.get("size", 0))
+            content.update(json.dumps([looked[name] for name in _TOLD]).encode())
             continue
         damages += 1
         if not damaged or damages <= damaged_share * count:  # no more are ever listed
@@ -211,4 +234,5 @@ def _usable(
     if damages:
         first = damaged[0].reason
         logging.warning("%d of %d pictures are left out: damaged: %s", damages, count, first)
-    return CheckedSource(source, indices, captions, damaged, sizes)
+    whole = content.hexdigest()
+    return CheckedSource(source, indices, captions, images, damaged, whole, sizes)

@@ -27,7 +27,7 @@ from jax_distill.storage import disks
 from jax_distill.storage.files import FileError, read_text
 
 METADATA = "metadata.jsonl"
-TABLES = (METADATA, "metadata.csv", "captions.jsonl", "captions.csv")
+TABLES = (METADATA, "metadata.csv", text_tables.PARQUET, "captions.jsonl", "captions.csv")
 
 _HIDDEN = "files or folders are left out: hidden, or of another system"
 _LINK = "folders are left out: links to them are not followed"

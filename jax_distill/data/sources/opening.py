@@ -16,6 +16,7 @@ from jax_distill.data.sources.source import USUAL, CaptionedSource, Columns, is_
 from jax_distill.data.sources.tars import Tars
 from jax_distill.data.sources.tensorflow_datasets import PREFIX, TensorflowDataset
 from jax_distill.storage.files import FileError, check_no_partial
+from jax_distill.storage.paths import is_address
 
 _KINDS = {
     ".tar": Tars,
@@ -51,6 +52,11 @@ def open_source(names: Sequence[str], columns: Columns = USUAL) -> CaptionedSour
         if len(names) > 1:
             raise FileError(f"'{names[0]}' and '{names[1]}' are two sources; give one of them")
         return TensorflowDataset(names[0], columns)
+    for name in names:
+        if is_address(name):
+            raise FileError(
+                f"'{name}' is an address; copy it to a disk, or mount the bucket, and give that"
+            )
     paths = [path for name in names for path in _matching(name)]
     for path in paths:
         check_no_partial(path, "--source")
@@ -140,9 +146,12 @@ def _look(folder: Path) -> tuple[list[Path], bool]:
     for parent, below, names in os.walk(folder, onerror=stop):
         below[:] = sorted(name for name in below if not is_hidden(name))
         for path in (Path(parent, name) for name in sorted(names) if not is_hidden(name)):
-            if path.suffix.lower() in _PACKED:
+            table = path.name in TABLES
+            if path.name == text_tables.PARQUET:
+                table = text_tables.lists_files(path)
+            if path.suffix.lower() in _PACKED and not table:
                 packed.append(path)
-            others |= path.suffix.lower() in pictures.endings() or path.name in TABLES
+            others |= path.suffix.lower() in pictures.endings() or table
         if Path(parent) == folder and (packed or others):
             break
     return packed, others

@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     Arrays = tuple[pyarrow.Array, pyarrow.Array]
 
 IMAGE_COLUMNS = ("image",)
+KEPT, KEPT_BYTES = 8, 2**30
+"""The most groups that are kept, and the bytes that several may have together: threads that read
+in order are as far apart as they are many."""
 
 
 class Group(NamedTuple):
@@ -43,9 +47,9 @@ class Rows:
     """Captioned pictures in rows of files; a key is the file's name and the row, from 0.
 
     Pictures are bytes, or Hugging Face's structure of bytes and a path; without bytes, the path is
-    that of a file beside the table. The group that was read last is kept, as groups may have
-    gigabytes: reads in order are cheap, those in random order read a group each. Threads take turns
-    at reading a group.
+    that of a file beside the table. The groups that were used last are kept, see `KEPT`; of large
+    ones, one: reads in order are cheap, by several threads too, those in random order read a group
+    each. Threads take turns at reading a group.
 
     Args:
       name: of the source.
@@ -77,7 +81,7 @@ class Rows:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._lock = threading.Lock()
-        self._kept: tuple[Group, Arrays | FileError] | None = None
+        self._kept: OrderedDict[Group, Arrays | FileError] = OrderedDict()  # the last used last
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -108,10 +112,18 @@ class Rows:
     def _columns(self, group: Group) -> "Arrays | FileError":
         """The columns of a group; what is wrong if it is damaged, so that it is read only once."""
         with self._lock:
-            if self._kept is None or self._kept[0] != group:
-                self._kept = None  # makes room before the next one is read
-                self._kept = group, _read(self._load, group)
-            return self._kept[1]
+            if group not in self._kept:
+                self._make_room()
+                self._kept[group] = _read(self._load, group)
+            self._kept.move_to_end(group)
+            return self._kept[group]
+
+    def _make_room(self) -> None:
+        """Forgets groups until there is room for one more, as large as the largest that is kept."""
+        sizes = [_bytes(columns) for columns in self._kept.values()]
+        while sizes and (len(sizes) >= KEPT or sum(sizes) + max(sizes) > KEPT_BYTES):
+            self._kept.popitem(last=False)
+            sizes.pop(0)
 
     def _caption(self, value: bytes | None, where: str) -> str:
         try:
@@ -132,6 +144,10 @@ def _read(load: "Callable[[Group], Arrays]", group: Group) -> "Arrays | FileErro
         raise
     except FileError as error:
         return error
+
+
+def _bytes(columns: "Arrays | FileError") -> int:
+    return 0 if isinstance(columns, FileError) else sum(column.nbytes for column in columns)
 
 
 def _picture(value: Any, where: str, group: Group) -> Encoded:

@@ -2,18 +2,18 @@
 
 import itertools
 import re
-from pathlib import Path
 from typing import Any
 
 from jax_distill.data.pictures import Encoded
 from jax_distill.data.sources.source import USUAL, Captioned, Columns, check_caption, check_index
-from jax_distill.storage import disks
+from jax_distill.storage import disks, paths
 from jax_distill.storage.files import FileError, unread
 
 PREFIX = "tfds:"
 IMAGE_FEATURES = ("image",)
 _NAME = re.compile(
-    rf"{PREFIX}(?P<name>[^:\[\]]+(?::\d+\.\d+\.\d+)?)(?::(?P<split>[^/]+))?", re.DOTALL
+    rf"{PREFIX}(?P<name>(?:\w+://?)?[^:\[\]]+(?::\d+\.\d+\.\d+)?)(?::(?P<split>[^/]+))?",
+    re.DOTALL,
 )
 _MAKE = "make it with tfds build NAME --file_format=array_record"
 
@@ -26,7 +26,8 @@ class TensorflowDataset:
 
     Args:
       address: tfds:NAME[:SPLIT], where NAME is tfds's, with `/config` and `:version` if need be,
-        in the folder that TFDS_DATA_DIR names; or the folder of one version. SPLIT is tfds's, such
+        in the folder that TFDS_DATA_DIR names; or the folder of one version, which may be in a
+        bucket. SPLIT is tfds's, such
         as "train" or "train[:10%]".
       columns: names of features; by default, "image", and "text" or "caption".
 
@@ -50,11 +51,14 @@ class TensorflowDataset:
                 " 'jax-distill[data]'"
             ) from None
         try:
+            folder = paths.path(name)
             builder = (
                 tfds.builder_from_directory(name)
-                if Path(name, "dataset_info.json").is_file()
+                if paths.is_bucket(folder) or (folder / "dataset_info.json").is_file()
                 else tfds.core.read_only_builder.builder_from_files(name)
             )
+        except paths.NoBucket as error:
+            raise FileError(str(error)) from None
         except Exception as error:  # tfds raises many kinds
             raise self._refused("is not prepared here", error, _MAKE) from None
         features = builder.info.features
@@ -97,7 +101,7 @@ class TensorflowDataset:
 
     def _refused(self, what: str, error: Exception, fix: str) -> FileError:
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        return unread(self.name, error, disks.raised) or FileError(
+        return unread(self.name, error, _passing) or FileError(
             f"{self.name} {what} ({reason}); {fix}"
         )
 
@@ -136,3 +140,8 @@ class TensorflowDataset:
             ) from None
         check_caption(caption, where)
         return Captioned(key, caption, Encoded(picture, where))
+
+
+def _passing(error: BaseException) -> bool:
+    """Whether an error of opening says nothing about the data set; tfds quotes names in its own."""
+    return disks.raised(error) or any(map(disks.of_network, disks.chain(error)))

@@ -1,4 +1,4 @@
-"""Tables as text: a JSON object a line, or comma-separated values below a line of names."""
+"""Tables of captions and names: a JSON object a line, comma-separated values, or parquet."""
 
 import csv
 import functools
@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+from jax_distill.data.sources.rows import pyarrow_for, reading
 from jax_distill.data.sources.source import CAPTION_COLUMNS, Columns
-from jax_distill.storage.files import FileError, check_kind, parse_json, read_lines
+from jax_distill.storage.files import FileError, check_kind, check_regular, parse_json, read_lines
 
 ENDINGS = (".jsonl", ".csv")
+PARQUET = "metadata.parquet"  # Hugging Face's name of one that lists files
 FILE_COLUMNS = ("file_name", "image")
 _MEND = "mend or remove that line"
 _NAME = "mend that line, or name the columns with --image_column and --caption_column"
@@ -28,7 +30,7 @@ def read(path: Path, columns: Columns, *, files: bool) -> Iterator[Line]:
     """Reads the captions of a table in order, and the names of their pictures' files.
 
     Args:
-      path: of a file that ends in one of `ENDINGS`.
+      path: of a file that ends in one of `ENDINGS`, or is named `PARQUET`.
       columns: their names; by default `FILE_COLUMNS` and `CAPTION_COLUMNS`, the first that it has.
       files: whether it has names of files.
 
@@ -39,12 +41,13 @@ def read(path: Path, columns: Columns, *, files: bool) -> Iterator[Line]:
       FileError: it is no table, so that nobody knows which lines it has.
       FileNotFoundError: there is no file.
     """
-    rows = _of_csv(path) if path.suffix.lower() == ".csv" else _of_json_lines(path)
+    ending = path.suffix.lower()
+    read_rows = {".csv": _of_csv, ".parquet": _of_parquet}.get(ending, _of_json_lines)
     usual = {"file_name": FILE_COLUMNS, "caption": CAPTION_COLUMNS}
     names = {"file_name": columns.image, "caption": columns.caption}
     if not files:
         del usual["file_name"]
-    for number, row in rows:
+    for number, row in read_rows(path):
         if isinstance(row, FileError):
             yield Line(number, None, None, str(row))
             continue
@@ -77,6 +80,23 @@ def _of_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | FileError
             yield number, parse_json(text, dict, where=f"'{path}', line {number}", fix=_MEND)
         except FileError as error:
             yield number, error
+
+
+def lists_files(path: Path) -> bool:
+    """Whether a parquet file is a table of files, and no data set with pictures in it."""
+    with reading(path), pyarrow_for(path).parquet.ParquetFile(path) as file:
+        return FILE_COLUMNS[0] in file.schema_arrow.names
+
+
+def _of_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `_of_json_lines`, of rows, the first of which is line 1."""
+    number = 0
+    check_regular(path)
+    with reading(path), pyarrow_for(path).parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
 
 
 def _of_csv(path: Path) -> Iterator[tuple[int, dict[str, str] | FileError]]:

@@ -31,7 +31,7 @@ _PARTS = ("clip", "t5")
 
 
 class BatchEmbedder:
-    """Embeds the captions of batches on a run's own mesh, as `prepare` would have stored them.
+    """Embeds the captions of batches on a run's own mesh, as `prepare --padding=kept` stores them.
 
     Args:
       configs: of the encoders.

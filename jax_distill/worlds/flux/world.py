@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_distill import flow
 from jax_distill.config import ConfigError, load
-from jax_distill.data import mixture
+from jax_distill.data import manifest, mixture
+from jax_distill.data.damaged import share_of
 from jax_distill.data.encoding import NULL_CAPTION, Embed, EncodedPictures, StoredText
 from jax_distill.data.folders import folders, resolution_of, weighed
 from jax_distill.data.identity import of_weights
@@ -145,7 +147,7 @@ class Flux:
     def null(self) -> Text:
         """The empty caption, from `data.path` if it is embedded there, otherwise embedded anew."""
         if self._config.data.path and self._config.data.embedding == "prepared":
-            return LatentRecords(folders(self._config.data.path)[0]).null
+            return self._records(folders(self._config.data.path)[0]).null
         return self.encode([NULL_CAPTION])
 
     def time_shift(self, tokens: int) -> float:
@@ -196,9 +198,13 @@ class Flux:
         del workdir
         parts = []
         for folder, weight in weighed(self._config.data.path, self._config.data.weights):
-            records = LatentRecords(paths.path(folder))
-            parts.append(mixture.Part(self._opened(records), weight, resolution_of(records)))
+            records = self._records(folder)
+            resolution = resolution_of(records.description)
+            parts.append(mixture.Part(self._opened(records), weight, resolution))
         return mixture.Mixture(parts)
+
+    def _records(self, folder: str) -> LatentRecords:
+        return LatentRecords(paths.path(folder), share_of(self._config.data))
 
     def _opened(self, records: LatentRecords) -> EmbeddedLatents | TokenizedLatents:
         if self._config.data.embedding == "prepared":
@@ -276,7 +282,7 @@ class Flux:
                 f"samples.prompts: {config.samples.prompts} is more than the {len(records)}"
                 " examples there are"
             )
-        made_for = resolution_of(records)
+        made_for = resolution_of(records.description)
         if first and made_for != self.resolution:
             raise ConfigError(
                 f"data.path: the pictures in '{folder}' are of {made_for} pixels, data.resolution"
@@ -284,39 +290,53 @@ class Flux:
             )
         if config.data.embedding == "prepared":
             self._check_embedded(records, folder)
-        elif not records[0].caption.strip():
+        elif not (caption := records.good(0).caption).strip():
             raise ConfigError(
-                f"data.path: '{folder}' has no captions to embed (the first is"
-                f" {records[0].caption!r}); prepare pictures that have some, with python -m"
-                f" jax_distill.prepare --checkpoint={self.folder}"
+                f"data.path: '{folder}' has no captions to embed (the first is {caption!r});"
+                " prepare pictures that have some, with python -m jax_distill.prepare"
+                f" --checkpoint={self.folder}"
+            )
+        self._tell_other_encoders(records, folder)
+
+    def _tell_other_encoders(self, records: LatentRecords, folder: str) -> None:
+        """Warns where a folder's encoders are not the teacher's, or were ported another time."""
+        names = ["autoencoder"]
+        names += _TEXT_ENCODERS if self._config.data.embedding == "prepared" else []
+        known = records.description.get("encoders", {})
+        ours = self._digests([name for name in names if name in known])
+        if other := [name for name in ours if ours[name] != known[name]]:
+            logging.warning(
+                "data.path: '%s' was prepared with the %s of another folder than '%s'; if that is"
+                " not another port of the same weights, prepare it again",
+                *(folder, " and ".join(other), self.folder),
             )
 
     def _check_embedded(self, records: LatentRecords, folder: str) -> None:
-        config, sequence = self._config, records[0].sequence
-        if sequence is None or not records.has_null:
+        config, description = self._config, records.description
+        if not records.has_null:
             raise ConfigError(
                 f"data.path: '{folder}' has no embedded captions; embed them while"
                 " training with --config.data.embedding=training, or make the folder with"
                 f" python -m jax_distill.prepare --checkpoint={self.folder}, without --embed=false"
             )
-        length = config.data.text_length
-        if sequence.shape != (length, self.text_widths[0]):
+        found = tuple(description["text"]["sequence"])
+        wanted = (config.data.text_length, self.text_widths[0])
+        if found != wanted:
             raise ConfigError(
-                f"data.path: the captions in '{folder}' are of shape {sequence.shape}, the"
-                f" teacher's text encoders make {(length, self.text_widths[0])}; prepare the folder"
-                " with its text encoders"
+                f"data.path: the captions in '{folder}' are of shape {found}, the teacher's text"
+                f" encoders make {wanted}; prepare the folder with its text encoders"
             )
         first = folders(config.data.path)[0]
-        if _encoders(LatentRecords(Path(first))) != _encoders(records):
+        if _encoders(manifest.read(paths.path(first), whole=False)) != _encoders(description):
             raise ConfigError(
                 f"data.path: the captions in '{folder}' were embedded by other text encoders than"
                 f" those in '{first}'; prepare both with the same"
             )
 
 
-def _encoders(records: LatentRecords) -> dict[str, str | None]:
+def _encoders(description: Mapping[str, Any]) -> dict[str, str | None]:
     """The digests of the text encoders that a folder's captions were embedded by."""
-    known = records.description.get("encoders", {})
+    known = description.get("encoders", {})
     return {name: known.get(name) for name in _TEXT_ENCODERS}
 
 

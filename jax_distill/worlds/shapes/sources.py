@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from jax_distill.data.encoding import Listed, stored_latents
+from jax_distill.data.loader import OfRecords
 from jax_distill.data.making import Encode
 from jax_distill.data.records import LatentRecords
 from jax_distill.devices.processes import ALONE
@@ -31,18 +32,16 @@ class Pictures:
         return Batch(image.astype(np.float32) / 127.5 - 1)
 
 
-class CaptionedLatents:
+class CaptionedLatents(OfRecords):
     """Latents with captions that are embedded as they are read."""
 
     embedder = None
 
     def __init__(self, records: LatentRecords, encoder: CaptionEncoder):
-        self._records, self._encoder = records, encoder
+        super().__init__(records)
+        self._encoder = encoder
         self.null = Text(*encoder.encode([""]))
         self.empty = Text(*(leaf[0] for leaf in self.null))
-
-    def __len__(self) -> int:
-        return len(self._records)
 
     def __getitem__(self, index: int) -> Batch:
         record = self._records[int(index)]

@@ -11,6 +11,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from jax_distill.config import ConfigError
+from jax_distill.data.damaged import share_of
 from jax_distill.data.encoding import make
 from jax_distill.data.folders import weighed
 from jax_distill.data.manifest import DESCRIPTION
@@ -97,7 +98,8 @@ class Shapes:
         return Mixture([Part(self._opened(path))])
 
     def _opened(self, folder: str | Path) -> CaptionedLatents:
-        return CaptionedLatents(LatentRecords(paths.path(folder)), self._encoder)
+        records = LatentRecords(paths.path(folder), share_of(self._config.data))
+        return CaptionedLatents(records, self._encoder)
 
     def pictures(self) -> Pictures:
         return Pictures(self._config.data.examples, self._config.data.seed)
