@@ -8,11 +8,11 @@ to 0.62 with seed 1). 19 minutes on one CPU core, beside other work.
 
 python -m jax_distill.main --config=configs/ladd.py:refine --config.start.checkpoint=runs/scm
 
-From the student of configs/scm.py: expect 0.660, 0.760 and 0.775 in 1, 2 and 4 steps, which are
-88%, 101% and 103% of the teacher's score; with seed 1, and that seed's student, 0.633, 0.743 and
-0.762. But objects of a caption are placed 0.5 to 0.7 as diversely as the teacher's: see
-docs/findings.md. An hour on one CPU core, beside other work; with what its start cost, 3.9 times
-the network evaluations of configs/scm.py.
+From the student of configs/scm.py, in runs/scm if nothing is said: expect 0.660, 0.760 and 0.775 in
+1, 2 and 4 steps, which are 88%, 101% and 103% of the teacher's score; with seed 1, and that seed's
+student, 0.633, 0.743 and 0.762. But objects of a caption are placed 0.5 to 0.7 as diversely as the
+teacher's: see docs/findings.md. An hour on one CPU core, beside other work; with what its start
+cost, 3.9 times the network evaluations of configs/scm.py.
 
 python -m jax_distill.main --config=configs/ladd.py:flux_lite
     --config.teacher.checkpoint=PORTED --config.data.path=PREPARED
@@ -59,6 +59,7 @@ def get_config(preset: str = ""):
         heads_first=600,
     )
     if preset == "refine":
+        config.start.checkpoint = "runs/scm"
         config.total_steps, config.batch_size = 4900, 16
         config.objective.heads_first = 1000
     if preset == "smoke":

@@ -7,12 +7,12 @@ steps (sCM: 0.332, 0.623, 0.647). 16 minutes on one CPU core, beside other work.
 
 python -m jax_distill.main --config=configs/sprint.py:refine --config.start.checkpoint=runs/scm
 
-From the student of configs/scm.py: expect 0.533, 0.647 and 0.710 in 1, 2 and 4 steps, which are
-71%, 86% and 94% of the teacher's score; with seed 1, and that seed's student, 0.547, 0.648 and
-0.690. The pictures are as near to real ones as others of these (a distance of 0.010 to 0.015; the
-teacher's have 0.043), and their diversity is 0.5 to 0.6 of the teacher's in what it spreads least,
-sizes. 35 minutes on one CPU core; with what its start cost, 3.6 times the network evaluations of
-configs/scm.py.
+From the student of configs/scm.py, in runs/scm if nothing is said: expect 0.533, 0.647 and 0.710 in
+1, 2 and 4 steps, which are 71%, 86% and 94% of the teacher's score; with seed 1, and that seed's
+student, 0.547, 0.648 and 0.690. The pictures are as near to real ones as others of these (a
+distance of 0.010 to 0.015; the teacher's have 0.043), and their diversity is 0.5 to 0.6 of the
+teacher's in what it spreads least, sizes. 35 minutes on one CPU core; with what its start cost, 3.6
+times the network evaluations of configs/scm.py.
 
 python -m jax_distill.main --config=configs/sprint.py:flux_lite
     --config.teacher.checkpoint=PORTED --config.data.path=PREPARED
@@ -57,6 +57,7 @@ def get_config(preset: str = ""):
         middle_angle=1.15,  # of two steps: .03 more than from 1.3, which is best for sCM alone
     )
     if preset == "refine":
+        config.start.checkpoint = "runs/scm"
         config.total_steps = 6200
         config.objective.heads_first = 1500
         config.objective.tangent_warmup = 0
