@@ -38,7 +38,7 @@ setup(
         "msgspec>=0.19",  # storage/files.py: the types of what JSON holds
         "absl-py",
         "numpy>=2.0",
-        "scipy",  # worlds/shapes/judge.py: connected components
+        "scipy",  # worlds/shapes/detector.py: connected components
         "pillow>=10.1",  # evaluation/grids.py, data/pictures.py
         "matplotlib",  # evaluation/plots.py
         "jinja2>=3.1",  # evaluation/page.py: templates

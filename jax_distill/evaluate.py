@@ -151,10 +151,10 @@ def _draw() -> None:
     if len(steps) > 1:
         raise ValueError("--steps: give one number with --benchmark, and another --output for each")
     if not _OUTPUT.value:
-        raise ValueError("--output is missing; name the folder to draw into, such as --output=drawn")
+        raise ValueError("--output is missing; name the folder to draw into: --output=drawn")
     if not _PROMPTS_FILE.value:
         raise ValueError(
-            "--prompts_file is missing; give the benchmark's file of prompts, or 'bundled' for a few"
+            "--prompts_file is missing; give the benchmark's file, or 'bundled' for a few prompts"
         )
     output = paths.path(_OUTPUT.value)
     asked = benchmarking.read_asked(_BENCHMARK.value, _PROMPTS_FILE.value)

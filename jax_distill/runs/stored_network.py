@@ -75,7 +75,7 @@ def open_network(source: str) -> StoredNetwork:
 
 
 def weights_of(source: str) -> str:
-    """A digest of the weights that a network, as of `open_network`, draws with, see `of_weights`."""
+    """A digest of the weights of a network, as of `open_network`; see `of_weights`."""
     if source == EMBEDDED:
         return of_weights(bundled.FOLDER)
     if ported_folder.is_ported(paths.path(source)):

@@ -1,11 +1,11 @@
-"""Folders of pictures that were drawn for a benchmark: their layouts, and what they say of themselves.
+"""Folders of pictures that were drawn for a benchmark: their layouts and their facts.
 
-    drawing.json                                  what was drawn, with what; written first
-    prompts.jsonl, prompts.csv or prompts.txt     the file of prompts, as it was given
-    00000/metadata.jsonl                          GenEval's layout, which plain prompts have too:
-    00000/samples/0000.png .. 0003.png            pictures of the first prompt, and of all of them
-    00000/grid.png
-    pictures/<item_id>.png                        DPG-Bench's: a grid of a prompt's pictures
+drawing.json                                  what was drawn, with what; written first
+prompts.jsonl, prompts.csv or prompts.txt     the file of prompts, as it was given
+00000/metadata.jsonl                          GenEval's layout, which plain prompts have too:
+00000/samples/0000.png .. 0003.png            pictures of the first prompt, and of all of them
+00000/grid.png
+pictures/<item_id>.png                        DPG-Bench's: a grid of a prompt's pictures
 """
 
 from __future__ import annotations

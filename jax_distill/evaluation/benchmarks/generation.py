@@ -207,9 +207,7 @@ def _draw(
         write_atomically(told / SPEED, json.dumps({**speed, "devices": jax.local_device_count()}))
 
 
-def _picture(
-    pipe: Pipeline, text: Text, place: int, number: int, settings: Settings
-) -> np.ndarray:
+def _picture(pipe: Pipeline, text: Text, place: int, number: int, settings: Settings) -> np.ndarray:
     """One picture, (H, W, 3) uint8, of a prompt's embedded caption (1, ..)."""
     try:
         (image,) = pipe.draw(
