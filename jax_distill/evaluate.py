@@ -138,8 +138,7 @@ def _judge() -> None:
         _REAL.value and Path(_REAL.value),
     )
     layout = benchmarking.judge([paths.path(name) for name in _JUDGE.value], findings)
-    print(report.format_table(layout))
-    print(f"\n{report.format_benchmark(layout)}")
+    print(report.format_benchmark(layout))
     if _OUTPUT.value is not None:
         for line in benchmarking.write(paths.path(_OUTPUT.value), layout):
             print(line)

@@ -125,7 +125,9 @@ def test_a_report_has_the_run_in_numbers(full):
     assert page.text["dd"] == ["62.5%", "97.5%"]
     assert "62.5% and 97.5% of its teacher's score (0.800 in 50 steps) in 1 and 4" in page.words
     assert "keeps 10.0% of it in 1 step." in page.words
-    assert "Trained for 400 steps of 64 pictures in 40 min." in page.words
+    assert (
+        "Trained for 400 steps of 64 pictures in 40 min, at 120 examples per second." in page.words
+    )
     assert "Examples per second, median 120" in page.words
     assert "optimizer.b1 0.5" in page.words and "skipped = 0" in page.words
     headings = ["Scores", "Samples", "Training", "Stage before: time rescale", "Configuration"]

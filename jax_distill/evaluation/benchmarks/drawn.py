@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import msgspec
 import numpy as np
@@ -41,7 +41,14 @@ _Count = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 
 
 class Facts(TypedDict):
-    """The facts of `drawing.json` that are read again; there are others, to tell folders apart."""
+    """The facts of `drawing.json` that are read again; there are others, to tell folders apart.
+
+    Attributes:
+      file: of the prompts.
+      prompts: its digest.
+      kind: of network.
+      config: of the network's run.
+    """
 
     benchmark: Literal[BENCHMARKS]
     file: str
@@ -49,7 +56,8 @@ class Facts(TypedDict):
     steps: _Count
     kind: Literal["teacher", "student"]
     seed: int
-    resolution: tuple[_Count, _Count]
+    prompts: str
+    config: dict[str, Any]
 
 
 class Asked(NamedTuple):

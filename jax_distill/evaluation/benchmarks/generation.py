@@ -99,8 +99,9 @@ def draw(
     """
     layout = drawn.layout(folder, asked, settings.pictures)
     facts = _facts(pipe, asked, settings, facts)
+    config = json.loads(pipe.config.to_json_best_effort())
     with outputs.filled_in_tries(folder, share):
-        share.first(lambda: _begin(folder, asked, facts), f"--output: '{folder}'")
+        share.first(lambda: _begin(folder, asked, facts, config), f"--output: '{folder}'")
         if not (folder / FACTS).exists():
             raise FileError(
                 f"--output: process {share.index} does not see what process 0 writes into"
@@ -144,8 +145,8 @@ def _guidance(pipe: Pipeline, settings: Settings) -> float | None:
     return float(pipe.config.evaluation.guidance if given is None else given)
 
 
-def _begin(folder: Path, asked: Asked, facts: Mapping[str, Any]) -> None:
-    """Writes the facts down, or compares them with those that were written down."""
+def _begin(folder: Path, asked: Asked, facts: Mapping[str, Any], config: Mapping) -> None:
+    """Writes the facts and the configuration down, or compares the facts with those there."""
     path = folder / FACTS
     if path.exists():
         if (other := difference(read_json(path), facts)) is not None:
@@ -158,7 +159,7 @@ def _begin(folder: Path, asked: Asked, facts: Mapping[str, Any]) -> None:
             f"--output: '{folder}' holds other files, such as '{others[0]}'; give another folder"
         )
     else:
-        write_json(path, facts)
+        write_json(path, {**facts, "config": config})
     if not (folder / facts["file"]).exists():
         write_atomically(folder / facts["file"], asked.text)
 

@@ -1,0 +1,274 @@
+"""Drawing benchmarks: a picture is the same whoever draws it, and whatever was drawn before."""
+
+import json
+import shutil
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+from test_pipeline import tiny_pipeline
+
+from jax_distill import evaluate, pipeline
+from jax_distill.config import base
+from jax_distill.devices.processes import ALONE, Share
+from jax_distill.evaluation.benchmarks import drawn, generation
+from jax_distill.evaluation.benchmarks.drawn import BUNDLED, read_asked, read_drawn
+from jax_distill.flow import Text
+from jax_distill.runs import benchmarking, commands
+from jax_distill.storage.files import FileError
+
+SETTINGS = generation.Settings(4, 2, seed=3, guidance=None, resolution=(16, 32))
+FACTS = {"network": "0"}
+
+
+class Drawer:
+    """Draws noise from what a picture may depend on; counts."""
+
+    def __init__(self):
+        self.config, self.params, self.count = base(), {}, 0
+        self.config.unlock()
+        self.world = SimpleNamespace(encoder=lambda: self.encode, null=None)
+
+    def encode(self, captions):
+        features = [[len(words), *map(ord, words[:8].ljust(8))] for words in captions]
+        return Text(np.zeros((len(captions), 1, 1)), np.array(features))
+
+    def draw(self, text, *, steps, seed, guidance, batch_size, resolution, numbers, tile):
+        assert batch_size == len(text.pooled) == len(numbers) == 1
+        self.count += 1
+        rng = np.random.default_rng([steps, seed, *numbers, *map(int, text.pooled[0])])
+        return rng.integers(0, 256, (1, *resolution, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return {
+        "geneval": read_asked("geneval", BUNDLED / "geneval.jsonl"),
+        "dpg": read_asked("dpg", BUNDLED / "dpg.csv"),
+    }
+
+
+def draw(asked, folder, settings=SETTINGS, share=ALONE):
+    """Draws into a folder; returns how many pictures were drawn."""
+    drawer = Drawer()
+    generation.draw(drawer, asked, folder, settings, FACTS, share)
+    return drawer.count
+
+
+def content(folder):
+    """Files by name, but for the time that it took."""
+    found = {name: (folder / name).read_bytes() for name in drawn.names(folder)}
+    found.pop(generation.SPEED, None)
+    return found
+
+
+@pytest.fixture(scope="module", params=["geneval", "dpg"])
+def whole(request, asked, tmp_path_factory):
+    """The prompts, and a folder that was drawn in one go."""
+    folder = tmp_path_factory.mktemp(request.param) / "whole"
+    assert draw(asked[request.param], folder) == 4 * len(asked[request.param].prompts)
+    return asked[request.param], folder
+
+
+def test_the_layouts_are_the_authors(whole):
+    asked, folder = whole
+    names = drawn.names(folder)
+    if asked.benchmark == "dpg":
+        grids = {f"pictures/{prompt.item}.png" for prompt in asked.prompts}
+        assert names - grids == {"drawing.json", "prompts.csv", "speed.json"}
+        assert {Image.open(folder / name).size for name in grids} == {(64, 32)}
+        return
+    for place, prompt in enumerate(asked.prompts):
+        at = folder / f"{place:05d}"
+        described = json.loads((at / "metadata.jsonl").read_text())
+        assert described["prompt"] == prompt.prompt and described["tag"] == prompt.tag
+        pictures = [drawn.read_picture(at / f"samples/{n:04d}.png") for n in range(4)]
+        grid = drawn.read_picture(at / "grid.png")
+        assert (grid == np.vstack([np.hstack(pictures[:2]), np.hstack(pictures[2:])])).all()
+    assert len(names) == 6 * len(asked.prompts) + 3
+
+
+def test_what_is_there_is_not_drawn_again(whole, tmp_path):
+    asked, folder = whole
+    shutil.copytree(folder, tmp_path / "again")
+    assert draw(asked, tmp_path / "again") == 0
+    removed = [name for name in sorted(drawn.names(folder)) if name.endswith(".png")][1::3]
+    for name in removed:
+        (tmp_path / "again" / name).unlink()
+    single = [name for name in removed if not name.endswith("grid.png")]
+    expected = 4 * len(removed) if asked.benchmark == "dpg" else len(single)
+    assert draw(asked, tmp_path / "again") == expected
+    assert content(tmp_path / "again") == content(folder)
+
+
+@pytest.mark.parametrize("stopped_after", [0, 1, 2, 3, 30])
+def test_a_killed_try_is_continued(whole, tmp_path, monkeypatch, stopped_after):
+    """Each file is whole or not there: a kill is a write that does not come, and none after it."""
+    asked, folder = whole
+    stopped_after = min(stopped_after, len(content(folder)) - 1)
+    write, count, lock = drawn.write_atomically, [0], threading.Lock()
+
+    def dying(path, text):
+        with lock:
+            count[0] += 1
+            if count[0] > stopped_after:
+                raise KeyboardInterrupt
+        write(path, text)
+
+    for module in (drawn, generation, drawn.grids):
+        monkeypatch.setattr(module, "write_atomically", dying)
+    monkeypatch.setattr(generation, "write_json", lambda path, x: dying(path, json.dumps(x)))
+    with pytest.raises(KeyboardInterrupt):
+        draw(asked, tmp_path / "it")
+    monkeypatch.undo()
+    assert len(drawn.names(tmp_path / "it")) == stopped_after
+    draw(asked, tmp_path / "it")
+    assert content(tmp_path / "it").keys() == content(folder).keys()
+    pictures = {name: x for name, x in content(folder).items() if name.endswith("png")}
+    assert pictures.items() <= content(tmp_path / "it").items()
+
+
+class Together(Share):
+    """One of several threads that draw as processes do."""
+
+    def wait(self, what):
+        BARRIERS[self.count].wait(60)
+
+    def any(self, value):
+        self.wait("any")
+        return True
+
+    def first(self, act, what):
+        if self.leads:
+            act()
+        self.wait(what)
+
+
+BARRIERS = {count: threading.Barrier(count) for count in (2, 4)}
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_draw_what_one_draws(whole, tmp_path, monkeypatch, count):
+    asked, folder = whole
+    counts = [0] * count
+
+    def run(index):
+        counts[index] = draw(asked, tmp_path / "it", share=Together(index, count))
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert content(tmp_path / "it") == content(folder)
+    assert sum(counts) == 4 * len(asked.prompts)
+    assert max(counts) - min(counts) <= 4  # a prompt more
+
+
+def test_a_picture_does_not_depend_on_how_many_there_are(asked, tmp_path):
+    prompts = asked["geneval"]
+    for count in (2, 4):
+        draw(prompts, tmp_path / str(count), SETTINGS._replace(pictures=count))
+    two, four = (read_drawn(tmp_path / str(count)) for count in (2, 4))
+    assert all(
+        (a == b).all()
+        for place in range(12)
+        for a, b in zip(two.layout.read(place), four.layout.read(place))
+    )
+    assert not (four.layout.read(0)[0] == four.layout.read(0)[1]).all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"steps": 4}, "begun with steps=2 and not 4; go on"),
+        ({"seed": 4}, "begun with seed=3 and not 4"),
+        ({"resolution": (32, 32)}, r"begun with resolution=\[16, 32\] and not \[32, 32\]"),
+        ({"pictures": 1}, "begun with pictures=4 and not 1"),
+    ],
+)
+def test_other_settings_are_refused(whole, changed, expected):
+    asked, folder = whole
+    before = content(folder)
+    with pytest.raises(FileError, match=expected):
+        draw(asked, folder, SETTINGS._replace(**changed))
+    assert content(folder) == before
+
+
+def test_other_prompts_networks_and_folders_are_refused(asked, tmp_path):
+    draw(asked["geneval"], tmp_path / "it", SETTINGS._replace(pictures=1))
+    cut = asked["geneval"]._replace(text="x")
+    with pytest.raises(FileError, match="begun with prompts="):
+        draw(cut, tmp_path / "it", SETTINGS._replace(pictures=1))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").write_text("x")
+    with pytest.raises(FileError, match="holds other files, such as 'thesis.tex'"):
+        draw(asked["geneval"], tmp_path / "other")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileError, match="is a file; give a folder"):
+        draw(asked["geneval"], tmp_path / "file")
+    with pytest.raises(ValueError, match="1 or 4 pictures of a prompt, not 3"):
+        draw(asked["dpg"], tmp_path / "new", SETTINGS._replace(pictures=3))
+    (tmp_path / "it/00003/samples/0000.png").unlink()
+    with pytest.raises(FileError, match="lacks pictures of 1 of 12 prompts"):
+        read_drawn(tmp_path / "it")
+    with pytest.raises(FileError, match="has no drawing.json"):
+        read_drawn(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", "a red circle\n\n two squares\n"),
+        ("p.jsonl", '{"prompt": "a red circle"}\n{"prompt": "two squares"}\n'),
+        ("p.jsonl", '{"text": "a red circle"}\n{"text": "two squares"}\n'),
+        ("p.csv", "id,prompt\n1,a red circle\n2,two squares\n"),
+    ],
+)
+def test_plain_prompts_are_lines_or_a_column(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    found = read_asked("prompts", tmp_path / name)
+    assert list(found.captions) == ["a red circle", "two squares"]
+
+
+@pytest.fixture(scope="module")
+def student():
+    return tiny_pipeline("scm")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, student):
+    """Runs the command on a tiny student of the shapes world; returns its output or its error."""
+    monkeypatch.setattr(pipeline, "load", lambda source, mesh: student)
+    monkeypatch.setattr(benchmarking, "weights_of", lambda source: "0")
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, flags)])
+        with flagsaver.flagsaver():
+            try:
+                commands.run(evaluate.main)
+            except SystemExit as stop:
+                return capsys.readouterr().out if not stop.code else stop.code
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_command_draws_what_the_pipeline_draws(run, student, tmp_path):
+    captions = ["a red circle", "two squares"]
+    (tmp_path / "p.txt").write_text("\n".join(captions))
+    flags = [f"--prompts_file={tmp_path}/p.txt", "--benchmark=prompts", f"--output={tmp_path}/it"]
+    assert "drew 2 pictures of 2 prompts" in run(*flags, "--steps=1")
+    pictures = student(captions, steps=1, batch_size=1)
+    found = read_drawn(tmp_path / "it")
+    assert all((found.layout.read(place)[0] == pictures[place]).all() for place in (0, 1))
+    assert found.facts["kind"] == "student" and found.facts["config"]["seed"] == 0
+    assert "drew 2 pictures" in run(*flags, "--steps=1")  # all are there
+    assert "begun with steps=1 and not 2" in run(*flags, "--steps=2")
+    (tmp_path / "long.txt").write_text("a red circle " * 30)
+    flags[0] = f"--prompts_file={tmp_path}/long.txt"
+    assert "keeps 60 tokens" in run(*flags[:2], f"--output={tmp_path}/long", "--steps=1")
