@@ -51,8 +51,9 @@ def load(folder: Path) -> Clip:
         see = runners.run_onnx(vision, ("pixel_values",))
         read = runners.run_onnx(text, inputs)
     else:
-        see = runners.run_torch(folder, "CLIPVisionModelWithProjection")
-        read = runners.run_torch(folder, "CLIPTextModelWithProjection")
+        network = runners.torch_network(folder, "CLIPModel")
+        see = runners.run_torch(network.get_image_features, "image_embeds")
+        read = runners.run_torch(network.get_text_features, "text_embeds")
 
     def pictures(images: Sequence[np.ndarray]) -> np.ndarray:
         parts = [

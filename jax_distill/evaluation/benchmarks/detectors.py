@@ -89,7 +89,8 @@ def load(folder: Path) -> Detector:
         run = runners.run_onnx(onnx, ("pixel_values", "pixel_mask"))
     else:
         kinds = [kind for kind in _SEGMENTING for name in _architectures(config) if kind in name]
-        run = runners.run_torch(folder, f"AutoModel{kinds[0] if kinds else 'ForObjectDetection'}")
+        kind = f"AutoModel{kinds[0] if kinds else 'ForObjectDetection'}"
+        run = runners.run_torch(runners.torch_network(folder, kind))
 
     def find(image: np.ndarray) -> list[Found]:
         inputs = _with_mask(process([image]))

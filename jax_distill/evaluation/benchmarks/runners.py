@@ -7,6 +7,7 @@ Nothing is downloaded, and no code of a folder is run.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,42 +76,66 @@ def run_onnx(path: Path, given: Sequence[str]) -> Run:
     return run
 
 
-def run_torch(folder: Path, kind: str) -> Run:
-    """A network of transformers, as a function of named arrays.
+def torch_network(folder: Path, kind: str) -> Any:
+    """A network of transformers, read from a folder.
 
     Args:
       folder: of it.
       kind: a class of transformers, such as "AutoModelForObjectDetection".
 
     Raises:
-      FileError: the folder holds no such network.
+      FileError: the folder holds no such network, or not all of its weights.
       ValueError: PyTorch is not installed.
     """
     try:
-        import torch
+        import torch  # noqa: F401 - transformers' message would be a long one
         import transformers
     except ImportError as error:
         raise ValueError(
             f"'{folder}' needs {error.name}; install it, or give the network as ONNX"
         ) from None
-    network = read_folder(folder, getattr(transformers, kind)).eval()
+    network, read = read_folder(folder, getattr(transformers, kind), output_loading_info=True)
+    # transformers would draw these at random, and warn.
+    if lacking := [*read["missing_keys"], *read["mismatched_keys"]]:
+        raise FileError(
+            f"'{folder}' lacks {shown(lacking[0])} of the weights of a {type(network).__name__};"
+            " download it again"
+        )
+    return network.eval()
+
+
+def run_torch(call: Callable[..., Any], embeds: str = "") -> Run:
+    """A network of transformers, or a method of one, as a function of those inputs that it has.
+
+    Args:
+      call: takes tensors and returns some by name, or embeddings: alone or pooled.
+      embeds: their name.
+    """
+    import torch
+
+    known = inspect.signature(getattr(call, "forward", call)).parameters
 
     def run(**inputs: np.ndarray) -> dict[str, np.ndarray]:
+        taken = {name: torch.from_numpy(x) for name, x in inputs.items() if name in known}
         with torch.inference_mode():
-            found = network(**{name: torch.from_numpy(each) for name, each in inputs.items()})
+            found = call(**taken)
+        if embeds:
+            found = {embeds: found if torch.is_tensor(found) else found.pooler_output}
         return {name: each.numpy() for name, each in found.items() if torch.is_tensor(each)}
 
     return run
 
 
-def read_folder(folder: Path, kind: Any) -> Any:
+def read_folder(folder: Path, kind: Any, **settings: Any) -> Any:
     """What a class of transformers reads from a folder, offline.
 
     Raises:
       FileError: it cannot be read.
     """
     try:
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return kind.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **settings
+        )
     except Exception as error:  # of nearly every kind
         raise FileError(
             f"'{folder}' holds no {kind.__name__} ({one_line(str(error))[:200]}); give a folder as"
