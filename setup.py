@@ -54,6 +54,8 @@ setup(
         # FLUX's tokenizers; data sets of tfds, parquet and arrow files (data/sources/). What is
         # bundled needs neither.
         "flux": ["transformers>=4.56"],
+        # evaluation/benchmarks/runners.py; networks that are not ONNX need PyTorch as well
+        "score": ["onnxruntime>=1.20", "transformers>=4.56"],
         "gcs": ["gcsfs>=2026.10"],  # addresses gs://; storage/buckets.py
         "data": ["tensorflow-datasets>=4.9", "pyarrow>=15"],
         "test": [
@@ -61,6 +63,8 @@ setup(
             "diffusers>=0.42",
             "peft>=0.17",
             "transformers>=4.56",
+            "onnx>=1.17",  # tests/tiny_viewers.py
+            "onnxruntime>=1.20",
             "tensorflow-datasets>=4.9",
             "pyarrow>=15",
             "torch==2.13.0",

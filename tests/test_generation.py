@@ -272,3 +272,17 @@ def test_the_command_draws_what_the_pipeline_draws(run, student, tmp_path):
     (tmp_path / "long.txt").write_text("a red circle " * 30)
     flags[0] = f"--prompts_file={tmp_path}/long.txt"
     assert "keeps 60 tokens" in run(*flags[:2], f"--output={tmp_path}/long", "--steps=1")
+
+
+def test_a_bucket_is_filled_in_tries_too(asked, bucket, tmp_path):
+    settings = SETTINGS._replace(pictures=1)
+    assert draw(asked["dpg"], bucket / "it", settings) == len(asked["dpg"].prompts)
+    item = asked["dpg"].prompts[1].item
+    (bucket / f"it/pictures/{item}.png").unlink()
+    with pytest.raises(FileError, match="lacks pictures of 1 of"):
+        read_drawn(bucket / "it")
+    assert draw(asked["dpg"], bucket / "it", settings) == 1
+    draw(asked["dpg"], tmp_path / "it", settings)
+    assert content(bucket / "it") == content(tmp_path / "it")
+    ours, theirs = (read_drawn(folder / "it").layout for folder in (bucket, tmp_path))
+    assert (ours.read(1)[0] == theirs.read(1)[0]).all()

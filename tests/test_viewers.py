@@ -239,6 +239,33 @@ def test_the_command_judges_teacher_and_student(judge, folder, viewers):
     assert again.splitlines()[:3] == printed.splitlines()[:3]
 
 
+def test_dense_and_plain_prompts_are_judged_too(judge, viewers, tmp_path):
+    dense = read_asked("dpg", BUNDLED / "dpg.csv")
+    generation.draw(Drawer(), dense, tmp_path / "dpg", SETTINGS, {})
+    lines = [
+        {
+            "item_id": prompt.item,
+            "picture": number,
+            "answers": {str(q.number): "yes" for q in prompt.questions},
+        }
+        for prompt in dense.prompts
+        for number in range(4)
+    ]
+    (tmp_path / "answers").write_text("\n".join(map(json.dumps, lines)))
+    flags = f"--judge={tmp_path}/dpg", f"--answers={tmp_path}/answers"
+    printed = judge(*flags, f"--output={tmp_path}/results.json")
+    assert "DPG-Bench" in printed and "100.0 [100.0, 100.0]" in printed
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["teacher"]["score"] == 100 and "differences" not in results
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo squares\n")
+    plain = read_asked("prompts", tmp_path / "prompts.txt")
+    generation.draw(Drawer(), plain, tmp_path / "it", SETTINGS._replace(pictures=1), {})
+    assert "plain prompts are scored by CLIP alone" in judge(f"--judge={tmp_path}/it")
+    printed = judge(f"--judge={tmp_path}/it", f"--clip={viewers['onnx_clip']}")
+    assert printed.startswith("CLIP score") and "2 prompts, 1 picture each" in printed
+    assert "are of other prompts" in judge(f"--judge={tmp_path}/it,{tmp_path}/dpg", *flags[1:])
+
+
 def _values(entry):
     return {name: value for name, (value, _, _) in entry["features"].items()}
 
