@@ -146,7 +146,8 @@ def main(argv: list[str]) -> None:
         whole = made["whole"]
         names = [(key, name) for key, found in made.items() for name in found.keys() | whole.keys()]
         same = sum(made[key].get(name) == whole.get(name) for key, name in names)
-        left = [str(path.relative_to(root)) for path in root.rglob(".*") if path.is_file()]
+        hidden = [path for key in made for path in (root / key).rglob(".*")]
+        left = [str(path.relative_to(root)) for path in hidden]
     line = {
         "benchmark": "generation_kill",
         "ratio": same / len(names),

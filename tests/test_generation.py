@@ -2,25 +2,27 @@
 
 import json
 import shutil
+import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from PIL import Image
 from test_pipeline import tiny_pipeline
 
-from jax_distill import evaluate, pipeline
+from jax_distill import pipeline
 from jax_distill.config import base
 from jax_distill.devices.processes import ALONE, Share
 from jax_distill.evaluation.benchmarks import drawn, generation
 from jax_distill.evaluation.benchmarks.drawn import BUNDLED, read_asked, read_drawn
 from jax_distill.flow import Text
-from jax_distill.runs import benchmarking, commands
+from jax_distill.runs import benchmarking
 from jax_distill.storage.files import FileError
 
+ROOT = Path(__file__).parents[1]
 SETTINGS = generation.Settings(4, 2, seed=3, guidance=None, resolution=(16, 32))
 FACTS = {"network": "0"}
 
@@ -240,38 +242,25 @@ def student():
     return tiny_pipeline("scm")
 
 
-@pytest.fixture
-def run(monkeypatch, capsys, student):
-    """Runs the command on a tiny student of the shapes world; returns its output or its error."""
+def test_the_pipeline_draws_what_the_first_pictures_are(monkeypatch, student, tmp_path):
     monkeypatch.setattr(pipeline, "load", lambda source, mesh: student)
     monkeypatch.setattr(benchmarking, "weights_of", lambda source: "0")
-
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, flags)])
-        with flagsaver.flagsaver():
-            try:
-                commands.run(evaluate.main)
-            except SystemExit as stop:
-                return capsys.readouterr().out if not stop.code else stop.code
-        return capsys.readouterr().out
-
-    return run
-
-
-def test_the_command_draws_what_the_pipeline_draws(run, student, tmp_path):
     captions = ["a red circle", "two squares"]
     (tmp_path / "p.txt").write_text("\n".join(captions))
-    flags = [f"--prompts_file={tmp_path}/p.txt", "--benchmark=prompts", f"--output={tmp_path}/it"]
-    assert "drew 2 pictures of 2 prompts" in run(*flags, "--steps=1")
+    asked = benchmarking.read_asked("prompts", str(tmp_path / "p.txt"))
+    asking = benchmarking.Asking(1, 1, 0, None, None, None, None)
+    for _ in range(2):  # the second time all are there
+        assert benchmarking.draw("it", asked, tmp_path / "it", asking) == 2
     pictures = student(captions, steps=1, batch_size=1)
     found = read_drawn(tmp_path / "it")
     assert all((found.layout.read(place)[0] == pictures[place]).all() for place in (0, 1))
     assert found.facts["kind"] == "student" and found.facts["config"]["seed"] == 0
-    assert "drew 2 pictures" in run(*flags, "--steps=1")  # all are there
-    assert "begun with steps=1 and not 2" in run(*flags, "--steps=2")
+    with pytest.raises(FileError, match="begun with steps=1 and not 2"):
+        benchmarking.draw("it", asked, tmp_path / "it", asking._replace(steps=2))
     (tmp_path / "long.txt").write_text("a red circle " * 30)
-    flags[0] = f"--prompts_file={tmp_path}/long.txt"
-    assert "keeps 60 tokens" in run(*flags[:2], f"--output={tmp_path}/long", "--steps=1")
+    asked = benchmarking.read_asked("prompts", str(tmp_path / "long.txt"))
+    with pytest.raises(ValueError, match="keeps 60 tokens"):
+        benchmarking.draw("it", asked, tmp_path / "long", asking)
 
 
 def test_a_bucket_is_filled_in_tries_too(asked, bucket, tmp_path):
@@ -286,3 +275,14 @@ def test_a_bucket_is_filled_in_tries_too(asked, bucket, tmp_path):
     assert content(bucket / "it") == content(tmp_path / "it")
     ours, theirs = (read_drawn(folder / "it").layout for folder in (bucket, tmp_path))
     assert (ours.read(1)[0] == theirs.read(1)[0]).all()
+
+
+@pytest.mark.slow
+def test_processes_of_the_command_draw_the_same_pictures(tmp_path):
+    program = [sys.executable, "benchmarks/generation_kill.py", "--prompts=3", "--kills=0"]
+    done = subprocess.run(
+        [*program, "--processes=2"], cwd=ROOT, capture_output=True, text=True, timeout=1800
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["ratio"] == 1 and line["files"] == line["distinct"] == 15

@@ -2,20 +2,20 @@
 
 import json
 import shutil
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_viewers
-from absl.testing import flagsaver
 from PIL import Image
 from test_generation import SETTINGS, Drawer
 
-from jax_distill import evaluate
+from jax_distill.evaluation import report
 from jax_distill.evaluation.benchmarks import clip, detectors, findings, generation, geneval
 from jax_distill.evaluation.benchmarks.drawn import BUNDLED, read_asked, read_drawn
 from jax_distill.evaluation.benchmarks.prompts import Color
-from jax_distill.runs import commands
+from jax_distill.runs import benchmarking
+from jax_distill.runs.benchmarking import Findings
 from jax_distill.storage.files import FileError
 
 RGB = {
@@ -192,36 +192,15 @@ def test_classes_that_a_detector_does_not_know_are_refused(folder):
     assert not (folder / "student/detections.jsonl").exists()
 
 
-@pytest.fixture
-def judge(monkeypatch, capsys):
-    """Runs the command; returns its output or its error."""
-
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, flags)])
-        with flagsaver.flagsaver():
-            try:
-                commands.run(evaluate.main)
-            except SystemExit as stop:
-                return capsys.readouterr().out if not stop.code else stop.code
-        return capsys.readouterr().out
-
-    return run
-
-
-def test_the_command_judges_teacher_and_student(judge, folder, viewers):
-    both = f"--judge={folder / 'teacher'},{folder / 'student'}"
-    assert "detections.jsonl' is missing; give --detections" in judge(both)
+def test_teacher_and_student_are_judged_together(folder, viewers):
+    both = [folder / "teacher", folder / "student"]
+    with pytest.raises(FileError, match="detections.jsonl' is missing; give --detections"):
+        benchmarking.judge(both, Findings())
     (folder / "real").mkdir()
     Image.new("RGB", (20, 30), "red").save(folder / "real/a.png")
     Image.new("RGB", (30, 20), "blue").save(folder / "real/b.jpg")
-    (folder / "run").mkdir()
-    (folder / "run/config.json").write_text('{"name": "it"}')
-    networks = [f"--detector={viewers['onnx_detector']}", f"--clip={viewers['onnx_clip']}"]
-    output = f"--output={folder}/run/results.json"
-    # GenEval's 0.3: the only objects are drums of bright pictures and mice, which nobody asks for.
-    printed = judge(both, *networks, f"--real={folder}/real", output)
-    assert "GenEval" in printed and "CMMD" in printed and "more than the teacher" in printed
-    results = json.loads((folder / "run/results.json").read_text())
+    networks = Findings(detector=viewers["onnx_detector"], clip=viewers["onnx_clip"])
+    results = benchmarking.judge(both, networks._replace(real=folder / "real"))
     assert results["benchmark"] == "geneval" and results["config"]["seed"] == 0
     entry, teacher = results["student"]["2"], results["teacher"]
     assert teacher["nfe"] == 2 and teacher["few"] == {}
@@ -233,13 +212,23 @@ def test_the_command_judges_teacher_and_student(judge, folder, viewers):
         )
         assert value == pytest.approx(ours - theirs) and low <= value <= high
     assert 0 <= entry["features"]["clip_score"][0] <= 100 and entry["features"]["cmmd"][0] > 0
+    printed = report.format_benchmark(results)
+    assert "GenEval" in printed and "CMMD" in printed and "more than the teacher" in printed
+    again = benchmarking.judge(both, Findings())  # from the files that are there now
+    assert again["student"]["2"]["tasks"] == entry["tasks"]
+
+    (folder / "run").mkdir()
+    assert benchmarking.write(folder / "run/results.json", results) == [
+        f"wrote {folder}/run/results.json"
+    ]
+    (folder / "run/config.json").write_text('{"name": "it"}')
+    lines = benchmarking.write(folder / "run/results.json", results)
+    assert lines[1] == f"report: {folder}/run/report.html"
     page = (folder / "run/report.html").read_text()
-    assert "<h2>GenEval</h2>" in page and "CLIP score" in page and "report.html" in printed
-    again = judge(both)  # from the files that are there now
-    assert again.splitlines()[:3] == printed.splitlines()[:3]
+    assert "<h2>GenEval</h2>" in page and "CLIP score" in page
 
 
-def test_dense_and_plain_prompts_are_judged_too(judge, viewers, tmp_path):
+def test_dense_and_plain_prompts_are_judged_too(viewers, tmp_path):
     dense = read_asked("dpg", BUNDLED / "dpg.csv")
     generation.draw(Drawer(), dense, tmp_path / "dpg", SETTINGS, {})
     lines = [
@@ -252,18 +241,18 @@ def test_dense_and_plain_prompts_are_judged_too(judge, viewers, tmp_path):
         for number in range(4)
     ]
     (tmp_path / "answers").write_text("\n".join(map(json.dumps, lines)))
-    flags = f"--judge={tmp_path}/dpg", f"--answers={tmp_path}/answers"
-    printed = judge(*flags, f"--output={tmp_path}/results.json")
+    results = benchmarking.judge([tmp_path / "dpg"], Findings(answers=(tmp_path / "answers",)))
+    printed = report.format_benchmark(results)
     assert "DPG-Bench" in printed and "100.0 [100.0, 100.0]" in printed
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["teacher"]["score"] == 100 and "differences" not in results
+    assert results["student"]["2"]["score"] == 100 and "differences" not in results
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo squares\n")
     plain = read_asked("prompts", tmp_path / "prompts.txt")
     generation.draw(Drawer(), plain, tmp_path / "it", SETTINGS._replace(pictures=1), {})
-    assert "plain prompts are scored by CLIP alone" in judge(f"--judge={tmp_path}/it")
-    printed = judge(f"--judge={tmp_path}/it", f"--clip={viewers['onnx_clip']}")
+    with pytest.raises(FileError, match="plain prompts are scored by CLIP alone"):
+        benchmarking.judge([tmp_path / "it"], Findings())
+    seeing = Findings(clip=viewers["onnx_clip"])
+    printed = report.format_benchmark(benchmarking.judge([tmp_path / "it"], seeing))
     assert printed.startswith("CLIP score") and "2 prompts, 1 picture each" in printed
-    assert "are of other prompts" in judge(f"--judge={tmp_path}/it,{tmp_path}/dpg", *flags[1:])
 
 
 def _values(entry):
@@ -271,26 +260,17 @@ def _values(entry):
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
+    ("names", "given", "expected"),
     [
-        (["--judge=nowhere"], "'nowhere' has no drawing.json"),
-        (["--judge=T", "--answers=x"], "--answers: pictures of geneval are not judged by answers"),
-        (["--judge=T,S", "--detections=x"], "1 files for 2 folders"),
-        (["--judge=T,T"], "another folder of the teacher in 2 steps"),
-        (["--judge=T", "--steps=2"], "--steps: the folders of --judge are drawn already"),
-        (["--judge=T", "--real=x"], "--real needs --clip"),
-        (["--clip=x"], "--clip needs --judge"),
-        (["--pictures=2"], "--pictures needs --benchmark"),
-        (["--benchmark=geneval"], "--steps: give one number"),
-        (["--benchmark=geneval", "--steps=2"], "--output is missing"),
-        (["--benchmark=geneval", "--steps=2", "--output=x"], "--prompts_file is missing"),
-        (["--benchmark=geneval", "--steps=2", "--output=x", "--prompts_file=y"], "'y' is missing"),
-        (["--benchmark=prompts", "--steps=2", "--output=x", "--prompts_file=bundled"], "no plain"),
-        (["--benchmark=dpg", "--prompts=6"], "--prompts is of scores in the shapes world"),
-        (["--judge=T", "--detector=T", "--clip=T"], "has no config.json; give a folder"),
+        ("T", {"answers": (Path("x"),)}, "--answers: pictures of geneval are not judged by"),
+        ("TS", {"detections": (Path("x"),)}, "--detections: 1 files for 2 folders"),
+        ("T", {"detections": (Path("x"),), "detector": Path("x")}, "give one of them"),
+        ("T", {"detector": Path("x")}, "has no config.json; give a folder"),
+        ("TT", {}, "is another folder of the teacher in 2 steps"),
+        ("TC", {}, "are of other prompts; judge them apart"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(judge, folder, flags, expected):
+def test_folders_and_findings_that_do_not_fit_are_refused(folder, names, given, expected):
     for name in ("teacher", "student"):
         lines = [
             {"picture": f"{place:05d}/samples/{number:04d}.png", "objects": []}
@@ -299,13 +279,12 @@ def test_what_is_wrong_is_one_sentence(judge, folder, flags, expected):
         ]
         text = "\n".join(map(json.dumps, lines))
         (folder / name / "detections.jsonl").write_text(text)
-    paths = {"T": str(folder / "teacher"), "S": str(folder / "student")}
-    given = [
-        f"{name}=" + ",".join(paths.get(each, each) for each in value.split(","))
-        for name, _, value in (flag.partition("=") for flag in flags)
-    ]
-    error = judge(*given)
-    assert error.startswith("error: ") and expected in error and "\n" not in error
+    shutil.copytree(folder / "student", folder / "changed")
+    facts = json.loads((folder / "changed/drawing.json").read_text())
+    (folder / "changed/drawing.json").write_text(json.dumps({**facts, "prompts": "others"}))
+    paths = {"T": folder / "teacher", "S": folder / "student", "C": folder / "changed"}
+    with pytest.raises(ValueError, match=expected):
+        benchmarking.judge([paths[name] for name in names], Findings(**given))
 
 
 def test_networks_of_other_kinds_are_refused(viewers, tmp_path):
