@@ -77,6 +77,7 @@ def write_report(workdir: str | Path) -> Path:
         raise ValueError(f"'{workdir}' is no folder; give the workdir of a run")
     files = [workdir / "results.json", *sorted(workdir.glob("results-*.json"))[:MAX_BENCHMARKS]]
     results = next(filter(None, map(read_results, files)), None)
+    tables = [judged.read_table(path) for path in files]
     metrics = read_metrics(workdir / "metrics.jsonl")
     notes, config = [], {}
     try:
@@ -100,7 +101,8 @@ def write_report(workdir: str | Path) -> Path:
         sentences=_sentences(results, metrics, config) + notes,
         shares={steps: _percent(share) for steps, share in shares.items()},
         scores=_scores(results),
-        benchmarks=[each for path in files if (each := judged.read_table(path))],
+        of_shapes=tables[0] is None,
+        benchmarks=[each for each in tables if each],
         measured=_measured(results),
         samples=_samples(workdir / "samples"),
         stages=curves.stages(workdir, metrics),

@@ -18,6 +18,9 @@ from jax_distill.evaluation.scoring import results
 from jax_distill.storage.files import FileError, read_json
 
 SCORE, CLIP_SCORE, CMMD = "score", "clip_score", "cmmd"
+_ENDS = {"geneval": (0.0, 1.0), "dpg": (0.0, 100.0), "prompts": (0.0, 100.0)}
+_ENDS |= {CLIP_SCORE: (0.0, 100.0), CMMD: (0.0, math.inf)}
+"""What figures can be; intervals are cut there."""
 
 
 class Judged(NamedTuple):
@@ -153,11 +156,15 @@ def _entry(judged: Judged, level: float) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "score": known[SCORE].value,
         "tasks": {name: each.value for name, each in known.items() if name != SCORE},
-        "intervals": {name: list(each[1:]) for name, each in known.items() if _finite(each)},
+        "intervals": {
+            name: _cut(each, judged.drawn.asked.benchmark)[1:]
+            for name, each in known.items()
+            if _finite(each)
+        },
     }
     if judged.features:
         features = estimates(judged.features, labels, level=level)
-        entry["features"] = {name: list(each) for name, each in features.items()}
+        entry["features"] = {name: _cut(each, name) for name, each in features.items()}
     if (path := judged.drawn.folder / SPEED).exists():
         entry["seconds_a_picture"] = read_json(path, _Speed)["seconds_a_picture"]
     return entry
@@ -169,6 +176,12 @@ def _paired(teacher: Judged, student: Judged, level: float) -> dict[str, list[fl
     labels = groups(student.drawn)
     found = differences(theirs, ours, labels, level=level)
     return {name: list(each) for name, each in found.items() if _finite(each)}
+
+
+def _cut(estimate: Estimate, name: str) -> list[float]:
+    """A figure and the ends of its interval within what such figures can be."""
+    least, most = _ENDS[name]
+    return [estimate.value, max(estimate.low, least), min(estimate.high, most)]
 
 
 def _finite(estimate: Estimate) -> bool:

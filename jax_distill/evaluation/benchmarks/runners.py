@@ -152,11 +152,12 @@ def processor(folder: Path) -> Callable[[Sequence[np.ndarray]], Mapping[str, np.
     """
     check_folder(folder)
     try:
-        from transformers import AutoImageProcessor
+        from transformers import AutoImageProcessor, logging
     except ImportError:
         raise ValueError(
             f"'{folder}' needs transformers; pip install 'jax-distill[score]'"
         ) from None
+    logging.set_verbosity_error()  # of packages that it could use
     process = read_folder(folder, AutoImageProcessor)
 
     def made(images: Sequence[np.ndarray]) -> Mapping[str, np.ndarray]:
