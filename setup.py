@@ -37,7 +37,7 @@ setup(
         "msgspec>=0.19",  # storage/files.py: the types of what JSON holds; data/record_fields.py
         "absl-py",
         "numpy>=2.0",
-        "scipy",  # worlds/shapes/judge.py: connected components
+        "scipy",  # worlds/shapes/detector.py: connected components
         "pillow>=10.1",  # evaluation/grids.py, data/pictures.py
         "matplotlib",  # evaluation/plots.py
         "jinja2>=3.1",  # evaluation/page.py: templates
@@ -53,6 +53,8 @@ setup(
         # FLUX's tokenizers; data sets of tfds, parquet and arrow files (data/sources/). What is
         # bundled needs neither.
         "flux": ["transformers>=4.56"],
+        # evaluation/benchmarks/runners.py; networks that are not ONNX need PyTorch as well
+        "score": ["onnxruntime>=1.20", "transformers>=4.56"],
         "gcs": ["gcsfs>=2026.10"],  # addresses gs://; storage/buckets.py
         "data": ["tensorflow-datasets>=4.9", "pyarrow>=15"],
         "test": [
@@ -60,6 +62,8 @@ setup(
             "diffusers>=0.42",
             "peft>=0.17",
             "transformers>=4.56",
+            "onnx>=1.17",  # tests/tiny_viewers.py
+            "onnxruntime>=1.20",
             "tensorflow-datasets>=4.9",
             "pyarrow>=15",
             "torch==2.13.0",

@@ -127,11 +127,18 @@ class Pipeline:
         batch_size: int | None = None,
         resolution: tuple[int, int] | None = None,
         noise: np.ndarray | None = None,
+        numbers: Sequence[int] | None = None,
         tile: int | None = None,
     ) -> np.ndarray:
-        """As calling the pipeline, for captions that are embedded: text (B, ..)."""
+        """As calling the pipeline, for captions that are embedded: text (B, ..).
+
+        Where `numbers` are given, B of them from 0 to 2^31 - 1, the i-th picture depends on
+        (prompt, seed, numbers[i]) in the place of (prompt, seed, i).
+        """
         count = len(text.pooled)
         settings = self._settings(count, steps, seed, guidance, batch_size, resolution, noise)
+        if numbers is not None:
+            settings = settings._replace(numbers=np.asarray(numbers, np.int32))
         self._check_tile(tile)
         with streams.default_settings():
             return self._drawn(text, settings, tile, finite.name_pictures(count))
@@ -168,6 +175,7 @@ class Pipeline:
             min(size, count),
             resolution,
             None if noise is None else draw_settings.noise(noise, shape),
+            np.arange(count, dtype=np.int32),
         )
 
     def _check_tile(self, tile: int | None) -> None:
@@ -197,7 +205,8 @@ class Pipeline:
             part = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), text)
             given = None if noise is None else jnp.asarray(noise[rows])
             seed = np.uint32(settings.seed)
-            tokens = sample(self.params, part, jnp.asarray(rows), settings.guidance, seed, given)
+            numbers = jnp.asarray(settings.numbers[rows])
+            tokens = sample(self.params, part, numbers, settings.guidance, seed, given)
             tokens = np.asarray(tokens)
             drawn = tokens[: count - start]
             if finite.bad_rows(drawn):
@@ -214,21 +223,21 @@ class Pipeline:
         )
 
     def _sampler(self, resolution: tuple[int, int], steps: int) -> Callable:
-        """(params, text, rows, scale, seed, noise or None) -> tokens, compiled."""
+        """(params, text, numbers, scale, seed, noise or None) -> tokens, compiled."""
         if (resolution, steps) not in self._samplers:
             objective = build.objective(self.config, resolution=resolution)
             shape = build.token_shape(self.config, resolution)
             null = self.world.null if build.needs_null(self.config) else None
 
-            def sample(params, text, rows, scale, seed, noise):
-                def one_row(row):
-                    key = jax.random.fold_in(streams.key(seed), row)
+            def sample(params, text, numbers, scale, seed, noise):
+                def one_row(number):
+                    key = jax.random.fold_in(streams.key(seed), number)
                     key_noise, key_restart = jax.random.split(key)
                     return jax.random.normal(key_noise, shape), key_restart
 
-                drawn, keys = jax.vmap(one_row)(rows)
+                drawn, keys = jax.vmap(one_row)(numbers)
                 noise = drawn if noise is None else noise
-                guidance = jnp.full(rows.shape, scale, jnp.float32)
+                guidance = jnp.full(numbers.shape, scale, jnp.float32)
                 return objective.sample(params, noise, text, null, guidance, keys, steps)
 
             self._samplers[resolution, steps] = jax.jit(
@@ -246,6 +255,7 @@ class _Settings(NamedTuple):
     batch_size: int  # at most as many as there are pictures
     resolution: tuple[int, int]
     noise: np.ndarray | None
+    numbers: np.ndarray  # of the pictures, which their noise comes from
 
 
 def _everywhere(params: dict) -> NamedSharding | None:
@@ -259,8 +269,8 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
 
     Args:
       source: a workdir of `jax_distill.main`, a folder of `jax_distill.port`, or "embedded".
-      mesh: where parameters of FLUX's world are placed, and of any in a run of several processes;
-        over all devices by default.
+      mesh: where parameters of FLUX's world are placed, those of its text encoders too, and of any
+        in a run of several processes; over all devices by default.
 
     Raises:
       ValueError: there is no such run, or it has no checkpoint yet.
@@ -275,7 +285,7 @@ def _load(source: str | Path, mesh: jax.sharding.Mesh | None) -> Pipeline:
         return Pipeline(config, lambda: {"network": bundled.load("teacher")[0]})
     check_no_partial(source, "checkpoint")
     workdir, config = paths.path(source), trained_config(source)
-    world = worlds.of(config)
+    world = worlds.of(config, mesh)
     if world.distributed or processes.joined():
         mesh = mesh or sharding.make_mesh(sharding.ALL_FSDP)
 

@@ -90,7 +90,7 @@ def save_grid(
             x = left + column * (width + gap)
             page.picture(picture, scale, x, y + (row_height - height) // 2)
         y += row_height + gap
-    _save_png(paths.path(path), page.pixels())
+    save_png(paths.path(path), page.pixels())
 
 
 def save_pictures(path: str | Path, images: np.ndarray, captions: Sequence[str]) -> None:
@@ -109,7 +109,7 @@ def save_pictures(path: str | Path, images: np.ndarray, captions: Sequence[str])
     if len(captions) != len(images):
         raise ValueError(f"captions: {len(captions)} captions for {len(images)} pictures")
     if len(images) == 1:
-        _save_png(paths.path(path), images[0])
+        save_png(paths.path(path), images[0])
         return
     scale, width, height, unit = _enlarged(images)
     gap, margin = round(GAP * unit), round(MARGIN * unit)
@@ -132,7 +132,7 @@ def save_pictures(path: str | Path, images: np.ndarray, captions: Sequence[str])
             page.picture(images[start + column], scale, x, y)
             page.text(wrapped[start + column], x, y + height + gap, caption_text, width)
         y += row_height + margin
-    _save_png(paths.path(path), page.pixels())
+    save_png(paths.path(path), page.pixels())
 
 
 def _checked(pictures: np.ndarray, name: str) -> np.ndarray:
@@ -153,8 +153,8 @@ def _enlarged(pictures: np.ndarray) -> tuple[int, int, int, float]:
     return scale, width, height, width / PICTURE_WIDTH
 
 
-def _save_png(path: Path, image: np.ndarray) -> None:
-    """Writes (H, W, 3) uint8 as a PNG."""
+def save_png(path: Path, image: np.ndarray) -> None:
+    """Writes (H, W, 3) uint8 as a PNG, whole or not at all."""
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(f"'{path}': pictures are written as PNG; name the file *.png")
     content = io.BytesIO()

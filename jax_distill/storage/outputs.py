@@ -186,6 +186,47 @@ def _forget_empty(folder: Path) -> None:
 
 
 @contextlib.contextmanager
+def filled_in_tries(folder: Path, share: Share = ALONE) -> Iterator[None]:
+    """Fills a folder whose files are seen at once, each whole; what was done is kept.
+
+    Several processes may fill it together, in a place that all of them see.
+
+    Args:
+      folder: is made if it is missing, and removed again if nothing was put into it.
+      share: of this process.
+
+    Raises:
+      ValueError: others are filling it, it is a file, or the disk is full.
+      Stopped: by a signal.
+    """
+    what = f"--output: '{folder}'"
+
+    def begin() -> None:
+        if paths.is_bucket(folder):
+            try:
+                buckets.check_bucket(folder)
+            except FileNotFoundError as error:
+                raise FileError(f"{what}: {error}; make it or choose another") from None
+        elif os.path.lexists(folder) and not folder.is_dir():
+            raise FileError(f"{what} is a file; give a folder")
+        held.enter_context(lease.of_folder(folder, "--output"))
+
+    try:
+        with _stopping(each=True), contextlib.ExitStack() as held:
+            share.first(begin, what)
+            yield
+    except Interrupted:
+        message = f"{what} is not finished, by a signal; run the same command to go on"
+        raise Stopped(message) from None
+    except Exception as error:
+        if (found := disks.full(error)) is None:
+            raise
+        cause, fix = found
+        message = f"{what} is not finished: {cause}; {fix} and run the same command to go on"
+        raise FileError(message) from error
+
+
+@contextlib.contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
     """A folder to fill, removed at the end, and what dead processes have left of such before."""
     remove_leftovers(folder)

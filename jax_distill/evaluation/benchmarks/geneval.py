@@ -133,6 +133,23 @@ def judge(detections: Sequence[Detection], prompt: Prompt) -> Verdict:
     Raises:
       ValueError: an object whose colour counts has no colour scores.
     """
+    _, reasons = _looked_at(detections, prompt)
+    return Verdict(not reasons, tuple(reasons))
+
+
+def chosen(detections: Sequence[Detection], prompt: Prompt) -> list[list[Detection]] | None:
+    """The objects that fulfil each clause of `include`; None where the picture is wrong.
+
+    Args and raises: as `judge`.
+    """
+    groups, reasons = _looked_at(detections, prompt)
+    return None if reasons else groups
+
+
+def _looked_at(
+    detections: Sequence[Detection], prompt: Prompt
+) -> tuple[list[list[Detection] | None], list[str]]:
+    """The objects of each clause, None where it does not hold, and why the picture is wrong."""
     objects = kept(detections, prompt.tag)
     groups: list[list[Detection] | None] = []
     reasons = []
@@ -142,8 +159,7 @@ def judge(detections: Sequence[Detection], prompt: Prompt) -> Verdict:
         groups.append(None if reason else group)
         if reason:
             reasons.append(reason)
-    reasons += _too_many(prompt.exclude, objects)
-    return Verdict(not reasons, tuple(reasons))
+    return groups, [*reasons, *_too_many(prompt.exclude, objects)]
 
 
 def _unmet(
