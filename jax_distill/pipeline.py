@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jax_distill import streams, worlds
+from jax_distill import sampling, streams, worlds
 from jax_distill.assembly import adapters, build, draw_settings
 from jax_distill.assembly.frozen import frozen_network
 from jax_distill.assembly.resolution import EMBEDDED, trained_config
@@ -122,14 +122,18 @@ class Pipeline:
         text: Text,
         *,
         steps: int,
-        seed: int = 0,
-        guidance: float | None = None,
+        seed: int | list[int] = 0,
+        guidance: float | None | list[float | None] = None,
         batch_size: int | None = None,
         resolution: tuple[int, int] | None = None,
         noise: np.ndarray | None = None,
         tile: int | None = None,
     ) -> np.ndarray:
-        """As calling the pipeline, for captions that are embedded: text (B, ..)."""
+        """As calling the pipeline, for captions that are embedded: text (B, ..).
+
+        With a list of seeds every picture is the first of its seed, as if it were drawn alone;
+        scales may be a list, too.
+        """
         count = len(text.pooled)
         settings = self._settings(count, steps, seed, guidance, batch_size, resolution, noise)
         self._check_tile(tile)
@@ -154,6 +158,13 @@ class Pipeline:
             names = finite.name_pictures(count)
             return np.concatenate(list(self._sampled(text, settings, names)))[:count]
 
+    def evaluations(self, steps: int) -> int:
+        """The network's evaluations for a picture, of which classifier-free guidance takes two."""
+        sampler = build.without_networks(self.config).sampled_by
+        if isinstance(sampler, sampling.Solve):
+            steps = sampling.evaluations(sampling.SOLVERS[sampler.solver], steps)
+        return 2 * steps if build.needs_null(self.config) else steps
+
     def _settings(self, count, steps, seed, guidance, batch_size, resolution, noise) -> "_Settings":
         """The settings of drawing so many pictures, checked."""
         resolution = resolution or self.world.resolution
@@ -161,10 +172,12 @@ class Pipeline:
         if batch_size is not None:
             size = streams.whole_number("batch_size", batch_size, 1)
         shape = (count, *build.token_shape(self.config, resolution))
+        seeds, scales = _for_each("seed", seed, count), _for_each("guidance", guidance, count)
         return _Settings(
             draw_settings.steps(steps, self.config),
-            streams.check_seed(seed),
-            draw_settings.guidance(guidance, self.config),
+            [streams.check_seed(one) for one in seeds],
+            [0] * count if seeds is seed else range(count),
+            [draw_settings.guidance(scale, self.config) for scale in scales],
             min(size, count),
             resolution,
             None if noise is None else draw_settings.noise(noise, shape),
@@ -196,8 +209,10 @@ class Pipeline:
             rows = np.minimum(np.arange(start, start + size), count - 1)
             part = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), text)
             given = None if noise is None else jnp.asarray(noise[rows])
-            seed = np.uint32(settings.seed)
-            tokens = sample(self.params, part, jnp.asarray(rows), settings.guidance, seed, given)
+            places = jnp.asarray(np.asarray(settings.places)[rows])
+            seeds = jnp.asarray(np.asarray(settings.seeds, np.uint32)[rows])
+            scales = jnp.asarray(np.asarray(settings.guidance, np.float32)[rows])
+            tokens = sample(self.params, part, places, scales, seeds, given)
             tokens = np.asarray(tokens)
             drawn = tokens[: count - start]
             if finite.bad_rows(drawn):
@@ -210,26 +225,25 @@ class Pipeline:
             return f"the network's weights are not, in '{bad}'; load a checkpoint that is whole"
         return (
             f"the network overflows in dtype={self.config.dtype} with guidance"
-            f" {settings.guidance:g}; lower the guidance, or use another checkpoint"
+            f" {max(settings.guidance):g}; lower the guidance, or use another checkpoint"
         )
 
     def _sampler(self, resolution: tuple[int, int], steps: int) -> Callable:
-        """(params, text, rows, scale, seed, noise or None) -> tokens, compiled."""
+        """(params, text, places, scales, seeds, noise or None) -> tokens, compiled."""
         if (resolution, steps) not in self._samplers:
             objective = build.objective(self.config, resolution=resolution)
             shape = build.token_shape(self.config, resolution)
             null = self.world.null if build.needs_null(self.config) else None
 
-            def sample(params, text, rows, scale, seed, noise):
-                def one_row(row):
-                    key = jax.random.fold_in(streams.key(seed), row)
+            def sample(params, text, places, scales, seeds, noise):
+                def one_row(place, seed):
+                    key = jax.random.fold_in(streams.key(seed), place)
                     key_noise, key_restart = jax.random.split(key)
                     return jax.random.normal(key_noise, shape), key_restart
 
-                drawn, keys = jax.vmap(one_row)(rows)
+                drawn, keys = jax.vmap(one_row)(places, seeds)
                 noise = drawn if noise is None else noise
-                guidance = jnp.full(rows.shape, scale, jnp.float32)
-                return objective.sample(params, noise, text, null, guidance, keys, steps)
+                return objective.sample(params, noise, text, null, scales, keys, steps)
 
             self._samplers[resolution, steps] = jax.jit(
                 sample, out_shardings=_everywhere(self.params)
@@ -241,11 +255,21 @@ class _Settings(NamedTuple):
     """Checked, of one call of a pipeline."""
 
     steps: int
-    seed: int
-    guidance: float
+    seeds: Sequence[int]
+    places: Sequence[int]  # among the pictures of its seed
+    guidance: Sequence[float]
     batch_size: int  # at most as many as there are pictures
     resolution: tuple[int, int]
     noise: np.ndarray | None
+
+
+def _for_each(name: str, value: Any, count: int) -> list:
+    """A list of values, which must be so many, or one value for all."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name}: {len(value)} values for {count} pictures; give as many, or one")
+    return value
 
 
 def _everywhere(params: dict) -> NamedSharding | None:

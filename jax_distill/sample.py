@@ -7,7 +7,7 @@ from jax_distill.assembly import draw_settings
 from jax_distill.assembly.resolution import EMBEDDED
 from jax_distill.devices import processes
 from jax_distill.evaluation import grids
-from jax_distill.runs import commands
+from jax_distill.runs import commands, program_cache
 from jax_distill.storage import paths
 from jax_distill.storage.outputs import check_output
 
@@ -28,6 +28,7 @@ _TILE = flags.DEFINE_integer(
 )
 _OUTPUT = flags.DEFINE_string("output", "out.png", "PNG: the picture, or a grid of several.")
 processes.define_flags()
+program_cache.define_flag()
 
 
 def main(argv: list[str]) -> None:
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> None:
     output = paths.path(_OUTPUT.value)
     if processes.is_leader():
         check_output(_OUTPUT.value, grids.ENDINGS)
+    program_cache.use()
     pipe = pipeline.load(_CHECKPOINT.value)
     pictures = pipe(
         _PROMPT.value,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.transforms import IdentityTransform
-from PIL import Image
 
+from jax_distill.evaluation.png import png
 from jax_distill.storage import paths
 from jax_distill.storage.files import write_atomically
 
@@ -157,9 +156,7 @@ def _save_png(path: Path, image: np.ndarray) -> None:
     """Writes (H, W, 3) uint8 as a PNG."""
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(f"'{path}': pictures are written as PNG; name the file *.png")
-    content = io.BytesIO()
-    Image.fromarray(image).save(content, format="png")
-    write_atomically(path, content.getvalue())
+    write_atomically(path, png(image))
 
 
 _RULER = FigureCanvasAgg(Figure((1, 1), dpi=DPI)).get_renderer()

@@ -1,0 +1,100 @@
+"""A page to try a student on: `python -m jax_distill.serve --checkpoint=DIR [--teacher=DIR]`.
+
+Pictures are also had without the page, at /image (`docs/serving.md`).
+"""
+
+import asyncio
+import importlib.util
+
+from absl import flags, logging
+
+from jax_distill import pipeline
+from jax_distill.assembly import build
+from jax_distill.assembly.resolution import EMBEDDED
+from jax_distill.devices import processes
+from jax_distill.runs import commands, program_cache
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint",
+    EMBEDDED,
+    "Workdir of a run, folder of jax_distill.port, or 'embedded' for the bundled teacher.",
+)
+_TEACHER = flags.DEFINE_string("teacher", None, "A teacher to draw beside it: as --checkpoint.")
+_HOST = flags.DEFINE_string("host", "localhost", "Address to listen at; 0.0.0.0: all of them.")
+_PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0: a free one.", 0, 65535)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size",
+    1,
+    "Pictures drawn in one batch. With 1 a picture is, bit for bit, that of jax_distill.sample;"
+    " more are drawn faster, and may differ by a grey level.",
+    1,
+    64,
+)
+_QUEUE = flags.DEFINE_integer("queue", 100, "Pictures that may wait; others are refused.", 1)
+processes.define_flags()
+program_cache.define_flag()
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    if importlib.util.find_spec("tornado") is None:
+        raise ValueError("the page needs tornado; pip install 'jax-distill[serve]'")
+    if processes.several():
+        raise ValueError(
+            "the page draws in one process, and several are asked for; start it on one host with"
+            " --num_processes=1"
+        )
+    from jax_distill.serving import drawing, web
+
+    sockets = web.listen(_HOST.value, _PORT.value)
+    program_cache.use()
+    networks, title = _loaded(), _title()
+    studio = drawing.Studio(networks)
+    logging.info("loading %s and compiling", title)
+    studio.prepare()
+    asyncio.run(_serve(web, drawing.lanes(), studio, sockets, networks, title))
+
+
+async def _serve(web, lanes, studio, sockets, networks, title) -> None:
+    from jax_distill.serving.queue import Queue
+
+    batch, limit = _BATCH_SIZE.value, _QUEUE.value
+    queue = Queue(studio.draw, lanes=lanes, batch_size=batch, limit=limit)
+    port = sockets[0].getsockname()[1]
+    print(f"http://{_HOST.value}:{port}/ is ready; Ctrl-C ends it", flush=True)
+    await web.serve(sockets, networks, queue, title)
+
+
+def _title() -> str:
+    beside = "" if _TEACHER.value is None else f" beside {_TEACHER.value}"
+    return f"{_CHECKPOINT.value}{beside}"
+
+
+def _loaded() -> dict[str, pipeline.Pipeline]:
+    """The networks by name; that of the checkpoint first.
+
+    Raises:
+      ValueError: there is no such network, or the two do not fit.
+    """
+    pipe = pipeline.load(_CHECKPOINT.value)
+    if _TEACHER.value is None:
+        return {_kind(pipe): pipe}
+    teacher = pipeline.load(_TEACHER.value)
+    if _kind(pipe) == "teacher":
+        raise ValueError(
+            f"--teacher: '{_CHECKPOINT.value}' is a teacher itself; leave --teacher out"
+        )
+    if teacher.config.world != pipe.config.world:
+        raise ValueError(
+            f"--teacher: '{_TEACHER.value}' is of world={teacher.config.world!r}, and the student"
+            f" of {pipe.config.world!r}; give the student's own teacher"
+        )
+    return {"student": pipe, "teacher": teacher}
+
+
+def _kind(pipe: pipeline.Pipeline) -> str:
+    return "teacher" if pipe.config.objective.name in build.TEACHERS else "student"
+
+
+if __name__ == "__main__":
+    commands.run(main)
