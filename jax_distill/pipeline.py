@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,23 +122,70 @@ class Pipeline:
         text: Text,
         *,
         steps: int,
-        seed: int | list[int] = 0,
-        guidance: float | None | list[float | None] = None,
+        seed: int = 0,
+        guidance: float | None = None,
         batch_size: int | None = None,
         resolution: tuple[int, int] | None = None,
         noise: np.ndarray | None = None,
         tile: int | None = None,
     ) -> np.ndarray:
-        """As calling the pipeline, for captions that are embedded: text (B, ..).
-
-        With a list of seeds every picture is the first of its seed, as if it were drawn alone;
-        scales may be a list, too.
-        """
+        """As calling the pipeline, for captions that are embedded: text (B, ..)."""
         count = len(text.pooled)
         settings = self._settings(count, steps, seed, guidance, batch_size, resolution, noise)
         self._check_tile(tile)
         with streams.default_settings():
             return self._drawn(text, settings, tile, finite.name_pictures(count))
+
+    def draw_each(
+        self,
+        text: Text,
+        *,
+        steps: int,
+        seeds: Sequence[int],
+        guidance: Sequence[float | None],
+        batch_size: int,
+        resolution: tuple[int, int] | None = None,
+    ) -> np.ndarray:
+        """Draws pictures of several seeds, each the one that `draw` draws of it alone.
+
+        One call of one program draws them one after another, any number up to the batch's size, so
+        that numbers are rounded alike whatever is drawn beside a picture.
+
+        Args:
+          text: captions that are embedded, (B, ..).
+          steps: of the sampler.
+          seeds: (B,).
+          guidance: scales (B,); None for the configuration's.
+          batch_size: at least B.
+          resolution: height and width in pixels; the world's by default.
+
+        Returns:
+          (B, height, width, 3) uint8.
+
+        Raises:
+          ValueError: as `draw`.
+        """
+        count = len(seeds)
+        every = [
+            self._settings(1, steps, seed, scale, None, resolution, None)
+            for seed, scale in zip(seeds, guidance, strict=True)
+        ]
+        rows = np.minimum(np.arange(batch_size), count - 1)
+        numbers = np.array([every[row].seed for row in rows], np.uint32)
+        scales = np.array([every[row].guidance for row in rows], np.float32)
+        names, size = finite.name_pictures(count), every[0].resolution
+        with streams.default_settings():
+            filled = jax.tree.map(lambda leaf: leaf[rows], text)
+            sample = self._sampler(size, every[0].steps, each=True)
+            tokens = np.asarray(sample(self.params, filled, scales, numbers, np.int32(count)))
+            tokens = tokens[:count]
+            if bad := finite.bad_rows(tokens):
+                finite.check_rows(tokens, names, "its latents are", self._cause(every[bad[0]]))
+            decode = self.world.codec.decode
+            singly = [
+                decode(tokens[row : row + 1], *size, names=names[row:]) for row in range(count)
+            ]
+        return np.concatenate(singly)
 
     def latents(
         self,
@@ -172,12 +219,10 @@ class Pipeline:
         if batch_size is not None:
             size = streams.whole_number("batch_size", batch_size, 1)
         shape = (count, *build.token_shape(self.config, resolution))
-        seeds, scales = _for_each("seed", seed, count), _for_each("guidance", guidance, count)
         return _Settings(
             draw_settings.steps(steps, self.config),
-            [streams.check_seed(one) for one in seeds],
-            [0] * count if seeds is seed else range(count),
-            [draw_settings.guidance(scale, self.config) for scale in scales],
+            streams.check_seed(seed),
+            draw_settings.guidance(guidance, self.config),
             min(size, count),
             resolution,
             None if noise is None else draw_settings.noise(noise, shape),
@@ -209,10 +254,8 @@ class Pipeline:
             rows = np.minimum(np.arange(start, start + size), count - 1)
             part = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), text)
             given = None if noise is None else jnp.asarray(noise[rows])
-            places = jnp.asarray(np.asarray(settings.places)[rows])
-            seeds = jnp.asarray(np.asarray(settings.seeds, np.uint32)[rows])
-            scales = jnp.asarray(np.asarray(settings.guidance, np.float32)[rows])
-            tokens = sample(self.params, part, places, scales, seeds, given)
+            seed = np.uint32(settings.seed)
+            tokens = sample(self.params, part, jnp.asarray(rows), settings.guidance, seed, given)
             tokens = np.asarray(tokens)
             drawn = tokens[: count - start]
             if finite.bad_rows(drawn):
@@ -225,51 +268,67 @@ class Pipeline:
             return f"the network's weights are not, in '{bad}'; load a checkpoint that is whole"
         return (
             f"the network overflows in dtype={self.config.dtype} with guidance"
-            f" {max(settings.guidance):g}; lower the guidance, or use another checkpoint"
+            f" {settings.guidance:g}; lower the guidance, or use another checkpoint"
         )
 
-    def _sampler(self, resolution: tuple[int, int], steps: int) -> Callable:
-        """(params, text, places, scales, seeds, noise or None) -> tokens, compiled."""
-        if (resolution, steps) not in self._samplers:
+    def _sampler(self, resolution: tuple[int, int], steps: int, each: bool = False) -> Callable:
+        """(params, text, rows, scale, seed, noise or None) -> tokens, compiled.
+
+        With `each`, that of `_one_by_one`.
+        """
+        if (resolution, steps, each) not in self._samplers:
             objective = build.objective(self.config, resolution=resolution)
             shape = build.token_shape(self.config, resolution)
             null = self.world.null if build.needs_null(self.config) else None
 
-            def sample(params, text, places, scales, seeds, noise):
-                def one_row(place, seed):
-                    key = jax.random.fold_in(streams.key(seed), place)
+            def sample(params, text, rows, scale, seed, noise):
+                def one_row(row):
+                    key = jax.random.fold_in(streams.key(seed), row)
                     key_noise, key_restart = jax.random.split(key)
                     return jax.random.normal(key_noise, shape), key_restart
 
-                drawn, keys = jax.vmap(one_row)(places, seeds)
+                drawn, keys = jax.vmap(one_row)(rows)
                 noise = drawn if noise is None else noise
-                return objective.sample(params, noise, text, null, scales, keys, steps)
+                guidance = jnp.full(rows.shape, scale, jnp.float32)
+                return objective.sample(params, noise, text, null, guidance, keys, steps)
 
-            self._samplers[resolution, steps] = jax.jit(
-                sample, out_shardings=_everywhere(self.params)
+            self._samplers[resolution, steps, each] = jax.jit(
+                _one_by_one(sample) if each else sample, out_shardings=_everywhere(self.params)
             )
-        return self._samplers[resolution, steps]
+        return self._samplers[resolution, steps, each]
 
 
 class _Settings(NamedTuple):
     """Checked, of one call of a pipeline."""
 
     steps: int
-    seeds: Sequence[int]
-    places: Sequence[int]  # among the pictures of its seed
-    guidance: Sequence[float]
+    seed: int
+    guidance: float
     batch_size: int  # at most as many as there are pictures
     resolution: tuple[int, int]
     noise: np.ndarray | None
 
 
-def _for_each(name: str, value: Any, count: int) -> list:
-    """A list of values, which must be so many, or one value for all."""
-    if not isinstance(value, list):
-        return [value] * count
-    if len(value) != count:
-        raise ValueError(f"{name}: {len(value)} values for {count} pictures; give as many, or one")
-    return value
+def _one_by_one(sample: Callable) -> Callable:
+    """(params, text, scales, seeds, count) -> tokens: of each row as if it were the only one.
+
+    Rows after the first `count` are zeros.
+    """
+
+    def each(params, text, scales, seeds, count):
+        def one(row):
+            alone = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), text)
+            return sample(params, alone, jnp.zeros(1, int), scales[row], seeds[row], None)
+
+        like = jax.eval_shape(one, 0)
+        return jax.lax.fori_loop(
+            0,
+            count,
+            lambda row, drawn: jax.lax.dynamic_update_slice_in_dim(drawn, one(row), row, 0),
+            jnp.zeros((len(seeds), *like.shape[1:]), like.dtype),
+        )
+
+    return each
 
 
 def _everywhere(params: dict) -> NamedSharding | None:

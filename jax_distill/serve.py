@@ -23,12 +23,7 @@ _TEACHER = flags.DEFINE_string("teacher", None, "A teacher to draw beside it: as
 _HOST = flags.DEFINE_string("host", "localhost", "Address to listen at; 0.0.0.0: all of them.")
 _PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0: a free one.", 0, 65535)
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size",
-    1,
-    "Pictures drawn in one batch. With 1 a picture is, bit for bit, that of jax_distill.sample;"
-    " more are drawn faster, and may differ by a grey level.",
-    1,
-    64,
+    "batch_size", None, "Pictures of one call of a program; default: 8, and 1 for FLUX's.", 1, 256
 )
 _QUEUE = flags.DEFINE_integer("queue", 100, "Pictures that may wait; others are refused.", 1)
 processes.define_flags()
@@ -49,20 +44,18 @@ def main(argv: list[str]) -> None:
     sockets = web.listen(_HOST.value, _PORT.value)
     program_cache.use()
     networks, title = _loaded(), _title()
-    studio = drawing.Studio(networks)
+    large = any(pipe.world.distributed for pipe in networks.values())
+    batch_size = _BATCH_SIZE.value or (1 if large else 8)
+    studio = drawing.Studio(networks, batch_size)
     logging.info("loading %s and compiling", title)
     studio.prepare()
-    asyncio.run(_serve(web, drawing.lanes(), studio, sockets, networks, title))
+    settings = {"lanes": drawing.lanes(), "batch_size": batch_size, "limit": _QUEUE.value}
 
+    def ready() -> None:
+        port = sockets[0].getsockname()[1]
+        print(f"http://{_HOST.value}:{port}/ is ready; Ctrl-C ends it", flush=True)
 
-async def _serve(web, lanes, studio, sockets, networks, title) -> None:
-    from jax_distill.serving.queue import Queue
-
-    batch, limit = _BATCH_SIZE.value, _QUEUE.value
-    queue = Queue(studio.draw, lanes=lanes, batch_size=batch, limit=limit)
-    port = sockets[0].getsockname()[1]
-    print(f"http://{_HOST.value}:{port}/ is ready; Ctrl-C ends it", flush=True)
-    await web.serve(sockets, networks, queue, title)
+    asyncio.run(web.serve(sockets, studio, settings, title, ready))
 
 
 def _title() -> str:

@@ -29,7 +29,7 @@ class Drawn(NamedTuple):
     Attributes:
       png: the file.
       evaluations: of the network.
-      milliseconds: from the embedded caption to the pixels, for the whole batch.
+      milliseconds: from the embedded caption to the pixels; of a batch, the mean.
     """
 
     png: bytes
@@ -40,16 +40,13 @@ class Drawn(NamedTuple):
 class Studio:
     """Networks that draw, each picture as `sample` draws it; may be used by several threads.
 
-    A picture of a batch of one goes through the very program that `sample` compiles for one
-    picture. In larger batches numbers are rounded otherwise, so that a pixel may differ by a grey
-    level; their sizes are powers of two, so that few programs are compiled.
-
     Args:
       networks: by name.
+      batch_size: the most pictures that are drawn by one call of a program.
     """
 
-    def __init__(self, networks: Mapping[str, Pipeline]):
-        self._networks = networks
+    def __init__(self, networks: Mapping[str, Pipeline], batch_size: int = 1):
+        self.networks, self._batch_size = networks, batch_size
         self._encoders: dict[str, Callable[[str], Text]] = {}
         for name, pipe in networks.items():
             alike = (other for other in self._encoders if _read_alike(pipe, networks[other]))
@@ -60,14 +57,14 @@ class Studio:
 
     def prepare(self) -> None:
         """Reads the networks and compiles what is asked for by default."""
-        for name, pipe in self._networks.items():
+        for name, pipe in self.networks.items():
             steps = default_steps(name, pipe)
             [drawn] = self.draw([Wanted(name, "", steps, 0, None, pipe.world.resolution)])
             if isinstance(drawn, Exception):
                 raise drawn
 
     def draw(self, batch: Sequence[Wanted]) -> list[Drawn | Exception]:
-        """Draws pictures of one program.
+        """Draws pictures of one program, at most as many as `batch_size`.
 
         Returns:
           A picture for each, or why there is none: `Refused` where the client can mend it.
@@ -79,43 +76,43 @@ class Studio:
                 texts[row] = self._encoders[wanted.network](wanted.prompt)
             except ValueError as error:
                 found[row] = Refused(str(error))
-        try:
+        if texts:
             drawn = self._drawn([batch[row] for row in texts], list(texts.values()))
-        except NotFinite as error:
-            drawn = [Refused(str(error))] * len(texts)
-        except Exception as error:
-            drawn = [error] * len(texts)
-        found |= dict(zip(texts, drawn))
+            found |= dict(zip(texts, drawn))
         return [found[row] for row in range(len(batch))]
 
-    def _drawn(self, batch: list[Wanted], texts: list[Text]) -> list[Drawn]:
-        if not batch:
-            return []
-        size = 1 << (len(batch) - 1).bit_length()
-        filled = [*range(len(batch)), *[len(batch) - 1] * (size - len(batch))]
-        text = jax.tree.map(lambda *leaves: np.concatenate([leaves[row] for row in filled]), *texts)
-        wanted = [batch[row] for row in filled]
-        draw = functools.partial(self._pictures, wanted, text)
-        program = (size, *wanted[0].program)
+    def _drawn(self, batch: list[Wanted], texts: list[Text]) -> list[Drawn | Exception]:
+        """Draws together; if that fails, each alone, so that one spoils no other."""
+        try:
+            pictures, seconds = self._timed(batch, texts)
+        except Exception as error:
+            if len(batch) > 1:
+                return [one for pair in zip(batch, texts) for one in self._drawn(*zip(pair))]
+            return [Refused(str(error)) if isinstance(error, NotFinite) else error]
+        evaluations = self.networks[batch[0].network].evaluations(batch[0].steps)
+        milliseconds = 1000 * seconds / len(batch)
+        return [Drawn(png(picture), evaluations, milliseconds) for picture in pictures]
+
+    def _timed(self, batch: list[Wanted], texts: list[Text]) -> tuple[np.ndarray, float]:
+        """The pictures and the seconds that they took, without those of compiling."""
+        program = batch[0].program
         if program not in self._compiled:
-            with self._compiling:  # once, and outside of what is timed
+            with self._compiling:
                 if program not in self._compiled:
-                    draw()
+                    self._pictures(batch[:1], texts[:1])
                     self._compiled.add(program)
         began = time.perf_counter()
-        pictures = draw()
-        milliseconds = 1000 * (time.perf_counter() - began)
-        evaluations = self._networks[wanted[0].network].evaluations(wanted[0].steps)
-        return [Drawn(png(pictures[row]), evaluations, milliseconds) for row in range(len(batch))]
+        pictures = self._pictures(batch, texts)
+        return pictures, time.perf_counter() - began
 
-    def _pictures(self, batch: list[Wanted], text: Text) -> np.ndarray:
+    def _pictures(self, batch: Sequence[Wanted], texts: Sequence[Text]) -> np.ndarray:
         first = batch[0]
-        return self._networks[first.network].draw(
-            text,
+        return self.networks[first.network].draw_each(
+            jax.tree.map(lambda *leaves: np.concatenate(leaves), *texts),
             steps=first.steps,
-            seed=[wanted.seed for wanted in batch],
+            seeds=[wanted.seed for wanted in batch],
             guidance=[wanted.guidance for wanted in batch],
-            batch_size=len(batch),
+            batch_size=self._batch_size,
             resolution=first.resolution,
         )
 

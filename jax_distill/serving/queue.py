@@ -1,7 +1,7 @@
 """The queue of pictures that are asked for: who waits, what is drawn together, how it ends."""
 
 import asyncio
-import itertools
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -142,10 +142,10 @@ class Queue:
             self._wake()
 
     def _next(self) -> list[Job]:
-        """Takes out the first, and those after it that are drawn by the same program."""
+        """Takes out the first, and its share of those that are drawn by the same program."""
         program = self._waiting[0].wanted.program
-        same = (job for job in self._waiting if job.wanted.program == program)
-        batch = list(itertools.islice(same, self._batch_size))
+        same = [job for job in self._waiting if job.wanted.program == program]
+        batch = same[: min(self._batch_size, math.ceil(len(same) / self._lanes))]
         self._waiting = [job for job in self._waiting if job not in batch]
         self._wake()
         return batch

@@ -5,7 +5,7 @@ import base64
 import json
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from absl import logging
 
 from jax_distill.pipeline import Pipeline
 from jax_distill.serving import page, parameters
-from jax_distill.serving.drawing import Drawn, Refused
+from jax_distill.serving.drawing import Drawn, Refused, Studio
 from jax_distill.serving.queue import Gone, Job, Queue, Unavailable
 
 MOST_PICTURES = 16  # of one press of a button
@@ -48,9 +48,22 @@ def listen(host: str, port: int) -> list[socket.socket]:
 
 
 async def serve(
-    sockets: Sequence[socket.socket], networks: Mapping[str, Pipeline], queue: Queue, title: str
+    sockets: Sequence[socket.socket],
+    studio: Studio,
+    settings: Mapping[str, int],
+    title: str,
+    ready: Callable[[], None],
 ) -> None:
-    """Answers until SIGTERM or SIGINT; then what is being drawn is answered, the rest refused."""
+    """Answers until SIGTERM or SIGINT; then what is being drawn is answered, the rest refused.
+
+    Args:
+      sockets: as `listen` makes them.
+      studio: draws.
+      settings: of the `Queue`.
+      title: of the page.
+      ready: called when requests are answered.
+    """
+    networks, queue = studio.networks, Queue(studio.draw, **settings)
     handlers = [("/", Page), ("/image", Image), ("/draw", Draw)]
     application = tornado.web.Application(
         [(path, handler, {"queue": queue, "networks": networks}) for path, handler in handlers],
@@ -77,6 +90,7 @@ async def serve(
 
     for number in signals:
         loop.add_signal_handler(number, stop)
+    ready()
     await queue.run()
     while application.settings["answering"]:
         await asyncio.sleep(0.02)
