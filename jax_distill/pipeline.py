@@ -174,6 +174,7 @@ class Pipeline:
         numbers = np.array([every[row].seed for row in rows], np.uint32)
         scales = np.array([every[row].guidance for row in rows], np.float32)
         names, size = finite.name_pictures(count), every[0].resolution
+        _check_text(text, names)
         with streams.default_settings():
             filled = jax.tree.map(lambda leaf: leaf[rows], text)
             sample = self._sampler(size, every[0].steps, each=True)
@@ -246,9 +247,7 @@ class Pipeline:
     def _sampled(self, text: Text, settings: "_Settings", names: list[str]) -> Iterator[np.ndarray]:
         """Tokens, a batch at a time; the last batch is filled up, so that one shape compiles."""
         count, size, noise = len(text.pooled), settings.batch_size, settings.noise
-        for leaf in text:
-            cause = "the text encoder overflows in its type, or its weights are damaged"
-            finite.check_rows(leaf, names, "its embedded caption is", cause)
+        _check_text(text, names)
         sample = self._sampler(settings.resolution, settings.steps)
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)
@@ -307,6 +306,12 @@ class _Settings(NamedTuple):
     batch_size: int  # at most as many as there are pictures
     resolution: tuple[int, int]
     noise: np.ndarray | None
+
+
+def _check_text(text: Text, names: list[str]) -> None:
+    for leaf in text:
+        cause = "the text encoder overflows in its type, or its weights are damaged"
+        finite.check_rows(leaf, names, "its embedded caption is", cause)
 
 
 def _one_by_one(sample: Callable) -> Callable:

@@ -77,10 +77,10 @@ def _loaded() -> dict[str, pipeline.Pipeline]:
         raise ValueError(
             f"--teacher: '{_CHECKPOINT.value}' is a teacher itself; leave --teacher out"
         )
-    if teacher.config.world != pipe.config.world:
+    if type(teacher.world) is not type(pipe.world):
         raise ValueError(
-            f"--teacher: '{_TEACHER.value}' is of world={teacher.config.world!r}, and the student"
-            f" of {pipe.config.world!r}; give the student's own teacher"
+            f"--teacher: '{_TEACHER.value}' draws pictures of another world than"
+            f" '{_CHECKPOINT.value}'; give the student's own teacher"
         )
     return {"student": pipe, "teacher": teacher}
 

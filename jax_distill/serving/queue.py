@@ -89,7 +89,8 @@ class Queue:
         if self._closed:
             raise Unavailable("the server is stopping; ask again when it has been started", 10)
         if len(self._waiting) + len(pictures) > self._limit:
-            raise Unavailable(f"{len(self._waiting)} pictures wait already; ask again later", 2)
+            taken = f"{len(self._waiting)} of {self._limit} places in the queue are taken"
+            raise Unavailable(f"{taken}; ask again later", 2)
         loop = asyncio.get_running_loop()
         jobs = [Job(wanted, loop.create_future()) for wanted in pictures]
         self._waiting += jobs

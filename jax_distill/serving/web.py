@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import signal
 import socket
@@ -13,6 +14,7 @@ import tornado.httpserver
 import tornado.netutil
 import tornado.web
 from absl import logging
+from tornado.iostream import StreamClosedError
 
 from jax_distill.pipeline import Pipeline
 from jax_distill.serving import page, parameters
@@ -196,23 +198,26 @@ class Draw(Handler):
         except Unavailable as error:
             return self.refuse_for(error)
         self.set_header("Content-Type", "text/event-stream")
-        told: dict[int, Any] = {}
-        while len(told) < len(wanted) or not all(told[i] == "end" for i in told):
-            for index, job in enumerate(self.jobs):
-                await self._tell(index, job, told)
-            if not all(job.done for job in self.jobs):
-                await self.queue.moved()
-        self.finish()
+        with contextlib.suppress(StreamClosedError):  # the client has gone
+            await self._tell()
+            self.finish()
 
-    async def _tell(self, index: int, job: Job, told: dict[int, Any]) -> None:
-        """Sends what is new of a picture."""
-        now = "end" if job.done else self.queue.position(job)
-        if told.get(index) == now:
-            return
-        told[index] = now
-        event = await _event(job) if job.done else {"position": now}
-        self.write(f"data: {json.dumps({'index': index, **event})}\n\n")
-        await self.flush()
+    async def _tell(self) -> None:
+        """Sends what is new of each picture, until all have ended."""
+        told: dict[int, int] = {}
+        left = dict(enumerate(self.jobs))
+        while left:
+            for index, job in list(left.items()):
+                event = {"position": self.queue.position(job)}
+                if job.done:
+                    event = await _event(left.pop(index))
+                elif told.get(index) == event["position"]:
+                    continue
+                told[index] = event.get("position", 0)
+                self.write(f"data: {json.dumps({'index': index, **event})}\n\n")
+                await self.flush()
+            if left and not any(job.done for job in left.values()):
+                await self.queue.moved()
 
     def _given(self) -> list[dict[str, list[str]]]:
         try:
