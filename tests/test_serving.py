@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 import tiny_runs
+from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
@@ -403,6 +404,7 @@ def command(monkeypatch):
     monkeypatch.setattr(pipeline, "load", lambda source: pytest.fail("it was loaded"))
 
     def call(**values):
+        flags.FLAGS.mark_as_parsed()
         with flagsaver.flagsaver(**values):
             return serve.main([])
 
@@ -439,6 +441,7 @@ def test_the_command_wants_a_student_beside_a_teacher(command, monkeypatch):
 
 
 def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    flags.FLAGS.mark_as_parsed()
     set_up = {}
     fake = SimpleNamespace(
         jax_compilation_cache_dir=None, update=lambda name, value: set_up.update({name: value})
