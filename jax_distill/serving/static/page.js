@@ -2,7 +2,7 @@
 
 const form = document.getElementById("form");
 const pictures = document.getElementById("pictures");
-const status = document.getElementById("status");
+const said = document.getElementById("status");
 const cancel = document.getElementById("cancel");
 const networks = JSON.parse(form.dataset.networks);
 const gridSteps = JSON.parse(form.dataset.grid);
@@ -42,8 +42,8 @@ function element(tag, text = "", className = "") {
 }
 
 function say(text, bad = false) {
-  status.textContent = text;
-  status.className = bad ? "bad" : "";
+  said.textContent = text;
+  said.className = bad ? "bad" : "";
 }
 
 const plural = (count, noun) => `${count} ${noun}${Number(count) === 1 ? "" : "s"}`;
