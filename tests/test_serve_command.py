@@ -46,11 +46,13 @@ async def use_the_page(address, folder):
         await page.until("document.querySelectorAll('img').length === 1")
         await page.until("document.querySelector('img').naturalWidth === 64")
         text = await page.run("document.querySelector('figcaption').innerText")
-        assert "Student, 2 steps" in text and "2 evaluations" in text and " ms" in text
+        assert "Student, 2 steps" in text and "2 evaluations" in text and "\xa0ms" in text
 
         await ask(page, "<img src=x onerror=alert(1)>", "draw")
         await page.until("document.getElementById('status').className === 'bad'")
-        assert "is a tag, not a word" in await page.run("document.getElementById('status').textContent")
+        assert "is a tag, not a word" in await page.run(
+            "document.getElementById('status').textContent"
+        )
 
         await ask(page, "a < b & " + " ".join(f"word{number}" for number in range(11)), "draw")
         await page.until("document.querySelectorAll('main .bad').length === 1")

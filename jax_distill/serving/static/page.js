@@ -23,13 +23,15 @@ function parameters(network, steps, seed) {
 
 function sideBySide() {
   const seed = Number(value("seed"));
-  return Object.keys(networks).reverse().map((name) => parameters(name, value(name + "_steps"), seed));
+  const names = Object.keys(networks).reverse(); // the teacher to the left
+  return names.map((name) => parameters(name, value(name + "_steps"), seed));
 }
 
 function grid() {
   const rows = gridSteps.map((steps) => [first, steps]);
   for (const name of Object.keys(networks).slice(1)) rows.unshift([name, value(name + "_steps")]);
-  const seeds = [...Array(COLUMNS).keys()].map((i) => (Number(value("seed")) + i) % (MOST_SEED + 1));
+  const start = Number(value("seed"));
+  const seeds = [...Array(COLUMNS).keys()].map((i) => (start + i) % (MOST_SEED + 1));
   return rows.flatMap(([name, steps]) => seeds.map((seed) => parameters(name, steps, seed)));
 }
 
@@ -55,10 +57,11 @@ function card(wanted, seeds) {
   frame.append(element("span", "waits"));
   const name = wanted.network[0].toUpperCase() + wanted.network.slice(1);
   const caption = element("figcaption");
-  caption.append(element("b", `${name}, ${plural(wanted.steps, "step")}`), element("span", seeds ? `seed ${wanted.seed}` : ""));
+  const facts = element("span", seeds ? `seed ${wanted.seed}` : "");
+  caption.append(element("b", `${name}, ${plural(wanted.steps, "step")}`), facts);
   figure.append(frame, caption);
   pictures.append(figure);
-  return { frame, facts: caption.lastChild, wanted, seeds };
+  return { frame, facts, wanted, seeds };
 }
 
 function show(card, event) {
@@ -68,7 +71,9 @@ function show(card, event) {
     image.src = "data:image/png;base64," + event.png;
     if (card.wanted.width < 256) image.className = "small";
     card.frame.replaceChildren(image);
-    const facts = [plural(event.evaluations, "evaluation"), `${event.milliseconds} ms`];
+    const digits = event.milliseconds < 100 ? 1 : 0;
+    const time = event.milliseconds.toLocaleString("en", { maximumFractionDigits: digits });
+    const facts = [plural(event.evaluations, "evaluation"), `${time}\u00a0ms`];
     if (card.seeds) facts.unshift(`seed ${card.wanted.seed}`);
     card.facts.textContent = facts.join(" · ");
   } else if ("error" in event) {
