@@ -19,6 +19,8 @@ setup(
             "interop/flow_map/*.py",
             "evaluation/templates/*.html",
             "evaluation/benchmarks/bundled/*",
+            "serving/templates/*.html",
+            "serving/static/*",
         ]
     },
     install_requires=[
@@ -40,7 +42,8 @@ setup(
         "scipy",  # worlds/shapes/detector.py: connected components
         "pillow>=10.1",  # evaluation/grids.py, data/pictures.py
         "matplotlib",  # evaluation/plots.py
-        "jinja2>=3.1",  # evaluation/page.py: templates
+        "filelock",  # runs/program_cache.py: JAX keeps a folder below a size with it
+        "jinja2>=3.1",  # evaluation/page.py, serving/page.py: templates
         "safetensors>=0.8",  # worlds/shapes/bundled.py, interop
         "tensorstore",  # interop/orbax_tree.py
         "etils[epath]>=1.15",  # storage/paths.py
@@ -57,6 +60,7 @@ setup(
         "score": ["onnxruntime>=1.20", "transformers>=4.56"],
         "gcs": ["gcsfs>=2026.10"],  # addresses gs://; storage/buckets.py
         "data": ["tensorflow-datasets>=4.9", "pyarrow>=15"],
+        "serve": ["tornado>=6.4"],  # serving/web.py
         "test": [
             "chex>=0.1.90",
             "diffusers>=0.42",
@@ -71,6 +75,7 @@ setup(
             "pytest-xdist",
             "ruff>=0.12",
             "msgpack",  # tests/test_records.py
+            "tornado>=6.4",
             # tests/bucket_server.py
             "gcp-storage-emulator>=2026.7",
             "gcsfs>=2026.10",

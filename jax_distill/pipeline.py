@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jax_distill import streams, worlds
+from jax_distill import sampling, streams, worlds
 from jax_distill.assembly import adapters, build, draw_settings
 from jax_distill.assembly.frozen import frozen_network
 from jax_distill.assembly.resolution import EMBEDDED, trained_config
@@ -143,6 +143,58 @@ class Pipeline:
         with streams.default_settings():
             return self._drawn(text, settings, tile, finite.name_pictures(count))
 
+    def draw_each(
+        self,
+        text: Text,
+        *,
+        steps: int,
+        seeds: Sequence[int],
+        guidance: Sequence[float | None],
+        batch_size: int,
+        resolution: tuple[int, int] | None = None,
+    ) -> np.ndarray:
+        """Draws pictures of several seeds, each the one that `draw` draws of it alone.
+
+        One call of one program draws them one after another, any number up to the batch's size, so
+        that numbers are rounded alike whatever is drawn beside a picture.
+
+        Args:
+          text: captions that are embedded, (B, ..).
+          steps: of the sampler.
+          seeds: (B,).
+          guidance: scales (B,); None for the configuration's.
+          batch_size: at least B.
+          resolution: height and width in pixels; the world's by default.
+
+        Returns:
+          (B, height, width, 3) uint8.
+
+        Raises:
+          ValueError: as `draw`.
+        """
+        count = len(seeds)
+        every = [
+            self._settings(1, steps, seed, scale, None, resolution, None)
+            for seed, scale in zip(seeds, guidance, strict=True)
+        ]
+        rows = np.minimum(np.arange(batch_size), count - 1)
+        numbers = np.array([every[row].seed for row in rows], np.uint32)
+        scales = np.array([every[row].guidance for row in rows], np.float32)
+        names, size = finite.name_pictures(count), every[0].resolution
+        _check_text(text, names)
+        with streams.default_settings():
+            filled = jax.tree.map(lambda leaf: leaf[rows], text)
+            sample = self._sampler(size, every[0].steps, each=True)
+            tokens = np.asarray(sample(self.params, filled, scales, numbers, np.int32(count)))
+            tokens = tokens[:count]
+            if bad := finite.bad_rows(tokens):
+                finite.check_rows(tokens, names, "its latents are", self._cause(every[bad[0]]))
+            decode = self.world.codec.decode
+            singly = [
+                decode(tokens[row : row + 1], *size, names=names[row:]) for row in range(count)
+            ]
+        return np.concatenate(singly)
+
     def latents(
         self,
         text: Text,
@@ -160,6 +212,13 @@ class Pipeline:
         with streams.default_settings():
             names = finite.name_pictures(count)
             return np.concatenate(list(self._sampled(text, settings, names)))[:count]
+
+    def evaluations(self, steps: int) -> int:
+        """The network's evaluations for a picture, of which classifier-free guidance takes two."""
+        sampler = build.without_networks(self.config).sampled_by
+        if isinstance(sampler, sampling.Solve):
+            steps = sampling.evaluations(sampling.SOLVERS[sampler.solver], steps)
+        return 2 * steps if build.needs_null(self.config) else steps
 
     def _settings(self, count, steps, seed, guidance, batch_size, resolution, noise) -> "_Settings":
         """The settings of drawing so many pictures, checked."""
@@ -196,9 +255,7 @@ class Pipeline:
     def _sampled(self, text: Text, settings: "_Settings", names: list[str]) -> Iterator[np.ndarray]:
         """Tokens, a batch at a time; the last batch is filled up, so that one shape compiles."""
         count, size, noise = len(text.pooled), settings.batch_size, settings.noise
-        for leaf in text:
-            cause = "the text encoder overflows in its type, or its weights are damaged"
-            finite.check_rows(leaf, names, "its embedded caption is", cause)
+        _check_text(text, names)
         sample = self._sampler(settings.resolution, settings.steps)
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)
@@ -222,9 +279,12 @@ class Pipeline:
             f" {settings.guidance:g}; lower the guidance, or use another checkpoint"
         )
 
-    def _sampler(self, resolution: tuple[int, int], steps: int) -> Callable:
-        """(params, text, numbers, scale, seed, noise or None) -> tokens, compiled."""
-        if (resolution, steps) not in self._samplers:
+    def _sampler(self, resolution: tuple[int, int], steps: int, each: bool = False) -> Callable:
+        """(params, text, numbers, scale, seed, noise or None) -> tokens, compiled.
+
+        With `each`, that of `_one_by_one`.
+        """
+        if (resolution, steps, each) not in self._samplers:
             objective = build.objective(self.config, resolution=resolution)
             shape = build.token_shape(self.config, resolution)
             null = self.world.null if build.needs_null(self.config) else None
@@ -240,10 +300,10 @@ class Pipeline:
                 guidance = jnp.full(numbers.shape, scale, jnp.float32)
                 return objective.sample(params, noise, text, null, guidance, keys, steps)
 
-            self._samplers[resolution, steps] = jax.jit(
-                sample, out_shardings=_everywhere(self.params)
+            self._samplers[resolution, steps, each] = jax.jit(
+                _one_by_one(sample) if each else sample, out_shardings=_everywhere(self.params)
             )
-        return self._samplers[resolution, steps]
+        return self._samplers[resolution, steps, each]
 
 
 class _Settings(NamedTuple):
@@ -256,6 +316,34 @@ class _Settings(NamedTuple):
     resolution: tuple[int, int]
     noise: np.ndarray | None
     numbers: np.ndarray  # of the pictures, which their noise comes from
+
+
+def _check_text(text: Text, names: list[str]) -> None:
+    for leaf in text:
+        cause = "the text encoder overflows in its type, or its weights are damaged"
+        finite.check_rows(leaf, names, "its embedded caption is", cause)
+
+
+def _one_by_one(sample: Callable) -> Callable:
+    """(params, text, scales, seeds, count) -> tokens: of each row as if it were the only one.
+
+    Rows after the first `count` are zeros.
+    """
+
+    def each(params, text, scales, seeds, count):
+        def one(row):
+            alone = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), text)
+            return sample(params, alone, jnp.zeros(1, int), scales[row], seeds[row], None)
+
+        like = jax.eval_shape(one, 0)
+        return jax.lax.fori_loop(
+            0,
+            count,
+            lambda row, drawn: jax.lax.dynamic_update_slice_in_dim(drawn, one(row), row, 0),
+            jnp.zeros((len(seeds), *like.shape[1:]), like.dtype),
+        )
+
+    return each
 
 
 def _everywhere(params: dict) -> NamedSharding | None:

@@ -22,7 +22,7 @@ import numpy as np
 from jax_distill.data import pictures
 from jax_distill.data.sources.prompts import Prompts
 from jax_distill.data.sources.source import Columns
-from jax_distill.evaluation import grids
+from jax_distill.evaluation import png
 from jax_distill.evaluation.benchmarks.prompts import (
     BUNDLED,
     DensePrompt,
@@ -153,7 +153,7 @@ class InFolders:
     def write(self, place: int, drawn: Mapping[int, np.ndarray]) -> None:
         """Writes those pictures of a prompt that were missing, (H, W, 3) uint8, and its grid."""
         for number, picture in drawn.items():
-            grids.save_png(self._folder / self._picture(place, number), picture)
+            png.save(self._folder / self._picture(place, number), picture)
         prompt = self._asked.prompts[place]
         described = {"prompt": prompt} if isinstance(prompt, str) else msgspec.to_builtins(prompt)
         text = json.dumps(described, ensure_ascii=False) + "\n"
@@ -162,7 +162,7 @@ class InFolders:
             drawn[number] if number in drawn else self._read(place, number)
             for number in range(self._pictures)
         ]
-        grids.save_png(self._folder / f"{place:05d}/grid.png", tiled(whole))
+        png.save(self._folder / f"{place:05d}/grid.png", tiled(whole))
 
     def read(self, place: int) -> list[np.ndarray]:
         """The pictures of a prompt, (H, W, 3) uint8 each."""
@@ -191,7 +191,7 @@ class InGrids:
         return None if self._grid(place) in there else list(range(self._pictures))
 
     def write(self, place: int, drawn: Mapping[int, np.ndarray]) -> None:
-        grids.save_png(self._folder / self._grid(place), tiled(list(drawn.values())))
+        png.save(self._folder / self._grid(place), tiled(list(drawn.values())))
 
     def read(self, place: int) -> list[np.ndarray]:
         grid = read_picture(self._folder / self._grid(place))

@@ -1,0 +1,72 @@
+"""The page in a real browser, and the command as a process of its own."""
+
+import asyncio
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import chromium
+import pytest
+import tiny_runs
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("tornado", reason="pip install 'jax-distill[serve]'")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """Of a server of a tiny student, which ends well when it is told to."""
+    workdir = tmp_path_factory.mktemp("served") / "<b>tiny"
+    tiny_runs.save_run(workdir, tiny_runs.RUNS["scm"])
+    command = [sys.executable, "-m", "jax_distill.serve", f"--checkpoint={workdir}", "--port=0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        yield server.stdout.readline().split()[0]
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+
+
+def test_the_command_serves_pictures(address):
+    with urllib.request.urlopen(f"{address}image?prompt=a+red+circle&steps=2") as answer:
+        assert answer.headers["X-Evaluations"] == "2" and answer.read(4) == b"\x89PNG"
+
+
+@pytest.mark.skipif(chromium.PROGRAM is None, reason="needs Chromium: apt-get install chromium")
+def test_the_page_draws_and_shows_text_as_text(address, tmp_path):
+    asyncio.run(use_the_page(address, tmp_path))
+
+
+async def use_the_page(address, folder):
+    async with chromium.Chromium(folder) as page:
+        await page.open(address)
+        assert "<b>tiny" in await page.run("document.querySelector('h1').textContent")
+        assert await page.run("document.querySelectorAll('b, main *').length") == 0
+
+        await ask(page, "a red circle", "draw")
+        await page.until("document.querySelectorAll('img').length === 1")
+        await page.until("document.querySelector('img').naturalWidth === 64")
+        text = await page.run("document.querySelector('figcaption').innerText")
+        assert "Student, 2 steps" in text and "2 evaluations" in text and "\xa0ms" in text
+
+        await ask(page, "<img src=x onerror=alert(1)>", "draw")
+        await page.until("document.getElementById('status').className === 'bad'")
+        assert "is a tag, not a word" in await page.run(
+            "document.getElementById('status').textContent"
+        )
+
+        await ask(page, "a < b & " + " ".join(f"word{number}" for number in range(11)), "draw")
+        await page.until("document.querySelectorAll('main .bad').length === 1")
+        assert "the limit is 10" in await page.run("document.querySelector('main').innerText")
+
+        await ask(page, "two squares", "grid")
+        await page.until("document.querySelectorAll('img').length === 12")
+        assert await page.run("document.querySelector('main').innerText.match(/seed 3/g).length")
+        await page.screenshot(folder / "page.png")
+        assert (folder / "page.png").stat().st_size > 10_000
+    unexpected = [said for said in page.said if "400 (Bad Request)" not in said]
+    assert not unexpected
+
+
+async def ask(page, prompt, button):
+    await page.run(f"document.getElementById('form').elements.prompt.value = {prompt!r}")
+    await page.run(f"document.getElementById({button!r}).click()")
