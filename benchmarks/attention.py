@@ -2,22 +2,26 @@
 
     python benchmarks/attention.py [--tokens=1280,4352] [--heads=24] [--dtype=bfloat16]
     python benchmarks/attention.py --accuracy
-    python benchmarks/attention.py --tune
+    python benchmarks/attention.py --tune > rows.jsonl
+    python benchmarks/attention.py --rows=rows.jsonl
 
 By default: the time of the forward pass, of it with its tangent, and of both with the gradient
 beside the stopped tangent (the training step), of what "auto" chooses here, against plain XLA and,
 on NVIDIA GPUs, against cuDNN's attention, whose forward and backward pass without any tangent are
-the floor. Every measurement is a process of its own, so that its peak memory is its own, and
-implementations take turns; what cannot be measured here is reported as skipped. `ratio` is ours
-over the reference that the line names.
+the floor. Implementations take turns; on CPUs every measurement is a process of its own, so that
+its peak memory is its own. What cannot be measured here is reported as skipped. `ratio` is ours
+over the reference that the line names; `tflops` counts the products of the formulas alone.
 
---accuracy compares every implementation with float64, in the Euclidean norm. --tune times block
-sizes and prints rows for `jax_distill/ops/attention/block_sizes.py`; on CPUs it interprets the
-kernels, which shows only that they run.
+--accuracy compares every implementation with float64, in the Euclidean norm: on CPUs all of them,
+the kernels interpreted. --tune times block sizes and prints rows for
+`jax_distill/ops/attention/block_sizes.py`, which --rows takes in place of the table's; on CPUs that
+shows only that the kernels run.
 """
 
+import concurrent.futures
 import functools
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -31,9 +35,11 @@ from absl import app, flags
 
 from jax_distill.ops.attention import flash_jvp_gpu, flash_jvp_tpu, lowering
 from jax_distill.ops.attention.attention import attention, plain
-from jax_distill.ops.attention.block_sizes import KERNELS, Blocks, block_sizes
+from jax_distill.ops.attention.block_sizes import KERNELS, TABLE, Blocks, block_sizes
+from jax_distill.planning.flops import count_flops
 
 CASES = ("forward", "forward_tangent", "step")
+LEAST_SECONDS = 0.05  # of the calls that are timed together
 ACCURACY = [  # queries, keys, width
     (1280, 1280, 128),
     (4352, 4352, 128),
@@ -51,6 +57,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs of each process.", 1)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Processes of each measurement.", 1)
 _ACCURACY = flags.DEFINE_bool("accuracy", False, "Errors against float64.")
 _TUNE = flags.DEFINE_bool("tune", False, "Time block sizes.")
+_ROWS = flags.DEFINE_list("rows", [], "Files that --tune has printed: their block sizes are used.")
 _ONE = flags.DEFINE_list("one", [], "Measure one implementation, case and tokens, here and now.")
 
 
@@ -86,32 +93,46 @@ def cudnn_case(name: str):
 
 
 def timed(function, arguments, repeats: int) -> float:
-    """Median seconds of a compiled function."""
-    jax.block_until_ready(function(*arguments))
-    seconds = []
-    for _ in range(repeats):
+    """Median seconds of a call of a compiled function, from calls that follow without a pause."""
+
+    def seconds(calls: int) -> float:
         begun = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        seconds.append(time.perf_counter() - begun)
-    return statistics.median(seconds)
+        for _ in range(calls):
+            out = function(*arguments)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - begun) / calls
+
+    seconds(1)
+    calls = min(100, 1 + int(LEAST_SECONDS / seconds(1)))
+    return statistics.median(seconds(calls) for _ in range(repeats))
 
 
-def measure_one(implementation: str, case: str, tokens: int) -> dict:
-    keys = jax.random.split(jax.random.key(0), 7)
+def arguments_of(tokens: int) -> list[jax.Array]:
+    """Query, key, value, their tangents, and a cotangent."""
     shape = (1, tokens, _HEADS.value, _WIDTH.value)
-    arguments = [jax.random.normal(key, shape, _DTYPE.value) for key in keys]
+    keys = jax.random.split(jax.random.key(0), 7)
+    return [jax.random.normal(key, shape, _DTYPE.value) for key in keys]
+
+
+@functools.cache
+def compiled(implementation: str, case: str, tokens: int):
     if implementation == "cudnn":
         function = cudnn_case(case)
     else:
         function = case_of(case, functools.partial(attention, implementation=implementation))
-    before = jax.block_until_ready(arguments) and resident()
-    compiled = jax.jit(function).lower(*arguments).compile()
-    seconds = timed(compiled, arguments, _REPEATS.value)
-    return {
-        "seconds": seconds,
-        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
-        "peak_rss_bytes": resident() - before,
-    }
+    return jax.jit(function).lower(*arguments_of(tokens)).compile()
+
+
+def measure_one(implementation: str, case: str, tokens: int) -> dict:
+    """Seconds and bytes of one implementation, in this process."""
+    arguments = jax.block_until_ready(arguments_of(tokens))
+    before = resident()
+    run = compiled(implementation, case, tokens)
+    found = {"seconds": timed(run, arguments, _REPEATS.value)}
+    found["temporary_bytes"] = run.memory_analysis().temp_size_in_bytes
+    if jax.default_backend() == "cpu":
+        found["peak_rss_bytes"] = resident() - before
+    return found
 
 
 def resident() -> int:
@@ -120,7 +141,12 @@ def resident() -> int:
 
 
 def measure(implementation: str, case: str, tokens: int) -> dict | str:
-    """`measure_one` in a process of its own; the last line of its complaint where it fails."""
+    """`measure_one`, on CPUs in a process of its own; the complaint in a line where it fails."""
+    if jax.default_backend() != "cpu":
+        try:
+            return measure_one(implementation, case, tokens)
+        except Exception as error:  # of a library that does not take this case, or of memory
+            return f"{type(error).__name__}: {error}".splitlines()[0][:300]
     command = [sys.executable, *sys.argv, f"--one={implementation},{case},{tokens}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -133,7 +159,7 @@ def measure(implementation: str, case: str, tokens: int) -> dict | str:
 def compare(platform: str) -> None:
     references = ["xla", "cudnn"] if platform == "gpu" else ["xla"]
     if platform != "gpu":
-        reason = f"cuDNN and PyTorch kernels need an NVIDIA GPU, this is {platform}"
+        reason = f"cuDNN's kernels need an NVIDIA GPU, this is {platform}"
         print(json.dumps({"benchmark": "attention", "skipped": "cudnn", "reason": reason}))
     for tokens in map(int, _TOKENS.value):
         for case in CASES:
@@ -142,25 +168,33 @@ def compare(platform: str) -> None:
                 for name, results in found.items():
                     results.append(measure(name, case, tokens))
             for name in references:
-                line = {"benchmark": f"attention_{case}", "tokens": tokens, "reference": name}
-                line |= {"heads": _HEADS.value, "width": _WIDTH.value, "dtype": _DTYPE.value}
-                line["device"] = jax.devices()[0].device_kind
-                failed = [x for x in (*found["auto"], *found[name]) if isinstance(x, str)]
-                if failed:
-                    print(json.dumps(line | {"skipped": failed[0]}), flush=True)
-                    continue
-                for quantity in found[name][0]:
-                    ours, theirs = (
-                        statistics.median(x[quantity] for x in found[who]) for who in ("auto", name)
-                    )
-                    line[quantity], line[f"reference_{quantity}"] = ours, theirs
-                    line["ratio" if quantity == "seconds" else f"{quantity}_ratio"] = (
-                        ours / theirs if theirs else None
-                    )
-                print(json.dumps(line), flush=True)
+                report(case, tokens, found["auto"], name, found[name])
 
 
-def accuracy() -> None:
+def report(case: str, tokens: int, ours: list, name: str, theirs: list) -> None:
+    """Prints the line of one case against one reference, of what `measure` found of both."""
+    line = {"benchmark": f"attention_{case}", "tokens": tokens, "reference": name}
+    line |= {"heads": _HEADS.value, "width": _WIDTH.value, "dtype": _DTYPE.value}
+    line["device"] = jax.devices()[0].device_kind
+    failed = [x for x in (*ours, *theirs) if isinstance(x, str)]
+    if failed:
+        print(json.dumps(line | {"skipped": failed[0]}), flush=True)
+        return
+    for quantity in theirs[0]:
+        one, other = (statistics.median(x[quantity] for x in results) for results in (ours, theirs))
+        line[quantity], line[f"reference_{quantity}"] = one, other
+        ratio = "ratio" if quantity == "seconds" else f"{quantity}_ratio"
+        line[ratio] = one / other if other else None
+    function = case_of(case, functools.partial(attention, implementation="auto"))
+    line["tflops"] = count_flops(function, *arguments_of(tokens)) / line["seconds"] / 1e12
+    print(json.dumps(line), flush=True)
+
+
+def accuracy(platform: str) -> None:
+    names = ["xla", *lowering.IMPLEMENTATIONS]
+    if platform != "cpu":
+        kernels = lowering.KERNELS["cuda" if platform == "gpu" else platform]
+        names = ["xla", "blocked", kernels]
     for queries, keys, width in ACCURACY:
         rng = np.random.default_rng(0)
         sizes = (queries, keys, keys, queries, keys, keys, queries)
@@ -172,7 +206,7 @@ def accuracy() -> None:
                 exact = jax.tree.leaves(jax.jit(case_of("step", plain))(*exact))
                 exact = [np.asarray(x) for x in exact]
             errors = {}
-            for name in ("xla", *lowering.IMPLEMENTATIONS):
+            for name in names:
                 function = functools.partial(attention, implementation=name)
                 found = jax.tree.leaves(jax.jit(case_of("step", function))(*arguments))
                 errors[name] = [
@@ -201,11 +235,8 @@ def tune(platform: str) -> None:
     if interpret:
         candidates = candidates[:2]
     tokens = 256 if interpret else int(_TOKENS.value[-1])
-    heads = 1 if interpret else _HEADS.value
-    keys = jax.random.split(jax.random.key(0), 7)
-    shape = (1, tokens, heads, _WIDTH.value)
-    q, k, v, dq, dk, dv, cotangent = (jax.random.normal(key, shape, _DTYPE.value) for key in keys)
-    rows = jnp.zeros((1, heads, tokens), jnp.float32)
+    q, k, v, dq, dk, dv, cotangent = arguments_of(tokens)
+    rows = jnp.zeros((1, _HEADS.value, tokens), jnp.float32)
     arguments = {
         "forward": (q, k, v, None),
         "forward_tangent": (q, k, v, None, dq, dk, dv),
@@ -213,34 +244,51 @@ def tune(platform: str) -> None:
     }
     device = jax.devices()[0].device_kind
     for kernel in KERNELS:
+        function = getattr(module, kernel.removesuffix("_tangent"))
+
+        def made(blocks, function=function, operands=arguments[kernel]):
+            run = jax.jit(functools.partial(function, interpret=interpret, blocks=blocks))
+            return run.lower(*operands).compile()
+
         times = {}
-        for blocks in candidates:
-            options = {"interpret": interpret, "blocks": blocks}
-            run = jax.jit(
-                functools.partial(getattr(module, kernel.removesuffix("_tangent")), **options)
-            )
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            waiting = {blocks: pool.submit(made, blocks) for blocks in candidates}
+            concurrent.futures.wait(waiting.values())
+        for blocks, program in waiting.items():
             try:
-                times[blocks] = timed(run, arguments[kernel], _REPEATS.value)
+                times[blocks] = timed(program.result(), arguments[kernel], _REPEATS.value)
             except Exception as error:  # too large for the chip
                 print(f"{kernel} {blocks}: {str(error).splitlines()[0][:120]}", file=sys.stderr)
+        if not times:
+            continue
         best = min(times, key=times.get)
         now = block_sizes(kind, kernel, _WIDTH.value)
         line = {"benchmark": "attention_tune", "kernel": kernel, "seconds": times[best]}
         line["ratio"] = times[best] / times[now] if now in times else None
         line |= {"reference": f"{tuple(now)}, of the table", "interpreted": interpret}
-        line["row"] = f"({kind!r}, {device!r}, {_WIDTH.value}, {kernel!r}): {best},"
+        line["next"] = {str(tuple(x)): times[x] for x in sorted(times, key=times.get)[1:4]}
+        line["key"], line["blocks"] = (kind, device, _WIDTH.value, kernel), best
+        line["row"] = f"{line['key']}: {best},"
         print(json.dumps(line), flush=True)
+
+
+def take_rows(paths: list[str]) -> None:
+    for path in paths:
+        with open(path) as lines:
+            for line in map(json.loads, lines):
+                TABLE[tuple(line["key"])] = Blocks(*line["blocks"])
 
 
 def main(argv):
     del argv
+    take_rows(_ROWS.value)
     if _ONE.value:
         implementation, case, tokens = _ONE.value
         print(json.dumps(measure_one(implementation, case, int(tokens))))
         return
     platform = jax.default_backend()
     if _ACCURACY.value:
-        accuracy()
+        accuracy(platform)
     elif _TUNE.value:
         tune(platform)
     else:
