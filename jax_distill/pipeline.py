@@ -127,18 +127,11 @@ class Pipeline:
         batch_size: int | None = None,
         resolution: tuple[int, int] | None = None,
         noise: np.ndarray | None = None,
-        numbers: Sequence[int] | None = None,
         tile: int | None = None,
     ) -> np.ndarray:
-        """As calling the pipeline, for captions that are embedded: text (B, ..).
-
-        Where `numbers` are given, B of them from 0 to 2^31 - 1, the i-th picture depends on
-        (prompt, seed, numbers[i]) in the place of (prompt, seed, i).
-        """
+        """As calling the pipeline, for captions that are embedded: text (B, ..)."""
         count = len(text.pooled)
         settings = self._settings(count, steps, seed, guidance, batch_size, resolution, noise)
-        if numbers is not None:
-            settings = settings._replace(numbers=np.asarray(numbers, np.int32))
         self._check_tile(tile)
         with streams.default_settings():
             return self._drawn(text, settings, tile, finite.name_pictures(count))
@@ -151,7 +144,9 @@ class Pipeline:
         seeds: Sequence[int],
         guidance: Sequence[float | None],
         batch_size: int,
+        numbers: Sequence[int] | None = None,
         resolution: tuple[int, int] | None = None,
+        tile: int | None = None,
     ) -> np.ndarray:
         """Draws pictures of several seeds, each the one that `draw` draws of it alone.
 
@@ -164,7 +159,10 @@ class Pipeline:
           seeds: (B,).
           guidance: scales (B,); None for the configuration's.
           batch_size: at least B.
+          numbers: (B,), from 0 to 2^31 - 1: a picture depends on its prompt, its seed and its
+            number; 0 by default.
           resolution: height and width in pixels; the world's by default.
+          tile: as of calling the pipeline.
 
         Returns:
           (B, height, width, 3) uint8.
@@ -177,19 +175,23 @@ class Pipeline:
             self._settings(1, steps, seed, scale, None, resolution, None)
             for seed, scale in zip(seeds, guidance, strict=True)
         ]
+        self._check_tile(tile)
         rows = np.minimum(np.arange(batch_size), count - 1)
-        numbers = np.array([every[row].seed for row in rows], np.uint32)
-        scales = np.array([every[row].guidance for row in rows], np.float32)
+        each_seed = np.array([every[row].seed for row in rows], np.uint32)
+        each_scale = np.array([every[row].guidance for row in rows], np.float32)
+        each_number = np.zeros(count, np.int32) if numbers is None else np.array(numbers, np.int32)
         names, size = finite.name_pictures(count), every[0].resolution
         _check_text(text, names)
         with streams.default_settings():
             filled = jax.tree.map(lambda leaf: leaf[rows], text)
             sample = self._sampler(size, every[0].steps, each=True)
-            tokens = np.asarray(sample(self.params, filled, scales, numbers, np.int32(count)))
-            tokens = tokens[:count]
+            tokens = sample(
+                self.params, filled, each_number[rows], each_scale, each_seed, np.int32(count)
+            )
+            tokens = np.asarray(tokens)[:count]
             if bad := finite.bad_rows(tokens):
                 finite.check_rows(tokens, names, "its latents are", self._cause(every[bad[0]]))
-            decode = self.world.codec.decode
+            decode = functools.partial(self.world.codec.decode, tile=tile)
             singly = [
                 decode(tokens[row : row + 1], *size, names=names[row:]) for row in range(count)
             ]
@@ -234,7 +236,6 @@ class Pipeline:
             min(size, count),
             resolution,
             None if noise is None else draw_settings.noise(noise, shape),
-            np.arange(count, dtype=np.int32),
         )
 
     def _check_tile(self, tile: int | None) -> None:
@@ -262,8 +263,7 @@ class Pipeline:
             part = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), text)
             given = None if noise is None else jnp.asarray(noise[rows])
             seed = np.uint32(settings.seed)
-            numbers = jnp.asarray(settings.numbers[rows])
-            tokens = sample(self.params, part, numbers, settings.guidance, seed, given)
+            tokens = sample(self.params, part, jnp.asarray(rows), settings.guidance, seed, given)
             tokens = np.asarray(tokens)
             drawn = tokens[: count - start]
             if finite.bad_rows(drawn):
@@ -315,7 +315,6 @@ class _Settings(NamedTuple):
     batch_size: int  # at most as many as there are pictures
     resolution: tuple[int, int]
     noise: np.ndarray | None
-    numbers: np.ndarray  # of the pictures, which their noise comes from
 
 
 def _check_text(text: Text, names: list[str]) -> None:
@@ -325,15 +324,16 @@ def _check_text(text: Text, names: list[str]) -> None:
 
 
 def _one_by_one(sample: Callable) -> Callable:
-    """(params, text, scales, seeds, count) -> tokens: of each row as if it were the only one.
+    """(params, text, numbers, scales, seeds, count) -> tokens: each row as if it were alone.
 
     Rows after the first `count` are zeros.
     """
 
-    def each(params, text, scales, seeds, count):
+    def each(params, text, numbers, scales, seeds, count):
         def one(row):
             alone = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), text)
-            return sample(params, alone, jnp.zeros(1, int), scales[row], seeds[row], None)
+            number = jax.lax.dynamic_slice_in_dim(numbers, row, 1)
+            return sample(params, alone, number, scales[row], seeds[row], None)
 
         like = jax.eval_shape(one, 0)
         return jax.lax.fori_loop(

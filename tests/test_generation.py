@@ -39,10 +39,10 @@ class Drawer:
         features = [[len(words), *map(ord, words[:8].ljust(8))] for words in captions]
         return Text(np.zeros((len(captions), 1, 1)), np.array(features))
 
-    def draw(self, text, *, steps, seed, guidance, batch_size, resolution, numbers, tile):
-        assert batch_size == len(text.pooled) == len(numbers) == 1
+    def draw_each(self, text, *, steps, seeds, guidance, batch_size, numbers, resolution, tile):
+        assert batch_size == len(text.pooled) == len(numbers) == len(seeds) == 1
         self.count += 1
-        rng = np.random.default_rng([steps, seed, *numbers, *map(int, text.pooled[0])])
+        rng = np.random.default_rng([steps, *seeds, *numbers, *map(int, text.pooled[0])])
         return rng.integers(0, 256, (1, *resolution, 3), np.uint8)
 
 
@@ -121,7 +121,7 @@ def test_a_killed_try_is_continued(whole, tmp_path, monkeypatch, stopped_after):
                 raise KeyboardInterrupt
         write(path, text)
 
-    for module in (drawn, generation, drawn.grids):
+    for module in (drawn, generation, drawn.png):
         monkeypatch.setattr(module, "write_atomically", dying)
     monkeypatch.setattr(generation, "write_json", lambda path, x: dying(path, json.dumps(x)))
     with pytest.raises(KeyboardInterrupt):

@@ -97,21 +97,13 @@ def made_whole(folder: Path) -> Iterator[Path]:
     """
     check_new_folder(folder)
     check_absent(folder)
-    try:
+    what = f"--output: '{folder}' was not made"
+    with _told(what, "or choose another disk", "run the same command again"):
         paths.make_folder(folder.parent)
         with _stopping(), lease.of_output(folder):
             check_absent(folder)  # which another process may have made meanwhile
             with _in_bucket(folder) if paths.is_bucket(folder) else _on_disk(folder) as partial:
                 yield partial
-    except Interrupted:
-        message = f"--output: '{folder}' was not made, by a signal; run the same command again"
-        raise Stopped(message) from None
-    except Exception as error:
-        if (found := disks.full(error)) is None:
-            raise
-        what, fix = found
-        message = f"--output: '{folder}': {what}; {fix} or choose another disk"
-        raise FileError(message) from error
 
 
 @contextlib.contextmanager
@@ -155,27 +147,42 @@ def made_in_tries(folder: Path, share: Share = ALONE) -> Iterator[Path]:
             _flush(unfinished)
             unfinished.rename(folder)
 
+    with _going_on(what), _stopping(each=True), contextlib.ExitStack() as held:
+        share.first(begin, what)
+        try:
+            yield unfinished
+            share.first(end, what)
+        finally:
+            if not bucket:
+                with contextlib.suppress(OSError):  # not empty, or not there
+                    unfinished.rmdir()
+            elif share.leads:
+                _forget_empty(folder)
+
+
+@contextlib.contextmanager
+def _told(what: str, full: str, again: str) -> Iterator[None]:
+    """Says in a sentence how making an output ended: by a signal, or by a disk that is full.
+
+    Args:
+      what: what is not made.
+      full: what to do beside making room.
+      again: what to do after a signal.
+    """
     try:
-        with _stopping(each=True), contextlib.ExitStack() as held:
-            share.first(begin, what)
-            try:
-                yield unfinished
-                share.first(end, what)
-            finally:
-                if not bucket:
-                    with contextlib.suppress(OSError):  # not empty, or not there
-                        unfinished.rmdir()
-                elif share.leads:
-                    _forget_empty(folder)
+        yield
     except Interrupted:
-        message = f"{what} is not finished, by a signal; run the same command to go on"
-        raise Stopped(message) from None
+        raise Stopped(f"{what}, by a signal; {again}") from None
     except Exception as error:
         if (found := disks.full(error)) is None:
             raise
         cause, fix = found
-        message = f"{what} is not finished: {cause}; {fix} and run the same command to go on"
-        raise FileError(message) from error
+        raise FileError(f"{what}: {cause}; {fix} {full}") from error
+
+
+def _going_on(what: str) -> contextlib.AbstractContextManager:
+    again = "run the same command to go on"
+    return _told(f"{what} is not finished", f"and {again}", again)
 
 
 def _forget_empty(folder: Path) -> None:
@@ -211,19 +218,9 @@ def filled_in_tries(folder: Path, share: Share = ALONE) -> Iterator[None]:
             raise FileError(f"{what} is a file; give a folder")
         held.enter_context(lease.of_folder(folder, "--output"))
 
-    try:
-        with _stopping(each=True), contextlib.ExitStack() as held:
-            share.first(begin, what)
-            yield
-    except Interrupted:
-        message = f"{what} is not finished, by a signal; run the same command to go on"
-        raise Stopped(message) from None
-    except Exception as error:
-        if (found := disks.full(error)) is None:
-            raise
-        cause, fix = found
-        message = f"{what} is not finished: {cause}; {fix} and run the same command to go on"
-        raise FileError(message) from error
+    with _going_on(what), _stopping(each=True), contextlib.ExitStack() as held:
+        share.first(begin, what)
+        yield
 
 
 @contextlib.contextmanager

@@ -211,14 +211,14 @@ def _draw(
 def _picture(pipe: Pipeline, text: Text, place: int, number: int, settings: Settings) -> np.ndarray:
     """One picture, (H, W, 3) uint8, of a prompt's embedded caption (1, ..)."""
     try:
-        (image,) = pipe.draw(
+        (image,) = pipe.draw_each(
             text,
             steps=settings.steps,
-            seed=settings.seed,
-            guidance=settings.guidance,
+            seeds=[settings.seed],
+            guidance=[settings.guidance],
             batch_size=1,
-            resolution=settings.resolution,
             numbers=[number_of(place, number)],
+            resolution=settings.resolution,
             tile=settings.tile,
         )
     except NotFinite as error:
