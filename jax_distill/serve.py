@@ -8,8 +8,6 @@ import importlib.util
 
 from absl import flags, logging
 
-from jax_distill import pipeline
-from jax_distill.assembly import build
 from jax_distill.assembly.resolution import EMBEDDED
 from jax_distill.devices import processes
 from jax_distill.runs import commands, program_cache
@@ -39,14 +37,14 @@ def main(argv: list[str]) -> None:
             "the page draws in one process, and several are asked for; start it on one host with"
             " --num_processes=1"
         )
-    from jax_distill.serving import drawing, web
+    from jax_distill.serving import drawing, networks, web
 
     sockets = web.listen(_HOST.value, _PORT.value)
     program_cache.use()
-    networks, title = _loaded(), _title()
-    large = any(pipe.world.distributed for pipe in networks.values())
+    found, title = networks.load(_CHECKPOINT.value, _TEACHER.value), _title()
+    large = any(pipe.world.distributed for pipe in found.values())
     batch_size = _BATCH_SIZE.value or (1 if large else 8)
-    studio = drawing.Studio(networks, batch_size)
+    studio = drawing.Studio(found, batch_size)
     logging.info("loading %s and compiling", title)
     studio.prepare()
     settings = {"lanes": drawing.lanes(), "batch_size": batch_size, "limit": _QUEUE.value}
@@ -61,32 +59,6 @@ def main(argv: list[str]) -> None:
 def _title() -> str:
     beside = "" if _TEACHER.value is None else f" beside {_TEACHER.value}"
     return f"{_CHECKPOINT.value}{beside}"
-
-
-def _loaded() -> dict[str, pipeline.Pipeline]:
-    """The networks by name; that of the checkpoint first.
-
-    Raises:
-      ValueError: there is no such network, or the two do not fit.
-    """
-    pipe = pipeline.load(_CHECKPOINT.value)
-    if _TEACHER.value is None:
-        return {_kind(pipe): pipe}
-    teacher = pipeline.load(_TEACHER.value)
-    if _kind(pipe) == "teacher":
-        raise ValueError(
-            f"--teacher: '{_CHECKPOINT.value}' is a teacher itself; leave --teacher out"
-        )
-    if type(teacher.world) is not type(pipe.world):
-        raise ValueError(
-            f"--teacher: '{_TEACHER.value}' draws pictures of another world than"
-            f" '{_CHECKPOINT.value}'; give the student's own teacher"
-        )
-    return {"student": pipe, "teacher": teacher}
-
-
-def _kind(pipe: pipeline.Pipeline) -> str:
-    return "teacher" if pipe.config.objective.name in build.TEACHERS else "student"
 
 
 if __name__ == "__main__":

@@ -31,6 +31,17 @@ def test_the_command_serves_pictures(address):
         assert answer.headers["X-Evaluations"] == "2" and answer.read(4) == b"\x89PNG"
 
 
+def test_what_the_command_cannot_do_is_said_before_anything_is_loaded():
+    hidden = "import sys; sys.modules['tornado'] = None; from jax_distill import serve; from"
+    hidden += " jax_distill.runs import commands; commands.run(serve.main)"
+    for command, said in (
+        (["-c", hidden], "the page needs tornado; pip install 'jax-distill[serve]'"),
+        (["-m", "jax_distill.serve", "--num_processes=2"], "the page draws in one process"),
+    ):
+        ended = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        assert ended.returncode == 1 and said in ended.stderr and "Traceback" not in ended.stderr
+
+
 @pytest.mark.skipif(chromium.PROGRAM is None, reason="needs Chromium: apt-get install chromium")
 def test_the_page_draws_and_shows_text_as_text(address, tmp_path):
     asyncio.run(use_the_page(address, tmp_path))

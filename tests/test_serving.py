@@ -21,10 +21,9 @@ pytest.importorskip("tornado", reason="pip install 'jax-distill[serve]'")
 from tornado.httpclient import AsyncHTTPClient
 from tornado.httputil import url_concat
 
-from jax_distill import pipeline, serve
-from jax_distill.devices import processes
+from jax_distill import pipeline
 from jax_distill.runs import program_cache
-from jax_distill.serving import parameters, web
+from jax_distill.serving import networks, parameters, web
 from jax_distill.serving.drawing import Drawn, Refused, Studio
 from jax_distill.serving.parameters import Wanted
 from jax_distill.serving.queue import Gone, Queue, Unavailable
@@ -398,49 +397,29 @@ def test_a_fault_is_no_blank_page():
     of_server(test, Broken())
 
 
-@pytest.fixture
-def command(monkeypatch):
-    """Calls the command's `main` with flags; nothing may be loaded."""
-    monkeypatch.setattr(pipeline, "load", lambda source: pytest.fail("it was loaded"))
-
-    def call(**values):
-        flags.FLAGS.mark_as_parsed()
-        with flagsaver.flagsaver(**values):
-            return serve.main([])
-
-    return call
-
-
-def test_the_command_says_what_is_missing(command, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(serve.importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(ValueError, match=r"needs tornado; pip install 'jax-distill\[serve\]'"):
-            command()
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    with pytest.raises(ValueError, match="the page draws in one process"):
-        command()
-    assert processes.several()
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
-    assert not processes.several()
+def test_a_port_that_is_taken_is_refused():
     with web.listen("localhost", 0)[0] as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"--port={port}: .*; give another"):
-            command(port=port)
+            web.listen("localhost", port)
 
 
-def test_the_command_wants_a_student_beside_a_teacher(command, monkeypatch):
+def test_a_teacher_is_drawn_beside_a_student_of_its_world(monkeypatch):
     teacher = SimpleNamespace(config=tiny_runs.RUNS["flow_matching"], world="x")
     student = SimpleNamespace(config=CONFIG, world=3)
-    found = {"teacher": teacher, "student": student}
+    found = {"teacher": teacher, "student": student, "other": student}
     monkeypatch.setattr(pipeline, "load", found.get)
-    monkeypatch.setattr(program_cache, "use", lambda: None)
+    assert list(networks.load("student", None)) == ["student"]
+    assert list(networks.load("teacher", None)) == ["teacher"]
+    assert list(networks.load("student", "other")) == ["student", "teacher"]
     with pytest.raises(ValueError, match="'teacher' is a teacher itself; leave --teacher out"):
-        command(checkpoint="teacher", teacher="teacher", port=0)
+        networks.load("teacher", "teacher")
     with pytest.raises(ValueError, match="another world than 'student'"):
-        command(checkpoint="student", teacher="teacher", port=0)
+        networks.load("student", "teacher")
 
 
 def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
+    program_cache.define_flag()
     flags.FLAGS.mark_as_parsed()
     set_up = {}
     fake = SimpleNamespace(

@@ -181,6 +181,40 @@ def test_findings_are_judged_as_a_file_of_them_is(folder):
     assert not right["position"]  # both are at one place
 
 
+def test_a_picture_is_looked_at_once_by_the_same_networks(folder, monkeypatch):
+    """A try that was stopped is gone on with; other networks, or an edited file, begin anew."""
+    drawn = read_drawn(folder / "student")
+    monkeypatch.setattr(findings, "_SECONDS", -1)
+    classes = frozenset(clause.name for prompt in drawn.asked.prompts for clause in prompt.include)
+    total, seen, lasting = 4 * len(drawn.asked.prompts), [], [9]
+
+    def find(image):
+        seen.append(image)
+        if len(seen) > lasting[0]:
+            raise KeyboardInterrupt
+        name = sorted(classes)[image.sum() % len(classes)]
+        return [detectors.Found(name, (0, 0, 4, 4), 0.5)]
+
+    def looks(networks, lasts=total):
+        seen.clear()
+        lasting[0] = lasts
+        findings.detect(drawn, detectors.Detector(classes, find), Seeing(), networks)
+        return len(seen)
+
+    path, by = folder / "student/detections.jsonl", {"detector": "a"}
+    assert looks({"detector": "b"}) == total
+    whole = path.read_text()
+    with pytest.raises(KeyboardInterrupt):
+        looks(by, lasts=9)
+    assert path.read_text() == whole  # of the other detector, until there is a whole one
+    assert looks(by) == total - 8 and path.read_text() == whole
+    assert looks(by) == 0 and looks({"detector": "b"}) == total
+    path.write_text(whole.replace("0.5", "0.6"))
+    assert looks({"detector": "b"}) == total and path.read_text() == whole
+    assert not (folder / "student/detections.unfinished.jsonl").exists()
+    path.unlink()
+
+
 def test_classes_that_a_detector_does_not_know_are_refused(folder):
     drawn = read_drawn(folder / "student")
     nothing = detectors.Detector(frozenset(["owl"]), lambda image: [])

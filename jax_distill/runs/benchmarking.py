@@ -17,6 +17,7 @@ from jax_distill.evaluation.benchmarks import (
     findings,
     generation,
     judging,
+    runners,
 )
 from jax_distill.evaluation.benchmarks.drawn import Asked, Drawn
 from jax_distill.runs.stored_network import weights_of
@@ -116,7 +117,10 @@ def judge(folders: Sequence[Path], given: Findings) -> dict[str, Any]:
         if benchmark != "geneval":
             raise FileError(f"--detector: pictures of {benchmark} are not judged by detections")
         detector = detectors.load(given.detector)
-        files = [findings.detect(each, detector, seeing) for each in found]
+        networks = {"detector": runners.digest(given.detector)}
+        if given.clip is not None:
+            networks["clip"] = runners.digest(given.clip)
+        files = [findings.detect(each, detector, seeing, networks) for each in found]
     real = None if given.real is None else findings.embed_folder(given.real, seeing)
     judged = []
     for each, file in zip(found, files):

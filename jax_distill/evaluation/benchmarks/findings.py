@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,22 +17,33 @@ from jax_distill.data import pictures
 from jax_distill.data.making import Pace
 from jax_distill.evaluation.benchmarks.clip import Clip, Colors
 from jax_distill.evaluation.benchmarks.detectors import Detector, Found
-from jax_distill.evaluation.benchmarks.drawn import Drawn, read_picture
+from jax_distill.evaluation.benchmarks.drawn import FACTS, Drawn, read_picture
 from jax_distill.evaluation.benchmarks.geneval import Detection
 from jax_distill.evaluation.benchmarks.prompts import Prompt
-from jax_distill.storage.files import FileError, write_atomically
+from jax_distill.storage.files import FileError, write_atomically, write_json
 
 DETECTIONS, ANSWERS = "detections.jsonl", "answers.jsonl"
 """Files of a folder of pictures: what was found in them."""
+_BY, _UNFINISHED = "detected.json", "detections.unfinished.jsonl"
+_SECONDS = 30  # after which detections are saved, to go on with
 
 
-def detect(drawn: Drawn, detector: Detector, clip: Clip | None = None) -> Path:
+def detect(
+    drawn: Drawn,
+    detector: Detector,
+    clip: Clip | None = None,
+    networks: Mapping[str, str] | None = None,
+) -> Path:
     """Writes `DETECTIONS` into a folder of GenEval's pictures.
+
+    Pictures that the same networks have looked at, in this try or in one that was stopped, are not
+    looked at again.
 
     Args:
       drawn: the folder.
       detector: of objects.
       clip: names the colours of objects that a prompt asks a colour of.
+      networks: digests of both; nothing is known of other tries by default.
 
     Raises:
       ValueError: the prompts ask for classes that the detector does not know, or for colours and
@@ -47,19 +61,54 @@ def detect(drawn: Drawn, detector: Detector, clip: Clip | None = None) -> Path:
     if colored and clip is None:
         raise ValueError("--clip is missing; the prompts ask for colours, which CLIP names")
     colors = None if clip is None else Colors(clip)
-    pace = Pace("pictures looked at", len(prompts) * drawn.facts["pictures"])
-    lines = []
+    drawing = (drawn.folder / FACTS).read_bytes()
+    by = networks and {**networks, "drawing": hashlib.sha256(drawing).hexdigest()}
+    lines = {} if by is None else _known(drawn.folder, by)
+    count = drawn.facts["pictures"]
+    pace, saved = Pace("pictures looked at", len(prompts) * count - len(lines)), time.monotonic()
     for place, prompt in enumerate(prompts):
+        names = [f"{place:05d}/samples/{number:04d}.png" for number in range(count)]
+        if lines.keys() >= set(names):
+            continue
         named = {clause.name for clause in prompt.include if clause.color}
-        for number, image in enumerate(drawn.layout.read(place)):
+        for name, image in zip(names, drawn.layout.read(place)):
             objects = _detections(image, detector.find(image), named, colors)
-            lines.append(
-                {"picture": f"{place:05d}/samples/{number:04d}.png", "objects": list(objects)}
-            )
-            pace.add(1)
+            lines[name] = json.dumps({"picture": name, "objects": list(objects)})
+        pace.add(count)
+        if by is not None and time.monotonic() - saved > _SECONDS:
+            _write_lines(drawn.folder / _UNFINISHED, [json.dumps(by), *lines.values()])
+            saved = time.monotonic()
     path = drawn.folder / DETECTIONS
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+    _write_lines(path, [lines[name] for name in sorted(lines)])
+    if by is not None:
+        write_json(drawn.folder / _BY, {**by, "file": _digest(path)})
+        (drawn.folder / _UNFINISHED).unlink(missing_ok=True)
     return path
+
+
+def _known(folder: Path, by: Mapping[str, str]) -> dict[str, str]:
+    """Lines by picture of what the same networks found: all, or those of a try that was stopped."""
+    whole, unfinished = folder / DETECTIONS, folder / _UNFINISHED
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((folder / _BY).read_bytes()) == {**by, "file": _digest(whole)}:
+            return _by_picture(whole.read_text().splitlines())
+    with contextlib.suppress(OSError, ValueError):
+        first, *lines = unfinished.read_text().splitlines()
+        if json.loads(first) == by:
+            return _by_picture(lines)
+    return {}
+
+
+def _by_picture(lines: Sequence[str]) -> dict[str, str]:
+    return {json.loads(line)["picture"]: line for line in lines}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    write_atomically(path, "".join(line + "\n" for line in lines))
 
 
 def _detections(

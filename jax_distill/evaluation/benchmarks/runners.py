@@ -7,6 +7,7 @@ Nothing is downloaded, and no code of a folder is run.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -171,6 +172,18 @@ def check_folder(folder: Path) -> None:
     for name in ("config.json", "preprocessor_config.json"):
         if not (folder / name).is_file():
             raise FileError(f"'{folder}' has no {name}; give a folder as it is on the hub")
+
+
+def digest(folder: Path) -> str:
+    """Of the content of a folder's files, those of folders in it but hidden ones too."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            whole.update(f"{name.as_posix()} {content}\n".encode())
+    return whole.hexdigest()
 
 
 def config_of(folder: Path, kind: Any) -> Any:
