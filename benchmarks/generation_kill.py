@@ -161,7 +161,9 @@ def main(argv: list[str]) -> None:
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
     print(json.dumps(line))
-    sys.exit(same < len(names) or bool(left) or len(whole) != 5 * _PROMPTS.value)
+    asked = _KILLS.value * len(_PROCESSES.value)
+    whole_files = len(whole) == 5 * _PROMPTS.value
+    sys.exit(not (same == len(names) and whole_files and kills == asked and not (left or stuck)))
 
 
 if __name__ == "__main__":

@@ -138,10 +138,9 @@ def _judge() -> None:
         _REAL.value and Path(_REAL.value),
     )
     layout = benchmarking.judge([paths.path(name) for name in _JUDGE.value], findings)
-    print(report.format_benchmark(layout))
-    if _OUTPUT.value is not None:
-        for line in benchmarking.write(paths.path(_OUTPUT.value), layout):
-            print(line)
+    lines = [] if _OUTPUT.value is None else benchmarking.write(paths.path(_OUTPUT.value), layout)
+    for line in (report.format_benchmark(layout), *lines):
+        print(line)
 
 
 def _draw() -> None:

@@ -15,7 +15,7 @@ from jax_distill.storage.files import FileError, check_finite_numbers, check_kin
 TITLES = {"geneval": "GenEval", "dpg": "DPG-Bench", "prompts": "CLIP score"}
 FEATURES = {"clip_score": "CLIP score", "cmmd": "CMMD (less is better)"}
 
-_Name = Annotated[str, msgspec.Meta(max_length=80)]
+_Name = Annotated[str, msgspec.Meta(max_length=200)]
 _Number = Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]
 _Estimate = tuple[_Number, _Number, _Number]
 _FIX = "judge again to replace it"

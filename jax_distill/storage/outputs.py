@@ -97,8 +97,9 @@ def made_whole(folder: Path) -> Iterator[Path]:
     """
     check_new_folder(folder)
     check_absent(folder)
-    what = f"--output: '{folder}' was not made"
-    with _told(what, "or choose another disk", "run the same command again"):
+    what = f"--output: '{folder}'"
+    stopped = f"{what} was not made, by a signal; run the same command again"
+    with _told(stopped, what, "or choose another disk"):
         paths.make_folder(folder.parent)
         with _stopping(), lease.of_output(folder):
             check_absent(folder)  # which another process may have made meanwhile
@@ -161,28 +162,28 @@ def made_in_tries(folder: Path, share: Share = ALONE) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _told(what: str, full: str, again: str) -> Iterator[None]:
+def _told(stopped: str, what: str, then: str) -> Iterator[None]:
     """Says in a sentence how making an output ended: by a signal, or by a disk that is full.
 
     Args:
-      what: what is not made.
-      full: what to do beside making room.
-      again: what to do after a signal.
+      stopped: the sentence after a signal.
+      what: begins that of a full disk.
+      then: ends it, after how to make room.
     """
     try:
         yield
     except Interrupted:
-        raise Stopped(f"{what}, by a signal; {again}") from None
+        raise Stopped(stopped) from None
     except Exception as error:
         if (found := disks.full(error)) is None:
             raise
         cause, fix = found
-        raise FileError(f"{what}: {cause}; {fix} {full}") from error
+        raise FileError(f"{what}: {cause}; {fix} {then}") from error
 
 
 def _going_on(what: str) -> contextlib.AbstractContextManager:
-    again = "run the same command to go on"
-    return _told(f"{what} is not finished", f"and {again}", again)
+    what, again = f"{what} is not finished", "run the same command to go on"
+    return _told(f"{what}, by a signal; {again}", what, f"and {again}")
 
 
 def _forget_empty(folder: Path) -> None:

@@ -10,6 +10,9 @@ pictures/<item_id>.png                        DPG-Bench's: a grid of a prompt's 
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence, Set
@@ -31,12 +34,20 @@ from jax_distill.evaluation.benchmarks.prompts import (
     read_geneval,
 )
 from jax_distill.storage import buckets, paths
-from jax_distill.storage.files import FileError, read_json, read_text, write_atomically
+from jax_distill.storage.files import (
+    FileError,
+    parse_json,
+    read_json,
+    read_text,
+    write_atomically,
+)
+from jax_distill.storage.quoting import shown
 
 FACTS = "drawing.json"
 BENCHMARKS = ("geneval", "dpg", "prompts")
 MOST_PROMPTS, MOST_PICTURES = 2**20, 2**10  # of a benchmark, and of a prompt
 
+_CAPTIONS = ("prompt", "text", "caption")  # columns
 _Count = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
 
 
@@ -108,11 +119,29 @@ def read_asked(benchmark: str, path: Path) -> Asked:
     return Asked(benchmark, prompts, captions, text, ending)
 
 
+def digest(text: str) -> str:
+    """Of a file of prompts, as `drawing.json` has it."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
 def _columns(path: Path, text: str) -> Columns:
-    """The column of captions: "prompt", where the first line names one."""
-    table = path.suffix.lower() in (".jsonl", ".csv")
-    first = text.partition("\n")[0]
-    return Columns(None, "prompt" if table and "prompt" in first and "text" not in first else None)
+    """The column of captions: the first of `_CAPTIONS` that the first row has.
+
+    Raises:
+      FileError: it has none of them.
+    """
+    ending = path.suffix.lower()
+    if ending not in (".jsonl", ".csv"):
+        return Columns()
+    if ending == ".csv":
+        known = next(csv.reader(io.StringIO(text, newline="")), [])
+    else:
+        first = next((line for line in text.splitlines() if line.strip()), "{}")
+        known = parse_json(first, dict, where=f"'{path}', line 1", fix="mend that line")
+    for name in _CAPTIONS:
+        if name in known:
+            return Columns(None, name)
+    raise FileError(f"'{path}' has no column {', '.join(_CAPTIONS)}; call that of captions so")
 
 
 def bundled(benchmark: str) -> Path:
@@ -208,12 +237,18 @@ def layout(folder: Path, asked: Asked, count: int) -> InFolders | InGrids:
     """The layout of a benchmark's folder with `count` pictures a prompt.
 
     Raises:
-      ValueError: the benchmark's grids have another number of pictures.
+      ValueError: the benchmark's grids have another number of pictures; or the authors' program,
+        which takes what is before the first dot of a grid's name, would not find its prompt.
     """
     if asked.benchmark != "dpg":
         return InFolders(folder, asked, count)
     if count not in (1, 4):
         raise ValueError(f"--pictures: DPG-Bench judges 1 or 4 pictures of a prompt, not {count}")
+    if dotted := [prompt.item for prompt in asked.prompts if "." in prompt.item]:
+        raise FileError(
+            f"item_id {shown(dotted[0])} has a dot, at which DPG-Bench's program cuts names off;"
+            " rename it"
+        )
     return InGrids(folder, asked, count)
 
 
@@ -276,6 +311,11 @@ def read_drawn(folder: Path) -> Drawn:
         asked = read_asked(facts["benchmark"], folder / facts["file"])
     except FileNotFoundError as error:
         raise FileError(f"'{folder}' has no {Path(error.filename).name}; {again}") from None
+    if digest(asked.text) != facts["prompts"]:
+        raise FileError(
+            f"'{folder / facts['file']}' is not as it was drawn from; put the file back, or"
+            f" {again} into another folder"
+        )
     found = layout(folder, asked, facts["pictures"])
     there = names(folder)
     lacking = [place for place in range(len(asked.prompts)) if found.lacking(place, there)]

@@ -17,7 +17,12 @@ from jax_distill.data import pictures
 from jax_distill.data.making import Pace
 from jax_distill.evaluation.benchmarks.clip import Clip, Colors
 from jax_distill.evaluation.benchmarks.detectors import Detector, Found
-from jax_distill.evaluation.benchmarks.drawn import FACTS, Drawn, read_picture
+from jax_distill.evaluation.benchmarks.drawn import (
+    FACTS,
+    Drawn,
+    read_drawn,
+    read_picture,
+)
 from jax_distill.evaluation.benchmarks.geneval import Detection
 from jax_distill.evaluation.benchmarks.prompts import Prompt
 from jax_distill.storage.files import FileError, write_atomically, write_json
@@ -156,9 +161,13 @@ def embed(drawn: Drawn, clip: Clip) -> Embeddings:
 def embed_folder(folder: Path, clip: Clip) -> np.ndarray:
     """Embeds all pictures in a folder, (n, d), in the order of their names.
 
+    Of a folder that was drawn for a benchmark, each picture once, and no grids.
+
     Raises:
       FileError: it has none, or one cannot be read.
     """
+    if (folder / FACTS).exists():
+        return embed(read_drawn(folder), clip).pictures
     found = []
     if folder.is_dir():
         found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in pictures.endings())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -32,7 +31,13 @@ from jax_distill.flow import Text
 from jax_distill.models.finite import NotFinite
 from jax_distill.pipeline import Pipeline
 from jax_distill.storage import outputs
-from jax_distill.storage.files import FileError, read_json, write_atomically, write_json
+from jax_distill.storage.files import (
+    FileError,
+    read_json,
+    read_text,
+    write_atomically,
+    write_json,
+)
 
 SPEED = "speed.json"
 _WRITERS = 4  # threads that compress and write
@@ -131,7 +136,7 @@ def _facts(
     return {
         "benchmark": asked.benchmark,
         "file": f"prompts{asked.ending}",
-        "prompts": hashlib.sha256(asked.text.encode()).hexdigest()[:32],
+        "prompts": drawn.digest(asked.text),
         "kind": kind,
         **given,
         **facts,
@@ -160,8 +165,13 @@ def _begin(folder: Path, asked: Asked, facts: Mapping[str, Any], config: Mapping
         )
     else:
         write_json(path, {**facts, "config": config})
-    if not (folder / facts["file"]).exists():
-        write_atomically(folder / facts["file"], asked.text)
+    if not (file := folder / facts["file"]).exists():
+        write_atomically(file, asked.text)
+    elif read_text(file) != asked.text:
+        raise FileError(
+            f"--output: '{file}' is not as it was drawn from; remove it, and the same command puts"
+            " it back"
+        )
 
 
 def _lacking(layout: Any, asked: Asked, folder: Path) -> dict[int, list[int]]:

@@ -95,8 +95,9 @@ def kept(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]
     """
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     objects: dict[str, list[Detection]] = {}
-    for detection in sorted(reversed(detections), key=lambda each: -each.score):
-        if np.float32(detection.score) > np.float32(threshold):  # as detectors give them
+    # In float32, as detectors give them.
+    for detection in sorted(reversed(detections), key=lambda each: -np.float32(each.score)):
+        if np.float32(detection.score) > np.float32(threshold):
             objects.setdefault(detection.name, []).append(detection)
     return {name: surest[:MOST_OBJECTS] for name, surest in objects.items()}
 

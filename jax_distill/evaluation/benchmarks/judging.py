@@ -14,13 +14,24 @@ from jax_distill.evaluation.benchmarks.drawn import Drawn
 from jax_distill.evaluation.benchmarks.findings import Embeddings
 from jax_distill.evaluation.benchmarks.generation import SPEED
 from jax_distill.evaluation.benchmarks.intervals import Estimate, Figure, differences, estimates
+from jax_distill.evaluation.benchmarks.prompts import OVERALL
 from jax_distill.evaluation.scoring import results
 from jax_distill.storage.files import FileError, read_json
 
-SCORE, CLIP_SCORE, CMMD = "score", "clip_score", "cmmd"
+SCORE, CLIP_SCORE, CMMD = OVERALL, "clip_score", "cmmd"
 _ENDS = {"geneval": (0.0, 1.0), "dpg": (0.0, 100.0), "prompts": (0.0, 100.0)}
 _ENDS |= {CLIP_SCORE: (0.0, 100.0), CMMD: (0.0, math.inf)}
 """What figures can be; intervals are cut there."""
+_OF_ALL = {
+    "benchmark": "prompts",
+    "prompts": "prompts",
+    "pictures": "numbers of pictures",
+    "resolution": "sizes of pictures",
+    "seed": "seeds",
+}
+"""Facts that are the same of all folders that are compared, and what they are called."""
+_OF_A_KIND = {"network": "networks", "encoders": "text encoders", "guidance": "guidance scales"}
+"""Likewise, of all of a teacher's, and of all of a student's."""
 
 
 class Judged(NamedTuple):
@@ -118,11 +129,9 @@ def layout(judged: Sequence[Judged], level: float = 0.95) -> dict[str, Any]:
     by_steps: dict[str, dict[int, Judged]] = {"teacher": {}, "student": {}}
     for each in judged:
         facts = each.drawn.facts
-        if any(facts[key] != first.facts[key] for key in ("benchmark", "prompts")):
-            raise FileError(
-                f"--judge: '{each.drawn.folder}' and '{first.folder}' are of other prompts; judge"
-                " them apart"
-            )
+        _check_alike(each.drawn, first, _OF_ALL)
+        if same := by_steps[facts["kind"]]:
+            _check_alike(each.drawn, next(iter(same.values())).drawn, _OF_A_KIND)
         if facts["steps"] in by_steps[facts["kind"]]:
             raise FileError(
                 f"--judge: '{each.drawn.folder}' is another folder of the {each.name}; give one"
@@ -147,6 +156,16 @@ def layout(judged: Sequence[Judged], level: float = 0.95) -> dict[str, Any]:
             for steps, student in sorted(by_steps["student"].items())
         }
     return made
+
+
+def _check_alike(drawn: Drawn, first: Drawn, named: Mapping[str, str]) -> None:
+    """Raises FileError where folders differ in something that one table says of all of them."""
+    for key, name in named.items():
+        if drawn.facts.get(key) != first.facts.get(key):
+            raise FileError(
+                f"--judge: '{drawn.folder}' and '{first.folder}' are of other {name}; judge them"
+                " apart"
+            )
 
 
 def _entry(judged: Judged, level: float) -> dict[str, Any]:
