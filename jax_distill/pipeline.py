@@ -197,6 +197,12 @@ class Pipeline:
             ]
         return np.concatenate(singly)
 
+    def forget(self, steps: int, resolution: tuple[int, int]) -> None:
+        """Lets go of the program by which `draw_each` draws in so many steps at a size."""
+        self._samplers.pop((resolution, steps, True), None)
+        if not any(known == resolution for known, *_ in self._samplers):
+            self.world.codec.forget()
+
     def latents(
         self,
         text: Text,

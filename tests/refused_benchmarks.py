@@ -46,8 +46,9 @@ def ask_all(root: Path, ask) -> None:
     generation._begin(folder, asked, facts, {})
     ask(generation._begin, folder, asked, {**facts, "steps": 4}, {})
     facts |= {"pictures": 4, "kind": "teacher", "seed": 0, "prompts": "", "config": {}}
-    (folder / "drawing.json").write_text(json.dumps(facts))
-    ask(drawn.read_drawn, folder)
+    for digest in ("of another text", drawn.digest(asked.text)):
+        (folder / "drawing.json").write_text(json.dumps(facts | {"prompts": digest}))
+        ask(drawn.read_drawn, folder)
     ask(generation._begin, write("other/thesis.tex", "x").parent, asked, facts, {})
 
     network = write("network/config.json", "{}").parent

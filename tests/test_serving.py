@@ -9,6 +9,7 @@ import threading
 from types import SimpleNamespace
 from urllib.parse import urlencode
 
+import jax
 import numpy as np
 import pytest
 import tiny_runs
@@ -23,7 +24,7 @@ from tornado.httputil import url_concat
 
 from jax_distill import pipeline
 from jax_distill.runs import program_cache
-from jax_distill.serving import networks, parameters, web
+from jax_distill.serving import drawing, networks, page, parameters, web
 from jax_distill.serving.drawing import Drawn, Refused, Studio
 from jax_distill.serving.parameters import Wanted
 from jax_distill.serving.queue import Gone, Queue, Unavailable
@@ -130,6 +131,8 @@ class Slow:
     def __init__(self):
         self.networks = {"student": pipeline.Pipeline(CONFIG, {})}
         self.batches, self.go, self.began = [], threading.Event(), threading.Event()
+        self.ready = lambda wanted: True
+        self.compile = lambda wanted: None
 
     def draw(self, batch):
         self.batches.append([one.prompt for one in batch])
@@ -186,6 +189,66 @@ def test_a_full_queue_refuses_and_a_cancelled_picture_is_never_drawn():
 
     asyncio.run(main())
     assert slow.batches == [["first"], ["kept"]]
+
+
+def test_a_program_is_compiled_beside_what_is_drawn():
+    """Pictures of programs that are there overtake; no lane waits for the compiler."""
+    slow, compiled, finish = Slow(), {2}, threading.Event()
+    slow.go.set()
+
+    def compile(one):
+        assert finish.wait(20)
+        compiled.add(one.steps)
+
+    async def main():
+        queue = Queue(slow.draw, ready=lambda one: one.steps in compiled, compile=compile)
+        running = asyncio.create_task(queue.run())
+        new = queue.add([wanted("new", steps=3), wanted("newer", steps=4)])
+        for prompt in ("a", "b"):
+            [job] = queue.add([wanted(prompt)])
+            await asyncio.wait_for(job.drawn(), 20)
+        assert [queue.position(job) for job in new] == [1, 2]
+        finish.set()
+        for job in new:
+            await asyncio.wait_for(job.drawn(), 20)
+        queue.close()
+        await running
+
+    asyncio.run(main())
+    assert slow.batches == [["a"], ["b"], ["new"], ["newer"]]
+
+
+def test_programs_are_kept_up_to_a_number(student, monkeypatch):
+    monkeypatch.setattr(drawing, "PROGRAMS_KEPT", 2)
+    studio = Studio({"student": student})
+    first = studio.draw([wanted(steps=1)])[0].png
+    for steps in (2, 4):
+        studio.compile(wanted(steps=steps))
+    kept = {steps for _, steps, each in student._samplers if each}
+    assert kept == {2, 4} and studio.ready(wanted(steps=4)) and not studio.ready(wanted(steps=1))
+    assert studio.draw([wanted(steps=1)])[0].png == first
+
+
+def test_captions_are_embedded_with_the_settings_that_sample_has(student, monkeypatch):
+    studio, found = Studio({"student": student}), []
+    encode = studio._encoders["student"]
+
+    def recorded(prompt):
+        found.append(jax.config.jax_numpy_rank_promotion)
+        return encode(prompt)
+
+    monkeypatch.setitem(studio._encoders, "student", recorded)
+    with jax.numpy_rank_promotion("raise"):
+        [drawn] = studio.draw([wanted()])
+    assert isinstance(drawn, Drawn) and set(found) == {"allow"}
+
+
+def test_the_guidance_of_each_network_is_shown(student):
+    other = pipeline.Pipeline(CONFIG.copy_and_resolve_references(), {})
+    assert 'placeholder="3"' in page.render({"student": student, "teacher": other}, "it")
+    other.config.evaluation.guidance = 2.5
+    found = page.render({"student": student, "teacher": other}, "it")
+    assert 'placeholder="student 3, teacher 2.5"' in found
 
 
 def test_lanes_share_what_waits():

@@ -215,6 +215,11 @@ def test_a_picture_is_looked_at_once_by_the_same_networks(folder, monkeypatch):
     path.unlink()
 
 
+def test_a_drawn_folder_is_taken_as_real_pictures_without_its_grids(folder):
+    found = findings.embed_folder(folder / "student", Seeing())
+    assert len(found) == 4 * 12
+
+
 def test_classes_that_a_detector_does_not_know_are_refused(folder):
     drawn = read_drawn(folder / "student")
     nothing = detectors.Detector(frozenset(["owl"]), lambda image: [])
@@ -266,7 +271,7 @@ def test_teacher_and_student_are_judged_together(folder, viewers):
 
 def test_dense_and_plain_prompts_are_judged_too(viewers, tmp_path):
     dense = read_asked("dpg", BUNDLED / "dpg.csv")
-    generation.draw(Drawer(), dense, tmp_path / "dpg", SETTINGS, {})
+    generation.draw(Drawer(), dense, tmp_path / "dpg", SETTINGS._replace(resolution=(16, 16)), {})
     lines = [
         {
             "item_id": prompt.item,
@@ -303,7 +308,9 @@ def _values(entry):
         ("T", {"detections": (Path("x"),), "detector": Path("x")}, "give one of them"),
         ("T", {"detector": Path("x")}, "has no config.json; give a folder"),
         ("TT", {}, "is another folder of the teacher in 2 steps"),
-        ("TC", {}, "are of other prompts; judge them apart"),
+        ("TC", {}, "are of other numbers of pictures; judge them apart"),
+        ("SN", {}, "are of other networks; judge them apart"),
+        ("E", {}, "is not as it was drawn from; put the file back"),
     ],
 )
 def test_folders_and_findings_that_do_not_fit_are_refused(folder, names, given, expected):
@@ -315,10 +322,16 @@ def test_folders_and_findings_that_do_not_fit_are_refused(folder, names, given, 
         ]
         text = "\n".join(map(json.dumps, lines))
         (folder / name / "detections.jsonl").write_text(text)
-    shutil.copytree(folder / "student", folder / "changed")
-    facts = json.loads((folder / "changed/drawing.json").read_text())
-    (folder / "changed/drawing.json").write_text(json.dumps({**facts, "prompts": "others"}))
-    paths = {"T": folder / "teacher", "S": folder / "student", "C": folder / "changed"}
+    paths = {"T": folder / "teacher", "S": folder / "student"}
+    facts = json.loads((folder / "student/drawing.json").read_text())
+    for name, changed in {"C": {"pictures": 3}, "N": {"network": "new", "steps": 4}}.items():
+        paths[name] = shutil.copytree(folder / "student", folder / name)
+        (folder / name / "drawing.json").write_text(json.dumps({**facts, **changed}))
+        kept = [line for line in lines if not ("3.png" in line["picture"] and name == "C")]
+        (folder / name / "detections.jsonl").write_text("\n".join(map(json.dumps, kept)))
+    paths["E"] = shutil.copytree(folder / "student", folder / "edited")
+    text = (folder / "edited/prompts.jsonl").read_text()
+    (folder / "edited/prompts.jsonl").write_text(text.replace('"count": 1', '"count": 2', 1))
     with pytest.raises(ValueError, match=expected):
         benchmarking.judge([paths[name] for name in names], Findings(**given))
 

@@ -109,6 +109,11 @@ class LatentCodec:
         moved._params = jax.device_put(self._params, device)
         return moved
 
+    def forget(self) -> None:
+        """Lets go of what is compiled for the sizes that were used."""
+        self._moments.clear_cache()
+        self._pictures.clear_cache()
+
     def check_tile(self, tile: int | None) -> None:
         """Raises ValueError for a size of tiles that `encode` and `decode` do not take."""
         unit = 4 * self.config.downsampling

@@ -82,7 +82,16 @@ def draw(source: str, asked: Asked, folder: Path, asking: Asking) -> int:
     facts = {"world": worlds.name(pipe.config), "network": weights_of(source)}
     if (text := pipe.world.stored_text()) is not None:
         facts["encoders"] = text.encoders
-    return generation.draw(pipe, asked, folder, settings, facts, processes.share()).there
+
+    def check() -> None:
+        """Captions are embedded before the network is read, which a run may have saved again."""
+        if weights_of(source) != facts["network"]:
+            raise FileError(
+                f"--checkpoint: '{source}' was saved again meanwhile; run the same command once its"
+                " run has ended"
+            )
+
+    return generation.draw(pipe, asked, folder, settings, facts, processes.share(), check).there
 
 
 class Findings(NamedTuple):

@@ -1,5 +1,6 @@
 """Draws what clients ask for, and times it."""
 
+import contextlib
 import functools
 import os
 import threading
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from jax_distill import streams
 from jax_distill.evaluation.png import png
 from jax_distill.flow import Text
 from jax_distill.models.finite import NotFinite
@@ -17,6 +19,7 @@ from jax_distill.pipeline import Pipeline
 from jax_distill.serving.parameters import Wanted, default_steps
 
 CAPTIONS_KEPT = 32  # embedded ones; a few MB each in FLUX's world
+PROGRAMS_KEPT = 32  # compiled; some 10 MB each in the shapes world
 
 
 class Refused(ValueError):
@@ -52,8 +55,8 @@ class Studio:
             alike = (other for other in self._encoders if _read_alike(pipe, networks[other]))
             other = next(alike, None)
             self._encoders[name] = _encoder(pipe) if other is None else self._encoders[other]
-        self._compiled: set[tuple] = set()
-        self._compiling = threading.Lock()
+        self._compiled: dict[tuple, None] = {}  # programs, the one used last at the end
+        self._changing = threading.Lock()
 
     def prepare(self) -> None:
         """Reads the networks and compiles what is asked for by default."""
@@ -63,12 +66,37 @@ class Studio:
             if isinstance(drawn, Exception):
                 raise drawn
 
+    def ready(self, wanted: Wanted) -> bool:
+        """Whether the program that draws a picture is compiled."""
+        return wanted.program in self._compiled
+
+    def compile(self, wanted: Wanted) -> None:
+        """Compiles the program that draws a picture; what fails is told to who has it drawn."""
+        with contextlib.suppress(Exception), streams.default_settings():
+            self._pictures([wanted], [self._encoders[wanted.network]("")])
+        self._used(wanted.program)
+
+    def _used(self, program: tuple) -> None:
+        """Notes that a program is compiled and used, and lets go of the one not used longest."""
+        with self._changing:
+            self._compiled.pop(program, None)
+            self._compiled[program] = None
+            if len(self._compiled) > PROGRAMS_KEPT:
+                oldest = next(iter(self._compiled))
+                del self._compiled[oldest]
+                network, steps, resolution = oldest
+                self.networks[network].forget(steps, resolution)
+
     def draw(self, batch: Sequence[Wanted]) -> list[Drawn | Exception]:
         """Draws pictures of one program, at most as many as `batch_size`.
 
         Returns:
           A picture for each, or why there is none: `Refused` where the client can mend it.
         """
+        with streams.default_settings():  # which are a thread's own
+            return self._found(batch)
+
+    def _found(self, batch: Sequence[Wanted]) -> list[Drawn | Exception]:
         found: dict[int, Drawn | Exception] = {}
         texts: dict[int, Text] = {}
         for row, wanted in enumerate(batch):
@@ -95,12 +123,9 @@ class Studio:
 
     def _timed(self, batch: list[Wanted], texts: list[Text]) -> tuple[np.ndarray, float]:
         """The pictures and the seconds that they took, without those of compiling."""
-        program = batch[0].program
-        if program not in self._compiled:
-            with self._compiling:
-                if program not in self._compiled:
-                    self._pictures(batch[:1], texts[:1])
-                    self._compiled.add(program)
+        if not self.ready(batch[0]):
+            self._pictures(batch[:1], texts[:1])
+        self._used(batch[0].program)
         began = time.perf_counter()
         pictures = self._pictures(batch, texts)
         return pictures, time.perf_counter() - began

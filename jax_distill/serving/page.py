@@ -42,9 +42,20 @@ def render(networks: Mapping[str, Pipeline], title: str) -> str:
         width=width,
         largest=parameters.largest_side(first),
         patch=PATCH,
-        guided=any(map(build.takes_guidance, (pipe.config for pipe in networks.values()))),
-        guidance=first.config.evaluation.guidance,
+        guidance=_guidance(networks),
     )
+
+
+def _guidance(networks: Mapping[str, Pipeline]) -> str:
+    """The scales that networks have where none is given; "" where none takes any."""
+    scales = {
+        name: f"{pipe.config.evaluation.guidance:g}"
+        for name, pipe in networks.items()
+        if build.takes_guidance(pipe.config)
+    }
+    if len(set(scales.values())) < 2:
+        return next(iter(scales.values()), "")
+    return ", ".join(f"{name} {scale}" for name, scale in scales.items())
 
 
 def _facts(name: str, pipe: Pipeline) -> dict[str, Any]:

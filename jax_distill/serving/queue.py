@@ -59,8 +59,12 @@ class Job:
 class Queue:
     """Draws in the order of asking, pictures of one program together; used by one event loop.
 
+    A picture whose program is not compiled waits until it is, and others are drawn meanwhile.
+
     Args:
       draw: pictures of one program to one result for each; called in threads.
+      ready: whether a picture's program is compiled; by default each is.
+      compile: makes it so, whatever happens; called in a thread of its own.
       lanes: batches that are drawn at a time.
       batch_size: the most pictures of one.
       limit: the most that wait.
@@ -70,12 +74,15 @@ class Queue:
         self,
         draw: Callable[[Sequence[Wanted]], list[Drawn | Exception]],
         *,
+        ready: Callable[[Wanted], bool] = lambda wanted: True,
+        compile: Callable[[Wanted], None] = lambda wanted: None,
         lanes: int = 1,
         batch_size: int = 1,
         limit: int = 100,
     ):
-        self._draw, self._batch_size, self._limit = draw, batch_size, limit
-        self._lanes, self._threads = lanes, ThreadPoolExecutor(lanes, "drawing")
+        self._draw, self._ready, self._compile = draw, ready, compile
+        self._lanes, self._batch_size, self._limit = lanes, batch_size, limit
+        self._threads = ThreadPoolExecutor(lanes + 1, "drawing")  # one of them compiles
         self._waiting: list[Job] = []
         self._closed = False
         self._moved = asyncio.Event()
@@ -114,7 +121,7 @@ class Queue:
 
     async def run(self) -> None:
         """Draws until the queue is closed and what was under way is drawn."""
-        await asyncio.gather(*(self._lane() for _ in range(self._lanes)))
+        await asyncio.gather(self._compiling(), *(self._lane() for _ in range(self._lanes)))
         self._threads.shutdown()
 
     def close(self) -> None:
@@ -125,14 +132,23 @@ class Queue:
             job.end(Unavailable("the server is stopping; ask again when it has been started", 10))
         self._wake()
 
+    async def _compiling(self) -> None:
+        loop = asyncio.get_running_loop()
+        while not self._closed:
+            waits = (job.wanted for job in self._waiting if not self._ready(job.wanted))
+            if (wanted := next(waits, None)) is None:
+                await self.moved()
+                continue
+            await loop.run_in_executor(self._threads, self._compile, wanted)
+            self._wake()
+
     async def _lane(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            while not self._waiting:
+            while not (batch := self._next()):
                 if self._closed:
                     return
                 await self.moved()
-            batch = self._next()
             wanted = [job.wanted for job in batch]
             try:
                 results = await loop.run_in_executor(self._threads, self._draw, wanted)
@@ -143,9 +159,11 @@ class Queue:
             self._wake()
 
     def _next(self) -> list[Job]:
-        """Takes out the first, and its share of those that are drawn by the same program."""
-        program = self._waiting[0].wanted.program
-        same = [job for job in self._waiting if job.wanted.program == program]
+        """Takes out the first that can be drawn, and its share of those of the same program."""
+        first = next((job.wanted for job in self._waiting if self._ready(job.wanted)), None)
+        if first is None:
+            return []
+        same = [job for job in self._waiting if job.wanted.program == first.program]
         batch = same[: min(self._batch_size, math.ceil(len(same) / self._lanes))]
         self._waiting = [job for job in self._waiting if job not in batch]
         self._wake()

@@ -65,7 +65,10 @@ async def serve(
       title: of the page.
       ready: called when requests are answered.
     """
-    networks, queue = studio.networks, Queue(studio.draw, **settings)
+    networks, queue = (
+        studio.networks,
+        Queue(studio.draw, ready=studio.ready, compile=studio.compile, **settings),
+    )
     handlers = [("/", Page), ("/image", Image), ("/draw", Draw)]
     application = tornado.web.Application(
         [(path, handler, {"queue": queue, "networks": networks}) for path, handler in handlers],

@@ -148,14 +148,19 @@ class Embeddings(NamedTuple):
 
 def embed(drawn: Drawn, clip: Clip) -> Embeddings:
     """Embeds the pictures of a folder and their prompts."""
+    pictures, captions = _embedded(drawn, clip), drawn.asked.captions
+    places = np.repeat(np.arange(len(captions)), drawn.facts["pictures"])
+    return Embeddings(pictures, clip.texts(captions)[places], places)
+
+
+def _embedded(drawn: Drawn, clip: Clip) -> np.ndarray:
+    """Embeddings of a folder's pictures, (n, d), in the order of prompts."""
     count = drawn.facts["pictures"]
-    pace = Pace("pictures embedded", len(drawn.asked.captions) * count)
-    found = []
+    pace, found = Pace("pictures embedded", len(drawn.asked.captions) * count), []
     for place in range(len(drawn.asked.captions)):
         found.append(clip.pictures(drawn.layout.read(place)))
         pace.add(count)
-    places = np.repeat(np.arange(len(found)), count)
-    return Embeddings(np.concatenate(found), clip.texts(drawn.asked.captions)[places], places)
+    return np.concatenate(found)
 
 
 def embed_folder(folder: Path, clip: Clip) -> np.ndarray:
@@ -167,7 +172,7 @@ def embed_folder(folder: Path, clip: Clip) -> np.ndarray:
       FileError: it has none, or one cannot be read.
     """
     if (folder / FACTS).exists():
-        return embed(read_drawn(folder), clip).pictures
+        return _embedded(read_drawn(folder), clip)
     found = []
     if folder.is_dir():
         found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in pictures.endings())

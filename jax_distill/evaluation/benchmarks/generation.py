@@ -13,7 +13,7 @@ import collections
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,6 +85,7 @@ def draw(
     settings: Settings,
     facts: Mapping[str, Any],
     share: Share = ALONE,
+    check: Callable[[], None] = lambda: None,
 ) -> Done:
     """Draws those pictures that the folder lacks.
 
@@ -95,13 +96,21 @@ def draw(
       settings: checked.
       facts: JSON-able, about the network; a folder that was begun with others is refused.
       share: of this process.
+      check: raises if the network that has been read is not the one of the facts.
 
     Raises:
       ValueError: the folder was begun with other settings or is another's, is written by another
-        command, or is not seen by all processes; a caption cannot be embedded.
+        command, or is not seen by all processes; a caption cannot be embedded; or DPG-Bench's
+        program would not cut its grids into these pictures.
       NotFinite: what was drawn holds NaN or infinity.
       Stopped: by a signal.
     """
+    height, width = settings.resolution
+    if asked.benchmark == "dpg" and height != width:
+        raise ValueError(
+            f"--height, --width: DPG-Bench's program cuts its grids into squares, and {height} by"
+            f" {width} are none; give the same for both"
+        )
     layout = drawn.layout(folder, asked, settings.pictures)
     facts = _facts(pipe, asked, settings, facts)
     config = json.loads(pipe.config.to_json_best_effort())
@@ -116,7 +125,7 @@ def draw(
         places = list(lacking)[share.index :: share.count]
         mine = {place: lacking[place] for place in places}
         if share.any(bool(mine)):  # which also tells that all have looked before one writes
-            _draw(pipe, asked, layout, mine, settings, folder if share.leads else None)
+            _draw(pipe, asked, layout, mine, settings, check, folder if share.leads else None)
         share.wait(f"pictures of '{folder}'")
         if left := _lacking(layout, asked, folder):
             raise FileError(
@@ -187,6 +196,7 @@ def _draw(
     layout: Any,
     lacking: Mapping[int, list[int]],
     settings: Settings,
+    check: Callable[[], None],
     told: Path | None,
 ) -> None:
     """Draws and writes pictures; `told` is the folder of the leader, who notes the speed.
@@ -200,6 +210,7 @@ def _draw(
             _ = pipe.world.null
         del embed  # before the network takes its place
     _ = pipe.params
+    check()
     pace, taken = Pace("pictures", sum(map(len, lacking.values()))), []
     with _writing() as write:
         for place, numbers in lacking.items():

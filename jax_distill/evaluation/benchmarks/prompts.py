@@ -35,6 +35,9 @@ _COLUMNS = (
 )
 
 
+_SHORT = {"question": "question_natural_language"}
+
+
 class Included(
     msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
 ):
@@ -187,7 +190,7 @@ def _rows(path: Path):
     """The rows of a table by column, each with its place for messages; empty ones are skipped."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
-        head = [name.strip() for name in next(reader, [])]
+        head = [_SHORT.get(name.strip(), name.strip()) for name in next(reader, [])]
         if lacking := [name for name in _COLUMNS if name not in head]:
             raise FileError(
                 f"'{path}' has no column {lacking[0]}; give a table with {', '.join(_COLUMNS)}"
