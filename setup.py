@@ -42,7 +42,6 @@ setup(
         "scipy",  # worlds/shapes/detector.py: connected components
         "pillow>=10.1",  # evaluation/grids.py, data/pictures.py
         "matplotlib",  # evaluation/plots.py
-        "filelock",  # runs/program_cache.py: JAX keeps a folder below a size with it
         "jinja2>=3.1",  # evaluation/page.py, serving/page.py: templates
         "safetensors>=0.8",  # worlds/shapes/bundled.py, interop
         "tensorstore",  # interop/orbax_tree.py

@@ -7,13 +7,18 @@ A server is started on this machine, with a queue that holds all requests. All a
 each when the last is answered, then all at once. Every picture is compared with the one that
 `jax_distill.load` draws of the same prompt and seed alone. The first line of JSON has `ratio`, the
 throughput of all at once over that of one by one (the median of the repeats), the number of lost
-and of differing pictures, and percentiles of the time to an answer.
+and of differing pictures, and percentiles of the time to an answer. A picture is lost if its
+request fails in whatever way; why the first one did is printed, and there is no ratio then.
 
-The second has the seconds from a command to its first picture with an empty folder of compiled
+The second line is the same with `--batch_size=1`, where the server draws a picture per core at a
+time: what batches add to that is the first ratio over the second.
+
+The third has the seconds from a command to its first picture with an empty folder of compiled
 programs, and with what that start left there; `ratio` is the larger of the second over the first.
 Beside other work on the machine, `time_cpu_sec` tells more: the processors' time of the process.
 """
 
+import http.client
 import io
 import json
 import os
@@ -24,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,16 +56,24 @@ class Server:
 
     def __init__(self, *flags: str, **environment: str):
         command = [sys.executable, "-m", "jax_distill.serve", f"--checkpoint={_CHECKPOINT.value}"]
+        self._said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill
         began = time.perf_counter()
         self._process = subprocess.Popen(
             [*command, "--port=0", *flags],
             stdout=subprocess.PIPE,
+            stderr=self._said,
             text=True,
             env={**os.environ, **environment},
         )
         line = self._process.stdout.readline()
         self.seconds = time.perf_counter() - began
-        self._address = re.match(r"http://localhost:\d+", line)[0]
+        address = re.match(r"http://localhost:\d+", line)
+        if address is None:
+            self._process.kill()
+            self._process.wait()
+            printed = (line + self._log()).strip() or "nothing"
+            raise SystemExit(f"error: the server did not start; it printed: {printed}")
+        self._address = address[0]
 
     def __enter__(self) -> "Server":
         return self
@@ -67,53 +81,92 @@ class Server:
     def __exit__(self, *exception) -> None:
         self._process.send_signal(signal.SIGTERM)
         self._process.wait()
+        sys.stderr.write(self._log())
+
+    def _log(self) -> str:
+        self._said.seek(0)
+        return self._said.read()
 
     def picture(self, **parameters) -> tuple[bytes, float]:
-        """A picture's file, and the seconds it took."""
+        """A picture's file, and the seconds it took.
+
+        Raises:
+          OSError: there is no answer, or another status; an HTTPException, if the answer is cut.
+        """
         began = time.perf_counter()
         with urllib.request.urlopen(f"{self._address}/image?{urlencode(parameters)}") as answer:
             return answer.read(), time.perf_counter() - began
+
+    def try_picture(self, **parameters) -> tuple[bytes, float] | Exception:
+        """As `picture`, but returns what it would raise."""
+        try:
+            return self.picture(**parameters)
+        except urllib.error.HTTPError as error:
+            return OSError(f"{error}: {error.read().decode(errors='replace').strip()}")
+        except (OSError, http.client.HTTPException) as error:
+            return error
 
 
 def wanted(index: int) -> dict:
     return {"prompt": PROMPTS[index % len(PROMPTS)], "steps": _STEPS.value, "seed": index}
 
 
-def throughput() -> dict:
-    count = _REQUESTS.value
+def alone() -> list[np.ndarray]:
+    """The pictures that the server must draw."""
     pipe = jax_distill.load(_CHECKPOINT.value)
-    alone = [pipe(**drawn_alone(index))[0] for index in range(count)]
-    with Server(f"--queue={count}", f"--batch_size={_BATCH_SIZE.value}") as server:
-        with ThreadPoolExecutor(count) as clients:
+    return [pipe(**drawn_alone(index))[0] for index in range(_REQUESTS.value)]
 
-            def once(order) -> tuple[float, list]:
-                began = time.perf_counter()
-                found = list(order(lambda index: server.picture(**wanted(index)), range(count)))
-                return time.perf_counter() - began, found
 
-            once(clients.map)  # what is not compiled yet is not timed
-            one_by_one, at_once, answers = [], [], []
-            for _ in range(_REPEATS.value):
-                one_by_one.append(once(map)[0])
-                seconds, found = once(clients.map)
-                at_once.append(seconds)
-                answers += [(index, *answer) for index, answer in enumerate(found)]
-    differing = sum(not np.array_equal(pixels(png), alone[index]) for index, png, _ in answers)
+def throughput(batch_size: int, expected: list[np.ndarray]) -> dict:
+    """What a server with batches of that size does.
+
+    Args:
+      batch_size: as of jax_distill.serve.
+      expected: a picture per request.
+    """
+    count = len(expected)
+    with (
+        Server(f"--queue={count}", f"--batch_size={batch_size}") as server,
+        ThreadPoolExecutor(count) as clients,
+    ):
+
+        def once(order) -> tuple[float, list]:
+            began = time.perf_counter()
+            found = list(order(lambda index: server.try_picture(**wanted(index)), range(count)))
+            return time.perf_counter() - began, found
+
+        asked = once(clients.map)[1]  # what is not compiled yet is not timed
+        one_by_one, at_once, answers = [], [], []
+        for _ in range(_REPEATS.value):
+            for order, seconds in ((map, one_by_one), (clients.map, at_once)):
+                took, found = once(order)
+                seconds.append(took)
+                asked += found
+            answers += [(i, *x) for i, x in enumerate(found) if not isinstance(x, Exception)]
+    lost = [answer for answer in asked if isinstance(answer, Exception)]
+    if lost:
+        print(f"{len(lost)} pictures are lost, the first one to: {lost[0]}", file=sys.stderr)
+    differing = sum(not np.array_equal(pixels(png), expected[index]) for index, png, _ in answers)
     took = np.array([seconds for *_, seconds in answers])
     slow, fast = statistics.median(one_by_one), statistics.median(at_once)
     return {
         "benchmark": "serving, all at once over one by one",
-        "ratio": round(slow / fast, 2),
+        "batch_size": batch_size,
+        "ratio": None if lost else round(slow / fast, 2),
         "requests": count,
         "steps": _STEPS.value,
-        "lost": count * _REPEATS.value - len(answers),
+        "lost": len(lost),
         "differing": differing,
         "pictures_per_sec": {
             "one_by_one": round(count / slow, 1),
             "at_once": round(count / fast, 1),
         },
-        "time_ms": {p: round(1000 * float(np.percentile(took, p))) for p in (50, 95, 100)},
+        "time_ms": {p: milliseconds(took, p) for p in (50, 95, 100) if answers},
     }
+
+
+def milliseconds(seconds: np.ndarray, percentile: int) -> int:
+    return round(1000 * float(np.percentile(seconds, percentile)))
 
 
 def drawn_alone(index: int) -> dict:
@@ -174,7 +227,9 @@ def start_of_serve(environment: dict[str, str]) -> float:
 
 def main(argv: list[str]) -> None:
     del argv
-    print(json.dumps(throughput()), flush=True)
+    expected = alone()
+    for batch_size in dict.fromkeys((_BATCH_SIZE.value, 1)):
+        print(json.dumps(throughput(batch_size, expected)), flush=True)
     if _STARTS.value:
         print(json.dumps(starts()))
 

@@ -13,8 +13,6 @@ import jax
 import numpy as np
 import pytest
 import tiny_runs
-from absl import flags
-from absl.testing import flagsaver
 from PIL import Image
 
 pytest.importorskip("tornado", reason="pip install 'jax-distill[serve]'")
@@ -23,7 +21,6 @@ from tornado.httpclient import AsyncHTTPClient
 from tornado.httputil import url_concat
 
 from jax_distill import pipeline
-from jax_distill.runs import program_cache
 from jax_distill.serving import drawing, networks, page, parameters, web
 from jax_distill.serving.drawing import Drawn, Refused, Studio
 from jax_distill.serving.parameters import Wanted
@@ -479,28 +476,3 @@ def test_a_teacher_is_drawn_beside_a_student_of_its_world(monkeypatch):
         networks.load("teacher", "teacher")
     with pytest.raises(ValueError, match="another world than 'student'"):
         networks.load("student", "teacher")
-
-
-def test_compiled_programs_are_kept_where_the_user_says(monkeypatch, tmp_path):
-    program_cache.define_flag()
-    flags.FLAGS.mark_as_parsed()
-    set_up = {}
-    fake = SimpleNamespace(
-        jax_compilation_cache_dir=None, update=lambda name, value: set_up.update({name: value})
-    )
-    monkeypatch.setattr(program_cache, "jax", SimpleNamespace(config=fake))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with flagsaver.flagsaver(keep_compiled=True):
-        program_cache.use()
-        folder = tmp_path / "jax_distill" / "compiled"
-        assert set_up["jax_compilation_cache_dir"] == str(folder) and folder.is_dir()
-        assert set_up["jax_compilation_cache_max_size"] == 2**31
-        set_up.clear()
-        monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-        program_cache.use()  # compiled anew
-        fake.jax_compilation_cache_dir = "/theirs"
-        program_cache.use()
-        assert not set_up
-    with flagsaver.flagsaver(keep_compiled=False):
-        program_cache.use()
-    assert set_up == {"jax_enable_compilation_cache": False}
