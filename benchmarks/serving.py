@@ -83,7 +83,7 @@ def throughput() -> dict:
     count = _REQUESTS.value
     pipe = jax_distill.load(_CHECKPOINT.value)
     alone = [pipe(**drawn_alone(index))[0] for index in range(count)]
-    with Server(f"--queue={count}", f"--batch_size={_BATCH_SIZE.value}") as server:
+    with Server(f"--queue={max(count, 16)}", f"--batch_size={_BATCH_SIZE.value}") as server:
         with ThreadPoolExecutor(count) as clients:
 
             def once(order) -> tuple[float, list]:
