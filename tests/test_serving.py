@@ -211,6 +211,7 @@ class Served:
 
     def __init__(self, studio, **settings):
         self._studio, self._settings = studio, {"lanes": 1, "batch_size": BATCH, **settings}
+        self._stopped = False
 
     async def __aenter__(self):
         sockets = addresses.listen("localhost", 0)
@@ -224,10 +225,19 @@ class Served:
         return self
 
     async def __aexit__(self, *exception):
-        if not self._task.done():
-            os.kill(os.getpid(), signal.SIGTERM)
+        self.stop()
         await asyncio.wait_for(self._task, 20)
         self._client.close()
+
+    def stop(self):
+        """Tells the server to end, once: a second signal would end this process."""
+        if not self._stopped:
+            self._stopped = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    async def ended(self, seconds):
+        """Returns when the server has ended by itself."""
+        await asyncio.wait_for(asyncio.shield(self._task), seconds)
 
     async def ask(self, path, given=None, **options):
         address = self.address + (url_concat(path, given) if given else path)
@@ -375,7 +385,7 @@ def test_a_signal_ends_what_is_drawn_and_refuses_the_rest():
         await begun(slow)
         waiting = asyncio.create_task(server.ask("/image", {"prompt": "waiting", "steps": 3}))
         await server.until_waiting(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        server.stop()
         answer = await waiting
         assert answer.code == 503 and b"the server is stopping" in answer.body
         slow.go.set()
