@@ -126,7 +126,7 @@ def throughput(batch_size: int, expected: list[np.ndarray]) -> dict:
     """
     count = len(expected)
     with (
-        Server(f"--queue={count}", f"--batch_size={batch_size}") as server,
+        Server(f"--queue={max(count, 16)}", f"--batch_size={batch_size}") as server,
         ThreadPoolExecutor(count) as clients,
     ):
 

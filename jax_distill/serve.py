@@ -11,6 +11,7 @@ from absl import flags, logging
 from jax_distill.assembly.resolution import EMBEDDED
 from jax_distill.devices import processes
 from jax_distill.runs import commands, program_cache
+from jax_distill.serving.parameters import MOST_PICTURES
 
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint",
@@ -23,7 +24,12 @@ _PORT = flags.DEFINE_integer("port", 8000, "Port to listen at; 0: a free one.", 
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Pictures of one call of a program; default: 8, and 1 for FLUX's.", 1, 256
 )
-_QUEUE = flags.DEFINE_integer("queue", 100, "Pictures that may wait; others are refused.", 1)
+_QUEUE = flags.DEFINE_integer(
+    "queue",
+    100,
+    f"Pictures that may wait, others are refused; at least the {MOST_PICTURES} of one request.",
+    MOST_PICTURES,
+)
 processes.define_flags()
 program_cache.define_flag()
 
@@ -37,9 +43,9 @@ def main(argv: list[str]) -> None:
             "the page draws in one process, and several are asked for; start it on one host with"
             " --num_processes=1"
         )
-    from jax_distill.serving import drawing, networks, web
+    from jax_distill.serving import addresses, drawing, networks, web
 
-    sockets = web.listen(_HOST.value, _PORT.value)
+    sockets = addresses.listen(_HOST.value, _PORT.value)
     program_cache.use()
     found, title = networks.load(_CHECKPOINT.value, _TEACHER.value), _title()
     large = any(pipe.world.distributed for pipe in found.values())
@@ -50,8 +56,7 @@ def main(argv: list[str]) -> None:
     settings = {"lanes": drawing.lanes(), "batch_size": batch_size, "limit": _QUEUE.value}
 
     def ready() -> None:
-        port = sockets[0].getsockname()[1]
-        print(f"http://{_HOST.value}:{port}/ is ready; Ctrl-C ends it", flush=True)
+        print(f"{addresses.shown(_HOST.value, sockets)} is ready; Ctrl-C ends it", flush=True)
 
     asyncio.run(web.serve(sockets, studio, settings, title, ready))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -37,9 +38,37 @@ def test_what_the_command_cannot_do_is_said_before_anything_is_loaded():
     for command, said in (
         (["-c", hidden], "the page needs tornado; pip install 'jax-distill[serve]'"),
         (["-m", "jax_distill.serve", "--num_processes=2"], "the page draws in one process"),
+        (["-m", "jax_distill.serve", "--queue=15"], "--queue=15: not integer >= 16"),
     ):
         ended = subprocess.run([sys.executable, *command], capture_output=True, text=True)
         assert ended.returncode == 1 and said in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_second_signal_ends_the_command_while_a_picture_is_drawn():
+    slow = """
+import threading
+from jax_distill.serving import drawing
+drawing.Studio.prepare = lambda studio: None
+def draw(studio, batch):
+    print("drawing", flush=True)
+    threading.Event().wait()
+drawing.Studio.draw = draw
+from jax_distill import serve
+from jax_distill.runs import commands
+commands.run(serve.main)
+"""
+    command = [sys.executable, "-c", slow, "--port=0"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as server:
+        port = int(server.stdout.readline().split()[0].rpartition(":")[2].rstrip("/"))
+        with socket.create_connection(("localhost", port)) as client:
+            client.sendall(b"GET /image?prompt=a HTTP/1.0\r\n\r\n")
+            assert server.stdout.readline() == "drawing\n"
+            server.send_signal(signal.SIGTERM)
+            while "stopping" not in server.stderr.readline():
+                assert server.poll() is None
+            server.send_signal(signal.SIGINT)
+            assert server.wait(10) == 128 + signal.SIGINT
 
 
 @pytest.mark.skipif(chromium.PROGRAM is None, reason="needs Chromium: apt-get install chromium")

@@ -21,7 +21,7 @@ from tornado.httpclient import AsyncHTTPClient
 from tornado.httputil import url_concat
 
 from jax_distill import pipeline
-from jax_distill.serving import drawing, networks, page, parameters, web
+from jax_distill.serving import addresses, drawing, networks, page, parameters, web
 from jax_distill.serving.drawing import Drawn, Refused, Studio
 from jax_distill.serving.parameters import Wanted
 from jax_distill.serving.queue import Gone, Queue, Unavailable
@@ -29,6 +29,7 @@ from jax_distill.serving.queue import Gone, Queue, Unavailable
 PROMPTS = ("a red circle", "two squares", "a cross above a triangle", "three crosses")
 CONFIG = tiny_runs.RUNS["scm"]
 BATCH = 4
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ REFUSED = [
     ({"prompt": "a", "seed": "-1"}, "seed: -1 is not at least 0"),
     ({"prompt": "a", "seed": "4294967296"}, "seed: 4294967296 is more than 4294967295"),
     ({"prompt": "a", "guidance": "high"}, "guidance: 'high' is not a number"),
-    ({"prompt": "a", "guidance": "nan"}, "guidance: nan is not a finite number"),
+    ({"prompt": "a", "guidance": "nan"}, "guidance: 'nan' is not a number"),
     ({"prompt": "a", "guidance": "-1"}, "guidance: -1.0 is not a finite number of zero or more"),
     ({"prompt": "a", "network": "teacher"}, "network: 'teacher' is not one of student"),
     ({"prompt": "a", "stepz": "2"}, "'stepz' is no parameter; the parameters are prompt, "),
@@ -270,9 +271,10 @@ class Served:
 
     def __init__(self, studio, **settings):
         self._studio, self._settings = studio, {"lanes": 1, "batch_size": BATCH, **settings}
+        self._stopped = False
 
     async def __aenter__(self):
-        sockets = web.listen("localhost", 0)
+        sockets = addresses.listen("localhost", 0)
         port = sockets[0].getsockname()[1]
         self.address, ready = f"http://localhost:{port}", asyncio.Event()
         self._task = asyncio.create_task(
@@ -283,10 +285,19 @@ class Served:
         return self
 
     async def __aexit__(self, *exception):
-        if not self._task.done():
-            os.kill(os.getpid(), signal.SIGTERM)
+        self.stop()
         await asyncio.wait_for(self._task, 20)
         self._client.close()
+
+    def stop(self):
+        """Tells the server to end, once: a second signal would end this process."""
+        if not self._stopped:
+            self._stopped = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    async def ended(self, seconds):
+        """Returns when the server has ended by itself."""
+        await asyncio.wait_for(asyncio.shield(self._task), seconds)
 
     async def ask(self, path, given=None, **options):
         address = self.address + (url_concat(path, given) if given else path)
@@ -297,7 +308,8 @@ class Served:
         port = int(self.address.rpartition(":")[2])
         reader, writer = await asyncio.open_connection("localhost", port)
         body = json.dumps([{"prompt": prompt}]).encode()
-        writer.write(b"POST /draw HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        head = b"POST /draw HTTP/1.0\r\nContent-Type: application/json\r\nContent-Length: "
+        writer.write(head + b"%d\r\n\r\n%b" % (len(body), body))
         told = await reader.readuntil(b"}\n")
         return json.loads(told.partition(b"data: ")[2])["position"], reader, writer
 
@@ -343,7 +355,7 @@ def test_a_bad_request_gets_one_sentence_of_plain_text():
             for answer in (
                 await server.ask("/image", given),
                 await server.ask("/image", method="POST", body=urlencode(given)),
-                await server.ask("/draw", method="POST", body=json.dumps([given])),
+                await server.ask("/draw", method="POST", body=json.dumps([given]), headers=JSON),
             ):
                 text = answer.body.decode()
                 assert answer.code == 400 and sentence in text and text.count("\n") == 1
@@ -351,13 +363,13 @@ def test_a_bad_request_gets_one_sentence_of_plain_text():
                 assert answer.headers["X-Content-Type-Options"] == "nosniff"
         many = json.dumps([{"prompt": "a"}] * 17)
         for body in (b"", b"{}", b"[]", b"[1]", b"[" * 100_000, many):
-            answer = await server.ask("/draw", method="POST", body=body)
+            answer = await server.ask("/draw", method="POST", body=body, headers=JSON)
             assert answer.code == 400 and b"no list of 1 to 16" in answer.body
         answer = await server.ask("/image?prompt=%ff")
         assert answer.code == 400 and b"not UTF-8" in answer.body
         assert (await server.ask("/nothing")).code == 404
         answer = await server.ask("/image", method="DELETE")
-        assert (answer.code, answer.body) == (405, b"use GET or POST\n")
+        assert (answer.code, answer.body) == (405, b"use GET or POST here\n")
 
     of_server(test, Slow())
 
@@ -412,7 +424,7 @@ def test_progress_is_told_and_a_client_that_goes_is_forgotten():
             if "".join(said).count("data:") == 2:
                 slow.go.set()
 
-        await server.ask("/draw", method="POST", body=body, streaming_callback=note)
+        await server.ask("/draw", method="POST", body=body, headers=JSON, streaming_callback=note)
         assert (await first).code == 200
         events = [json.loads(part[6:]) for part in "".join(said).strip().split("\n\n")]
         assert events[:2] == [{"index": 0, "position": 1}, {"index": 1, "position": 2}]
@@ -433,7 +445,7 @@ def test_a_signal_ends_what_is_drawn_and_refuses_the_rest():
         await begun(slow)
         waiting = asyncio.create_task(server.ask("/image", {"prompt": "waiting", "steps": 3}))
         await server.until_waiting(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        server.stop()
         answer = await waiting
         assert answer.code == 503 and b"the server is stopping" in answer.body
         slow.go.set()
@@ -458,10 +470,10 @@ def test_a_fault_is_no_blank_page():
 
 
 def test_a_port_that_is_taken_is_refused():
-    with web.listen("localhost", 0)[0] as taken:
+    with addresses.listen("localhost", 0)[0] as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"--port={port}: .*; give another"):
-            web.listen("localhost", port)
+            addresses.listen("localhost", port)
 
 
 def test_a_teacher_is_drawn_beside_a_student_of_its_world(monkeypatch):

@@ -9,12 +9,16 @@ from jax_distill.assembly import draw_settings
 from jax_distill.pipeline import Pipeline
 from jax_distill.storage.quoting import shown
 
+MOST_PICTURES = 16  # of one request, as a grid's
 MOST_LETTERS = 4000  # of a prompt; FLUX's encoder reads about half of that
 MOST_STEPS = 100  # each number of steps is a program of its own
 LARGEST = 2  # times the longer side of the world's pictures
 STEPS = 2  # of a student
 
 NAMES = ("prompt", "network", "steps", "seed", "guidance", "height", "width")
+_NUMBER = re.compile(
+    r"[-+]?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][-+]?[0-9]{1,3})?"
+)
 _TAG = re.compile(r"<[/!?]?[a-zA-Z][^<>]*>")
 
 
@@ -115,7 +119,6 @@ def _whole(name: str, text: str) -> int:
 
 
 def _real(name: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{name}: {shown(text)} is not a number") from None
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"{name}: {shown(text)} is not a number")
+    return float(text)

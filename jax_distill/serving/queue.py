@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from jax_distill.serving.drawing import Drawn
+from jax_distill.serving.drawing import Drawn, Refused
 from jax_distill.serving.parameters import Wanted
 
 
@@ -91,10 +91,16 @@ class Queue:
         """Lets pictures wait, all of them or none.
 
         Raises:
-          Unavailable: so many do not fit, or the server stops.
+          Refused: they are more than ever fit.
+          Unavailable: so many do not fit now, or the server stops.
         """
         if self._closed:
             raise Unavailable("the server is stopping; ask again when it has been started", 10)
+        if len(pictures) > self._limit:
+            raise Refused(
+                f"{len(pictures)} pictures are more than the queue's {self._limit} places; ask for"
+                " fewer at a time"
+            )
         if len(self._waiting) + len(pictures) > self._limit:
             taken = f"{len(self._waiting)} of {self._limit} places in the queue are taken"
             raise Unavailable(f"{taken}; ask again later", 2)

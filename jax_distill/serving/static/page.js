@@ -104,7 +104,8 @@ async function draw(wanted, asGrid) {
   say("");
   try {
     const body = JSON.stringify(wanted);
-    const response = await fetch("draw", { method: "POST", body, signal: mine.signal });
+    const headers = { "Content-Type": "application/json" };
+    const response = await fetch("draw", { method: "POST", headers, body, signal: mine.signal });
     if (!response.ok) {
       say(await response.text(), true);
       return;
