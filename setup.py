@@ -19,6 +19,8 @@ setup(
             "interop/flow_map/*.py",
             "evaluation/templates/*.html",
             "evaluation/benchmarks/bundled/*",
+            "serving/templates/*.html",
+            "serving/static/*",
         ]
     },
     install_requires=[
@@ -37,10 +39,10 @@ setup(
         "msgspec>=0.19",  # storage/files.py: the types of what JSON holds; data/record_fields.py
         "absl-py",
         "numpy>=2.0",
-        "scipy",  # worlds/shapes/judge.py: connected components
+        "scipy",  # worlds/shapes/detector.py: connected components
         "pillow>=10.1",  # evaluation/grids.py, data/pictures.py
         "matplotlib",  # evaluation/plots.py
-        "jinja2>=3.1",  # evaluation/page.py: templates
+        "jinja2>=3.1",  # evaluation/page.py, serving/page.py: templates
         "safetensors>=0.8",  # worlds/shapes/bundled.py, interop
         "tensorstore",  # interop/orbax_tree.py
         "etils[epath]>=1.15",  # storage/paths.py
@@ -53,13 +55,18 @@ setup(
         # FLUX's tokenizers; data sets of tfds, parquet and arrow files (data/sources/). What is
         # bundled needs neither.
         "flux": ["transformers>=4.56"],
+        # evaluation/benchmarks/runners.py; networks that are not ONNX need PyTorch as well
+        "score": ["onnxruntime>=1.20", "transformers>=4.56"],
         "gcs": ["gcsfs>=2026.10"],  # addresses gs://; storage/buckets.py
         "data": ["tensorflow-datasets>=4.9", "pyarrow>=15"],
+        "serve": ["tornado>=6.4"],  # serving/web.py
         "test": [
             "chex>=0.1.90",
             "diffusers>=0.42",
             "peft>=0.17",
             "transformers>=4.56",
+            "onnx>=1.17",  # tests/tiny_viewers.py
+            "onnxruntime>=1.20",
             "tensorflow-datasets>=4.9",
             "pyarrow>=15",
             "torch==2.13.0",
@@ -67,6 +74,7 @@ setup(
             "pytest-xdist",
             "ruff>=0.12",
             "msgpack",  # tests/test_records.py
+            "tornado>=6.4",
             # tests/bucket_server.py
             "gcp-storage-emulator>=2026.7",
             "gcsfs>=2026.10",

@@ -37,6 +37,7 @@ from jax_distill.assembly import build
 from jax_distill.config import load, overrides
 from jax_distill.data.loader import batches
 from jax_distill.evaluation import scoring
+from jax_distill.evaluation.benchmarks import shapes
 from jax_distill.flow import Batch
 from jax_distill.objectives.dmd2 import DMD2, Made
 from jax_distill.objectives.matching import FAKE
@@ -44,7 +45,6 @@ from jax_distill.objectives.objective import STUDENT, View
 from jax_distill.runs import experiment
 from jax_distill.training.step import init_state, make_optimizers, make_step
 from jax_distill.worlds import World
-from jax_distill.worlds.shapes import judge
 
 _STUDENT = flags.DEFINE_string("student", None, "A workdir of jax_distill.main.", required=True)
 _STEPS = flags.DEFINE_integer("steps", 1, "Of the student's sampler.", 1)
@@ -140,7 +140,7 @@ class HeldOut:
 
     def score(self, x: jax.Array) -> float:
         pictures = self._world.codec.decode(np.asarray(x), *self._world.resolution)
-        return round(judge.score(pictures, self._prompts)["score"], 3)
+        return round(shapes.score(pictures, self._prompts)["score"], 3)
 
 
 def moved(held_out: HeldOut, x: jax.Array, fake: dict) -> list[float]:

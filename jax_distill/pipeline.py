@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from jax_distill import streams, worlds
+from jax_distill import sampling, streams, worlds
 from jax_distill.assembly import adapters, build, draw_settings
 from jax_distill.assembly.frozen import frozen_network
 from jax_distill.assembly.resolution import EMBEDDED, trained_config
@@ -136,6 +136,73 @@ class Pipeline:
         with streams.default_settings():
             return self._drawn(text, settings, tile, finite.name_pictures(count))
 
+    def draw_each(
+        self,
+        text: Text,
+        *,
+        steps: int,
+        seeds: Sequence[int],
+        guidance: Sequence[float | None],
+        batch_size: int,
+        numbers: Sequence[int] | None = None,
+        resolution: tuple[int, int] | None = None,
+        tile: int | None = None,
+    ) -> np.ndarray:
+        """Draws pictures of several seeds, each the one that `draw` draws of it alone.
+
+        One call of one program draws them one after another, any number up to the batch's size, so
+        that numbers are rounded alike whatever is drawn beside a picture.
+
+        Args:
+          text: captions that are embedded, (B, ..).
+          steps: of the sampler.
+          seeds: (B,).
+          guidance: scales (B,); None for the configuration's.
+          batch_size: at least B.
+          numbers: (B,), from 0 to 2^31 - 1: a picture depends on its prompt, its seed and its
+            number; 0 by default.
+          resolution: height and width in pixels; the world's by default.
+          tile: as of calling the pipeline.
+
+        Returns:
+          (B, height, width, 3) uint8.
+
+        Raises:
+          ValueError: as `draw`.
+        """
+        count = len(seeds)
+        every = [
+            self._settings(1, steps, seed, scale, None, resolution, None)
+            for seed, scale in zip(seeds, guidance, strict=True)
+        ]
+        self._check_tile(tile)
+        rows = np.minimum(np.arange(batch_size), count - 1)
+        each_seed = np.array([every[row].seed for row in rows], np.uint32)
+        each_scale = np.array([every[row].guidance for row in rows], np.float32)
+        each_number = np.zeros(count, np.int32) if numbers is None else np.array(numbers, np.int32)
+        names, size = finite.name_pictures(count), every[0].resolution
+        _check_text(text, names)
+        with streams.default_settings():
+            filled = jax.tree.map(lambda leaf: leaf[rows], text)
+            sample = self._sampler(size, every[0].steps, each=True)
+            tokens = sample(
+                self.params, filled, each_number[rows], each_scale, each_seed, np.int32(count)
+            )
+            tokens = np.asarray(tokens)[:count]
+            if bad := finite.bad_rows(tokens):
+                finite.check_rows(tokens, names, "its latents are", self._cause(every[bad[0]]))
+            decode = functools.partial(self.world.codec.decode, tile=tile)
+            singly = [
+                decode(tokens[row : row + 1], *size, names=names[row:]) for row in range(count)
+            ]
+        return np.concatenate(singly)
+
+    def forget(self, steps: int, resolution: tuple[int, int]) -> None:
+        """Lets go of the program by which `draw_each` draws in so many steps at a size."""
+        self._samplers.pop((resolution, steps, True), None)
+        if not any(known == resolution for known, *_ in self._samplers):
+            self.world.codec.forget()
+
     def latents(
         self,
         text: Text,
@@ -153,6 +220,13 @@ class Pipeline:
         with streams.default_settings():
             names = finite.name_pictures(count)
             return np.concatenate(list(self._sampled(text, settings, names)))[:count]
+
+    def evaluations(self, steps: int) -> int:
+        """The network's evaluations for a picture, of which classifier-free guidance takes two."""
+        sampler = build.without_networks(self.config).sampled_by
+        if isinstance(sampler, sampling.Solve):
+            steps = sampling.evaluations(sampling.SOLVERS[sampler.solver], steps)
+        return 2 * steps if build.needs_null(self.config) else steps
 
     def _settings(self, count, steps, seed, guidance, batch_size, resolution, noise) -> "_Settings":
         """The settings of drawing so many pictures, checked."""
@@ -188,9 +262,7 @@ class Pipeline:
     def _sampled(self, text: Text, settings: "_Settings", names: list[str]) -> Iterator[np.ndarray]:
         """Tokens, a batch at a time; the last batch is filled up, so that one shape compiles."""
         count, size, noise = len(text.pooled), settings.batch_size, settings.noise
-        for leaf in text:
-            cause = "the text encoder overflows in its type, or its weights are damaged"
-            finite.check_rows(leaf, names, "its embedded caption is", cause)
+        _check_text(text, names)
         sample = self._sampler(settings.resolution, settings.steps)
         for start in range(0, count, size):
             rows = np.minimum(np.arange(start, start + size), count - 1)
@@ -213,28 +285,31 @@ class Pipeline:
             f" {settings.guidance:g}; lower the guidance, or use another checkpoint"
         )
 
-    def _sampler(self, resolution: tuple[int, int], steps: int) -> Callable:
-        """(params, text, rows, scale, seed, noise or None) -> tokens, compiled."""
-        if (resolution, steps) not in self._samplers:
+    def _sampler(self, resolution: tuple[int, int], steps: int, each: bool = False) -> Callable:
+        """(params, text, numbers, scale, seed, noise or None) -> tokens, compiled.
+
+        With `each`, that of `_one_by_one`.
+        """
+        if (resolution, steps, each) not in self._samplers:
             objective = build.objective(self.config, resolution=resolution)
             shape = build.token_shape(self.config, resolution)
             null = self.world.null if build.needs_null(self.config) else None
 
-            def sample(params, text, rows, scale, seed, noise):
-                def one_row(row):
-                    key = jax.random.fold_in(streams.key(seed), row)
+            def sample(params, text, numbers, scale, seed, noise):
+                def one_row(number):
+                    key = jax.random.fold_in(streams.key(seed), number)
                     key_noise, key_restart = jax.random.split(key)
                     return jax.random.normal(key_noise, shape), key_restart
 
-                drawn, keys = jax.vmap(one_row)(rows)
+                drawn, keys = jax.vmap(one_row)(numbers)
                 noise = drawn if noise is None else noise
-                guidance = jnp.full(rows.shape, scale, jnp.float32)
+                guidance = jnp.full(numbers.shape, scale, jnp.float32)
                 return objective.sample(params, noise, text, null, guidance, keys, steps)
 
-            self._samplers[resolution, steps] = jax.jit(
-                sample, out_shardings=_everywhere(self.params)
+            self._samplers[resolution, steps, each] = jax.jit(
+                _one_by_one(sample) if each else sample, out_shardings=_everywhere(self.params)
             )
-        return self._samplers[resolution, steps]
+        return self._samplers[resolution, steps, each]
 
 
 class _Settings(NamedTuple):
@@ -248,6 +323,35 @@ class _Settings(NamedTuple):
     noise: np.ndarray | None
 
 
+def _check_text(text: Text, names: list[str]) -> None:
+    for leaf in text:
+        cause = "the text encoder overflows in its type, or its weights are damaged"
+        finite.check_rows(leaf, names, "its embedded caption is", cause)
+
+
+def _one_by_one(sample: Callable) -> Callable:
+    """(params, text, numbers, scales, seeds, count) -> tokens: each row as if it were alone.
+
+    Rows after the first `count` are zeros.
+    """
+
+    def each(params, text, numbers, scales, seeds, count):
+        def one(row):
+            alone = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), text)
+            number = jax.lax.dynamic_slice_in_dim(numbers, row, 1)
+            return sample(params, alone, number, scales[row], seeds[row], None)
+
+        like = jax.eval_shape(one, 0)
+        return jax.lax.fori_loop(
+            0,
+            count,
+            lambda row, drawn: jax.lax.dynamic_update_slice_in_dim(drawn, one(row), row, 0),
+            jnp.zeros((len(seeds), *like.shape[1:]), like.dtype),
+        )
+
+    return each
+
+
 def _everywhere(params: dict) -> NamedSharding | None:
     """A copy on each device of the mesh that the parameters lie on, if they lie on one."""
     place = getattr(jax.tree.leaves(params)[0], "sharding", None)
@@ -259,8 +363,8 @@ def load(source: str | Path = EMBEDDED, *, mesh: jax.sharding.Mesh | None = None
 
     Args:
       source: a workdir of `jax_distill.main`, a folder of `jax_distill.port`, or "embedded".
-      mesh: where parameters of FLUX's world are placed, and of any in a run of several processes;
-        over all devices by default.
+      mesh: where parameters of FLUX's world are placed, those of its text encoders too, and of any
+        in a run of several processes; over all devices by default.
 
     Raises:
       ValueError: there is no such run, or it has no checkpoint yet.
@@ -275,7 +379,7 @@ def _load(source: str | Path, mesh: jax.sharding.Mesh | None) -> Pipeline:
         return Pipeline(config, lambda: {"network": bundled.load("teacher")[0]})
     check_no_partial(source, "checkpoint")
     workdir, config = paths.path(source), trained_config(source)
-    world = worlds.of(config)
+    world = worlds.of(config, mesh)
     if world.distributed or processes.joined():
         mesh = mesh or sharding.make_mesh(sharding.ALL_FSDP)
 

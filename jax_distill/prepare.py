@@ -27,26 +27,22 @@ from absl import flags
 from jax_distill import config as configuration
 from jax_distill import pipeline, streams, worlds
 from jax_distill.assembly import build, draw_settings
-from jax_distill.assembly.resolution import EMBEDDED
 from jax_distill.data import manifest, sizes
 from jax_distill.data.drawing import DrawnLatents
 from jax_distill.data.encoding import EncodedPictures, Work, make
 from jax_distill.data.estimate import estimate
-from jax_distill.data.identity import of_weights
 from jax_distill.data.sizes import make_each
 from jax_distill.data.sources.opening import open_source
 from jax_distill.data.sources.prompts import Prompts
 from jax_distill.data.sources.source import USUAL, CaptionedSource, Columns
 from jax_distill.devices import processes, sharding
-from jax_distill.interop import ported_folder
 from jax_distill.runs import commands
+from jax_distill.runs.stored_network import weights_of
 from jax_distill.storage import paths
 from jax_distill.storage.files import FileError
 from jax_distill.storage.outputs import made_in_tries
 from jax_distill.storage.places import check_new_folder
-from jax_distill.training import checkpoint
 from jax_distill.worlds.flux.world import ported_config
-from jax_distill.worlds.shapes import bundled
 
 _OUTPUT = flags.DEFINE_string("output", None, "Folder of the latents, which must not exist yet.")
 _EXAMPLES = flags.DEFINE_integer("examples", 12_800, "Examples of the shapes world.", 1)
@@ -287,16 +283,6 @@ def drawings() -> DrawnLatents:
         facts |= {"text": text.facts, "encoders": text.encoders}
     encoder = functools.cache(pipe.world.encoder)
     return DrawnLatents(keys, captions, read, lambda words: encoder()(words), text, facts)
-
-
-def weights_of(teacher: str) -> str:
-    """A digest of the weights that a teacher draws with, see `of_weights`."""
-    if teacher == EMBEDDED:
-        return of_weights(bundled.FOLDER)
-    if ported_folder.is_ported(paths.path(teacher)):
-        return of_weights(paths.path(teacher) / "network")
-    step = checkpoint.complete_steps(paths.path(teacher))[0]
-    return of_weights(paths.path(teacher) / "checkpoints" / str(step))
 
 
 def read_captions(path: str | Path, columns: Columns = USUAL) -> tuple[list[str], list[str]]:

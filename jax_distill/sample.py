@@ -6,8 +6,8 @@ from jax_distill import pipeline, streams
 from jax_distill.assembly import draw_settings
 from jax_distill.assembly.resolution import EMBEDDED
 from jax_distill.devices import processes
-from jax_distill.evaluation import grids
-from jax_distill.runs import commands
+from jax_distill.evaluation import png
+from jax_distill.runs import commands, program_cache
 from jax_distill.storage import paths
 from jax_distill.storage.outputs import check_output
 
@@ -28,6 +28,7 @@ _TILE = flags.DEFINE_integer(
 )
 _OUTPUT = flags.DEFINE_string("output", "out.png", "PNG: the picture, or a grid of several.")
 processes.define_flags()
+program_cache.define_flag()
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +40,8 @@ def main(argv: list[str]) -> None:
     processes.join()
     output = paths.path(_OUTPUT.value)
     if processes.is_leader():
-        check_output(_OUTPUT.value, grids.ENDINGS)
+        check_output(_OUTPUT.value, png.ENDINGS)
+    program_cache.use()
     pipe = pipeline.load(_CHECKPOINT.value)
     pictures = pipe(
         _PROMPT.value,
@@ -52,7 +54,12 @@ def main(argv: list[str]) -> None:
         tile=_TILE.value,
     )
     if processes.is_leader():
-        grids.save_pictures(output, pictures, _PROMPT.value)
+        if len(pictures) == 1:
+            png.save(output, pictures[0])
+        else:
+            from jax_distill.evaluation import grids  # and matplotlib, which takes its time
+
+            grids.save_pictures(output, pictures, _PROMPT.value)
         print(f"wrote {output}")
 
 

@@ -78,6 +78,11 @@ def test_the_bundled_questions_are_read_and_answered(tmp_path):
     path.write_text("\n".join(json.dumps(line) for line in lines))
     figures = dpg.figures(dpg.read_answers(path, prompts), prompts)
     assert set(values(figures, 3).values()) == {50.0}
+    path = tmp_path / "short.csv"
+    path.write_text(
+        (BUNDLED / "dpg.csv").read_text().replace("question_natural_language", "question")
+    )
+    assert read_dpg(path) == prompts
 
 
 HEAD = "item_id,text,proposition_id,dependency,tuple,question_natural_language\n"
@@ -99,6 +104,7 @@ ROW = "a,a dog,1,0,entity - whole (dog),Is there a dog?\n"
         (HEAD + ROW.replace(",0,", ",2,"), "depends on 2"),
         (HEAD + ROW.replace("entity - whole (", "("), "does not begin with a category"),
         (HEAD + ROW.replace("Is there a dog?", ""), "write the question"),
+        (HEAD + ROW.replace("entity - whole", "score - it"), "'score' is what the overall figure"),
         (HEAD + ROW + ROW, "proposition_id 1 twice"),
         (HEAD + ROW + ROW.replace("a,a", "b,a") + ROW, "are apart"),
         (HEAD + ROW + '"a', "no CSV"),

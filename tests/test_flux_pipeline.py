@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from random_pipeline import DYNAMIC, T5, TRANSFORMER, Sizes, save_random
 from random_text import relative_error
 
@@ -14,6 +16,8 @@ from jax_distill import pipeline
 from jax_distill.assembly import build
 from jax_distill.interop.scheduler_config import followed
 from jax_distill.runs.porting import port
+from jax_distill.serving.drawing import Studio
+from jax_distill.serving.parameters import Wanted
 from jax_distill.worlds.flux import world
 
 SIZES = {
@@ -105,6 +109,15 @@ def test_a_picture_depends_on_its_prompt_seed_and_place_alone(pairs):
     together, one_by_one = (draw(CAPTIONS, batch_size=size).astype(int) for size in (2, 1))
     assert np.abs(together - one_by_one).max() <= 1
     assert np.abs(together - draw(CAPTIONS, seed=1)).max() > 1
+
+
+def test_pictures_that_are_served_together_are_those_drawn_alone(pairs):
+    _, ours = pairs("dev")
+    resolution = (HEIGHT, WIDTH)
+    batch = [Wanted("teacher", prompt, 2, 3, 3.5, resolution) for prompt in CAPTIONS]
+    for prompt, drawn in zip(CAPTIONS, Studio({"teacher": ours}, 2).draw(batch)):
+        alone = ours(prompt, steps=2, seed=3, guidance=3.5, height=HEIGHT, width=WIDTH)[0]
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(drawn.png))), alone)
 
 
 def test_sizes_that_do_not_fit_are_refused(pairs):

@@ -4,13 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import refused_benchmarks
 import refused_data
 import refused_runs
 import refused_sources
 import refused_weights
 
 DOCUMENT = Path(__file__).parents[1] / "docs/formats.md"
-PARTS = (refused_weights, refused_data, refused_sources, refused_runs)
+PARTS = (refused_weights, refused_data, refused_sources, refused_runs, refused_benchmarks)
 
 
 def sentences():

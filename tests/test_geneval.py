@@ -134,6 +134,9 @@ def test_among_equal_scores_the_later_object_comes_first():
     red, blue = (thing("dog", color=color) for color in ("red", "blue"))
     assert right([blue, red], asks(RED_DOG))
     assert not right([red, blue], asks(RED_DOG))
+    red = msgspec.structs.replace(red, score=float(np.nextafter(np.float32(0.95), np.float32(0))))
+    blue = msgspec.structs.replace(blue, score=red.score - 1e-9)  # the same in float32
+    assert not right([red, blue], asks(RED_DOG)) and right([blue, red], asks(RED_DOG))
 
 
 OFFSETS = [
@@ -416,6 +419,7 @@ ASKED = {"tag": "position", "include": [{"class": "cat", "count": 1}, beside()],
     ("changes", "message"),
     [
         ({"tag": None}, "tag"),
+        ({"tag": "score"}, "tag 'score' is what the overall figure is called"),
         ({"prompt": " "}, "the caption is empty"),
         ({"include": [{"class": "cat"}]}, "count"),
         ({"include": [{"class": "cat", "count": 0}]}, "count"),

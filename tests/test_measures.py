@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jax_distill.evaluation import measures, scoring
-from jax_distill.worlds.shapes import judge, renderer, variety
-from jax_distill.worlds.shapes.renderer import Placed
+from jax_distill.evaluation import measures, scoring, variety
+from jax_distill.evaluation.benchmarks import shapes
+from jax_distill.worlds.shapes import renderer
+from jax_distill.worlds.shapes.detector import Found
 from jax_distill.worlds.shapes.requests import Request
 
 SPECTRUM = 0.7 ** np.arange(16)
@@ -74,7 +75,7 @@ def drawn(pictures):
 def test_a_collapsed_generator_has_no_diversity():
     """Although all of its pictures are right."""
     one = measures.renders(PROMPTS, 1, 0)
-    assert all(judge.judge(image, p.request) for (image,), p in zip(one, PROMPTS, strict=True))
+    assert all(shapes.judge(image, p.request) for (image,), p in zip(one, PROMPTS, strict=True))
     assert drawn(np.repeat(one, 4, axis=1)) == (0, 0, 0, 0, 1)
 
 
@@ -106,13 +107,15 @@ def test_real_pictures_are_as_diverse_as_the_world_says():
 
 
 def test_a_difference_is_that_of_the_objects():
-    request = Request("counting", (("circle", None, 2),))
-    first = [Placed("circle", "red", 20, 20, 10), Placed("circle", "blue", 40, 40, 10)]
-    moved = [Placed("circle", "red", 40, 40, 10), Placed("circle", "blue", 23, 24, 15)]
-    assert variety.difference([first], [first[::-1]], request) == (0, 0, 0)
-    width = 2 * renderer.EXTENT["circle"] * 5
-    assert variety.difference([first], [moved], request) == (2.5, pytest.approx(width / 2), 1)
-    named = Request("colors", (("circle", "red", 1),))
+    def circle(color, x, y, width=20):
+        return shapes.described(Found("circle", color, x, y, width, width, width**2, 0.9))
+
+    prompt = shapes.asked(Request("counting", (("circle", None, 2),)))
+    first = [circle("red", 20, 20), circle("blue", 40, 40)]
+    moved = [circle("red", 40, 40), circle("blue", 23, 24, 30)]
+    assert variety.difference([first], [first[::-1]], prompt) == (0, 0, 0)
+    assert variety.difference([first], [moved], prompt) == (2.5, 5, 1)
+    named = shapes.asked(Request("colors", (("circle", "red", 1),)))
     assert variety.difference([first[:1]], [moved[:1]], named).color is None
 
 

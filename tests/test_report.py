@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from jax_distill.evaluation.grids import save_pictures
-from jax_distill.evaluation.report import format_table, write_report
+from jax_distill.evaluation.report import format_benchmark, format_table, write_report
 
 NASTY = '<script>alert("1")</script> & <b>\'$title'
 VOID = {"meta", "img", "source", "br"}
@@ -125,7 +125,9 @@ def test_a_report_has_the_run_in_numbers(full):
     assert page.text["dd"] == ["62.5%", "97.5%"]
     assert "62.5% and 97.5% of its teacher's score (0.800 in 50 steps) in 1 and 4" in page.words
     assert "keeps 10.0% of it in 1 step." in page.words
-    assert "Trained for 400 steps of 64 pictures in 40 min." in page.words
+    assert (
+        "Trained for 400 steps of 64 pictures in 40 min, at 120 examples per second." in page.words
+    )
     assert "Examples per second, median 120" in page.words
     assert "optimizer.b1 0.5" in page.words and "skipped = 0" in page.words
     headings = ["Scores", "Samples", "Training", "Stage before: time rescale", "Configuration"]
@@ -299,3 +301,68 @@ def test_the_lines_of_a_table_end_together_and_fit_a_terminal():
 def test_a_table_refuses_what_is_no_score():
     with pytest.raises(ValueError, match="student.2.score is 'high'"):
         format_table({"student": {"2": {"score": "high"}}})
+
+
+JUDGED = {
+    "benchmark": "dpg",
+    "prompts": 3,
+    "pictures": 4,
+    "level": 0.95,
+    "teacher": {
+        "nfe": 28,
+        "score": 80.0,
+        "tasks": {"entity": 90.0},
+        "few": {"2": {"score": 20.0, "tasks": {}}},
+        "intervals": {"score": [75.0, 85.0]},
+        "seconds_a_picture": 2.5,
+    },
+    "student": {
+        "2": {
+            "score": 78.0,
+            "tasks": {"entity": 88.0},
+            "intervals": {"score": [73.0, 83.0], "entity": [80.0, 95.0]},
+            "features": {"cmmd": [0.5, 0.25, 0.75]},
+        }
+    },
+    "differences": {"2": {"score": [-2.0, -4.0, 0.5]}},
+    "seed": 0,
+}
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_benchmark_is_shown_with_its_intervals(tmp_path, alone):
+    """That of results.json, or of another file beside it."""
+    (tmp_path / ("results.json" if alone else "results-dpg.json")).write_text(json.dumps(JUDGED))
+    if not alone:
+        (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    page = Page(write_report(tmp_path))
+    assert ("DPG-Bench" in page.text["h2"]) and "3 prompts, 4 pictures each." in page.words
+    for cell in (
+        *("80.0 [75.0, 85.0]", "78.0 [73.0, 83.0]", "20.0", "88.0 [80.0, 95.0]", "90.0"),
+        *("-2.0 [-4.0, +0.5]", "0.50 [0.25, 0.75]", "2.5"),
+    ):
+        assert cell in page.text["td"]
+    share = "97.5% of its teacher's score (80.000 in 28 steps) in 2 steps"
+    assert (share in page.words) == alone
+    assert "not been evaluated" not in page.words
+    text = format_benchmark(JUDGED).splitlines()
+    assert text[0].split() == ["DPG-Bench", "teacher", "28", "student", "2", "teacher", "2"]
+    assert text[2].startswith("more than the teacher") and "-2.0 [-4.0, +0.5]" in text[2]
+
+
+def test_figures_that_are_none_are_refused(tmp_path):
+    for changed in ({"level": "high"}, {"differences": {"2": {"score": [1, 2]}}}):
+        (tmp_path / "results.json").write_text(json.dumps(JUDGED | changed))
+        with pytest.raises(ValueError, match="does not hold figures of a benchmark"):
+            write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_grids_are_shown_from_all_of_the_training(tmp_path):
+    picture = np.zeros((1, 9, 9, 3), np.uint8)
+    for step in range(100, 2001, 100):
+        save_pictures(tmp_path / "samples" / f"step-{step:06d}.png", picture, [""])
+    captions = Page(write_report(tmp_path)).text["figcaption"]
+    steps = [int(x.split()[1].replace(",", "")) for x in captions]
+    assert steps == sorted(steps, reverse=True) and steps[0] == 2000 and steps[-1] == 100
+    assert np.diff(steps).min() >= -400 and len(steps) == 6

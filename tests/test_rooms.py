@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "jax_distill"
 ROOMS = (
     *("ops", "devices", "storage", "flow", "sampling", "streams", "models", "objectives", "data"),
     *("config", "training", "interop", "worlds", "assembly", "pipeline", "evaluation", "planning"),
-    *("runs", "commands"),
+    *("serving", "runs", "commands"),
 )
 """From low to high: folders and modules of the package; "commands" are its other modules."""
 

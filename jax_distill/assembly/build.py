@@ -89,11 +89,14 @@ def objective(
         raise ConfigError(f"objective.name: {name!r} is not one of {', '.join(OBJECTIVES)}")
     world, kind = worlds.of(config), OBJECTIVES[name]
     resolution = resolution or world.resolution
-    followed = config if kind.from_scratch else teacher
-    velocity = None if followed is None else teacher_velocity(followed, resolution)
+    made, velocity = network(config, resolution), None
+    if kind.from_scratch:
+        velocity = guided(config)(made)
+    elif teacher is not None:
+        velocity = teacher_velocity(teacher, resolution)
     if follows_world(config):
         settings["time_shift"] = world.time_shift(token_shape(config, resolution)[0])
-    method = kind(network(config, resolution), velocity, **settings)
+    method = kind(made, velocity, **settings)
     beside = adapters.settings(config)
     if teacher is None or beside is None:
         return method

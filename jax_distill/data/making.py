@@ -62,7 +62,7 @@ class Making:
         whole, begun = self.folder / DESCRIPTION, self.journal / FACTS
         for path in (whole, begun):
             if path.exists():
-                if (other := _difference(read_json(path), self.facts)) is None:
+                if (other := difference(read_json(path), self.facts)) is None:
                     return
                 if path == whole or self.has_shards():
                     raise FileError(
@@ -189,13 +189,13 @@ class Making:
         self.done = True
 
 
-def _difference(known: Mapping[str, Any], facts: Mapping[str, Any], name: str = "") -> str | None:
-    """The first fact that differs, and how, in words; None where none does."""
+def difference(known: Mapping[str, Any], facts: Mapping[str, Any], name: str = "") -> str | None:
+    """The first of some facts that differs from what is known, in words; None where none does."""
     facts = json.loads(json.dumps(facts))
     for key in facts:
         old, new = known.get(key), facts[key]
         if isinstance(old, dict) and isinstance(new, dict):
-            if (found := _difference(old, new, f"{name}{key}.")) is not None:
+            if (found := difference(old, new, f"{name}{key}.")) is not None:
                 return found
         elif old != new:
             return f"{name}{key}={shown(old)} and not {shown(new)}"

@@ -58,11 +58,9 @@ def join() -> None:
     Raises:
       ValueError: they are not named, or not consistently; or they do not come.
     """
-    address = flags.FLAGS.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS") or None
-    count = _number(flags.FLAGS.num_processes, "JAX_NUM_PROCESSES")
-    index = _number(flags.FLAGS.process_id, "JAX_PROCESS_ID")
-    if count == 1 or (address, count, index) == (None, None, None) and clusters.count() == 1:
+    if not several():
         return
+    address, count, index = _named()
     if index is not None and (index < 0 or count is not None and index >= count):
         raise ValueError(f"--process_id: {index} is none of {count or 'the'} processes, from 0")
     timeout = flags.FLAGS.heartbeat_timeout_seconds
@@ -74,6 +72,25 @@ def join() -> None:
         raise ValueError(f"{lost_report.APART} ({reason}); {lost_report.ADVICE}") from None
     if not is_leader():
         logging.set_verbosity(logging.WARNING)
+
+
+def several() -> bool:
+    """Whether this is one of several processes, which `join` would join; touches no device.
+
+    Raises:
+      ValueError: an environment variable is no number.
+    """
+    named = _named()
+    return named[1] != 1 and (named != (None, None, None) or clusters.count() > 1)
+
+
+def _named() -> tuple[str | None, int | None, int | None]:
+    """Address, number and index, as flags and environment variables give them."""
+    return (
+        flags.FLAGS.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS") or None,
+        _number(flags.FLAGS.num_processes, "JAX_NUM_PROCESSES"),
+        _number(flags.FLAGS.process_id, "JAX_PROCESS_ID"),
+    )
 
 
 def _number(flag: int | None, variable: str) -> int | None:

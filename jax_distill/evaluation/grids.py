@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.transforms import IdentityTransform
-from PIL import Image
 
-from jax_distill.storage import paths
-from jax_distill.storage.files import write_atomically
+from jax_distill.evaluation import png
 
 # Sizes are in pixels and for pictures of this width; with wider ones all grows alike.
 PICTURE_WIDTH = 128
@@ -25,7 +22,6 @@ MARGIN = 16
 ROW_LABEL_WIDTH = 92
 CAPTION_LINES = 8  # longer texts end in an ellipsis
 
-ENDINGS = (".png",)  # of the files that are written
 INK = "#1f2328"
 DPI = 128  # a power of two: pixels become inches and back without rounding
 
@@ -90,7 +86,7 @@ def save_grid(
             x = left + column * (width + gap)
             page.picture(picture, scale, x, y + (row_height - height) // 2)
         y += row_height + gap
-    _save_png(paths.path(path), page.pixels())
+    png.save(path, page.pixels())
 
 
 def save_pictures(path: str | Path, images: np.ndarray, captions: Sequence[str]) -> None:
@@ -109,7 +105,7 @@ def save_pictures(path: str | Path, images: np.ndarray, captions: Sequence[str])
     if len(captions) != len(images):
         raise ValueError(f"captions: {len(captions)} captions for {len(images)} pictures")
     if len(images) == 1:
-        _save_png(paths.path(path), images[0])
+        png.save(path, images[0])
         return
     scale, width, height, unit = _enlarged(images)
     gap, margin = round(GAP * unit), round(MARGIN * unit)
@@ -132,7 +128,7 @@ def save_pictures(path: str | Path, images: np.ndarray, captions: Sequence[str])
             page.picture(images[start + column], scale, x, y)
             page.text(wrapped[start + column], x, y + height + gap, caption_text, width)
         y += row_height + margin
-    _save_png(paths.path(path), page.pixels())
+    png.save(path, page.pixels())
 
 
 def _checked(pictures: np.ndarray, name: str) -> np.ndarray:
@@ -151,15 +147,6 @@ def _enlarged(pictures: np.ndarray) -> tuple[int, int, int, float]:
     scale = max(1, math.ceil(PICTURE_WIDTH / pictures.shape[2]))
     width, height = scale * pictures.shape[2], scale * pictures.shape[1]
     return scale, width, height, width / PICTURE_WIDTH
-
-
-def _save_png(path: Path, image: np.ndarray) -> None:
-    """Writes (H, W, 3) uint8 as a PNG."""
-    if path.suffix.lower() not in ENDINGS:
-        raise ValueError(f"'{path}': pictures are written as PNG; name the file *.png")
-    content = io.BytesIO()
-    Image.fromarray(image).save(content, format="png")
-    write_atomically(path, content.getvalue())
 
 
 _RULER = FigureCanvasAgg(Figure((1, 1), dpi=DPI)).get_renderer()

@@ -15,11 +15,12 @@ from absl import logging
 from scipy.spatial.distance import pdist
 
 from jax_distill import streams
+from jax_distill.evaluation import variety
 from jax_distill.evaluation.benchmarks.distances import frechet
 from jax_distill.evaluation.results import Measures
 from jax_distill.models.latents import LatentCodec
 from jax_distill.pipeline import Pipeline
-from jax_distill.worlds.shapes import renderer, variety
+from jax_distill.worlds.shapes import renderer
 from jax_distill.worlds.shapes.renderer import Prompt
 
 BATCH = 60  # pictures encoded at a time

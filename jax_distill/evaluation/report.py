@@ -13,17 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_distill.evaluation import page, plots
+from jax_distill.evaluation import curves, judged, page, plots
 from jax_distill.evaluation.metrics import Metrics, read_metrics
 from jax_distill.evaluation.results import Results, parse_results, read_results
 from jax_distill.storage import paths
 from jax_distill.storage.files import FileError, read_json, write_atomically
 from jax_distill.storage.quoting import one_line
 
-MAX_SAMPLES = MAX_LOSSES = 4
-MAX_STAGES, MAX_PLOTS, MAX_SETTINGS = 8, 24, 1000  # more than runs have; a page must be done once
-
-_TIMES = ("step", "time")  # of metrics.jsonl, which no plot shows
+MAX_SAMPLES = 6
+MAX_BENCHMARKS, MAX_SETTINGS = 8, 1000  # more than runs have; a page must be done once
 
 
 def format_table(results: Mapping[str, Any]) -> str:
@@ -38,6 +36,11 @@ def format_table(results: Mapping[str, Any]) -> str:
     parsed = parse_results(results)
     measured = format_measures(results)
     return _text(parsed.columns(), parsed.rows()) + f"\n\n{measured}" * bool(measured)
+
+
+def format_benchmark(results: Mapping[str, Any]) -> str:
+    """A benchmark's figures with intervals, as `format_table`; "" where none was judged."""
+    return judged.format_table(results)
 
 
 def format_measures(results: Mapping[str, Any]) -> str:
@@ -58,8 +61,8 @@ def _text(columns: Sequence[tuple], rows: Sequence[tuple[str, list[str]]]) -> st
 def write_report(workdir: str | Path) -> Path:
     """Writes `report.html`: one file, which needs no other, about the content of a workdir.
 
-    Reads config.json, metrics.jsonl (and those of stages before, one folder down), results.json
-    and samples/*.png; any of them may be missing.
+    Reads config.json, metrics.jsonl (and those of stages before, one folder down), results.json,
+    results-*.json of more benchmarks, and samples/*.png; any of them may be missing.
 
     Returns:
       The page's path.
@@ -72,7 +75,9 @@ def write_report(workdir: str | Path) -> Path:
         return _report_of_bucket(workdir)
     if not workdir.is_dir():
         raise ValueError(f"'{workdir}' is no folder; give the workdir of a run")
-    results = read_results(workdir / "results.json")
+    files = [workdir / "results.json", *sorted(workdir.glob("results-*.json"))[:MAX_BENCHMARKS]]
+    results = next(filter(None, map(read_results, files)), None)
+    tables = [judged.read_table(path) for path in files]
     metrics = read_metrics(workdir / "metrics.jsonl")
     notes, config = [], {}
     try:
@@ -96,9 +101,11 @@ def write_report(workdir: str | Path) -> Path:
         sentences=_sentences(results, metrics, config) + notes,
         shares={steps: _percent(share) for steps, share in shares.items()},
         scores=_scores(results),
+        of_shapes=tables[0] is None,
+        benchmarks=[each for each in tables if each],
         measured=_measured(results),
         samples=_samples(workdir / "samples"),
-        stages=_stages(workdir, metrics),
+        stages=curves.stages(workdir, metrics),
         settings=_settings(config, ""),
         most_settings=MAX_SETTINGS,
     )
@@ -186,6 +193,9 @@ def _training_sentence(metrics: Metrics, config: Mapping) -> str:
         sentence += f" with the objective {one_line(str(objective['name']))}"
     if metrics.seconds:
         sentence += f" in {page.duration(metrics.seconds)}"
+    _, speeds = metrics.series("examples_per_sec")
+    if len(speeds):
+        sentence += f", at {curves.count(np.median(speeds))} examples per second"
     return sentence + "."
 
 
@@ -255,87 +265,21 @@ class Sample(NamedTuple):
 
 
 def _samples(folder: Path) -> list[Sample]:
-    """The latest grids, the latest first."""
+    """Grids from the last one to the first, evenly over training where there are more than fit."""
     found = []
     for path in folder.glob("*.png"):
         step = re.search("[0-9]{1,15}", path.stem)
         found.append((int(step[0]) if step else math.inf, path.stem, path))
     samples = []
-    for step, stem, path in sorted(found, reverse=True)[:MAX_SAMPLES]:
+    found.sort(reverse=True)
+    if len(found) > MAX_SAMPLES:
+        last = len(found) - 1
+        found = [found[round(n * last / (MAX_SAMPLES - 1))] for n in range(MAX_SAMPLES)]
+    for step, stem, path in found:
         caption = f"After {step:,} steps" if step < math.inf else one_line(stem)
         if image := page.picture(path):
             samples.append(Sample("At the end" if stem == "final" else caption, image))
     return samples
-
-
-class Stage(NamedTuple):
-    """The metrics of a training.
-
-    Attributes:
-      heading: of the section.
-      large: plots of loss and throughput.
-      small: plots of other metrics.
-      constant: metrics that never change, as "name = value".
-      others: how many more there are.
-    """
-
-    heading: str
-    large: list[page.Figure]
-    small: list[page.Figure]
-    constant: list[str]
-    others: int
-
-
-def _stages(workdir: Path, metrics: Metrics | None) -> list[Stage]:
-    """The run's own training, and those before it in folders of the workdir."""
-    found = [("Training", metrics)]
-    for path in sorted(workdir.glob("*/metrics.jsonl"))[:MAX_STAGES]:
-        name = one_line(path.parent.name.replace("_", " "))
-        found.append((f"Stage before: {name}", read_metrics(path)))
-    return [_stage(heading, each) for heading, each in found if each is not None]
-
-
-def _stage(heading: str, metrics: Metrics) -> Stage:
-    names = metrics.names()
-    speed = next((name for name in ("examples_per_sec", "steps_per_sec") if name in names), None)
-    stage = Stage(heading, [], [], [], 0)
-    drawn = [x for x in names if x == speed or not (x in _TIMES or x.endswith("_per_sec"))]
-    for name in drawn:
-        steps, values = metrics.series(name)
-        is_large = name == speed or _is_loss(name) and len(stage.large) < MAX_LOSSES
-        if not len(values):
-            continue
-        if not is_large and values.min() == values.max():
-            stage.constant.append(f"{name} = {values[0]:g}")
-        elif not is_large and len(stage.small) >= MAX_PLOTS:
-            stage = stage._replace(others=stage.others + 1)
-        else:
-            contrast = 1 if _is_loss(name) else 100
-            log = name != speed and 0 < contrast * values.min() < values.max()
-            draw = plots.curve(steps, values, log=bool(log), from_zero=name == speed)
-            size = (4.6, 2.6) if is_large else (3.3, 2.1)
-            plot = plots.inline(draw, size, f"{name} against training steps")
-            caption = _caption(name, values, metrics)
-            (stage.large if is_large else stage.small).append(page.Figure(caption, plot))
-    return stage
-
-
-def _is_loss(name: str) -> bool:
-    """Whether a metric is a loss: the run's, or a player's, whose name stands before it."""
-    return name.rpartition("/")[2] == "loss"
-
-
-def _caption(name: str, values: np.ndarray, metrics: Metrics) -> str:
-    """The caption of a metric's plot, whose finite values are given."""
-    if _is_loss(name):
-        lost = sum(name in line for line in metrics.lines) - len(values)
-        words = f" ({lost} {page.plural('value', lost)} not finite, not drawn)"
-        return name.capitalize().replace("/", ": ") + words * bool(lost)
-    if not name.endswith("_per_sec"):
-        return name
-    median = np.median(values)
-    words = f"{median:,.0f}" if median >= 100 else f"{median:.3g}"
-    return f"{name.removesuffix('_per_sec').capitalize()} per second, median {words}"
 
 
 def _settings(value: Any, name: str) -> list[tuple[str, str]]:

@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 
 from jax_distill.devices import processes
 from jax_distill.evaluation import measures, report
+from jax_distill.evaluation.benchmarks import shapes
 from jax_distill.pipeline import Pipeline
 from jax_distill.storage.files import read_json, write_json
-from jax_distill.worlds.shapes import judge, renderer, requests
+from jax_distill.worlds.shapes import renderer, requests
 
 Scores = dict[str, dict]
 """By number of steps: {"2": {"score": .., "tasks": {..}}, ...}."""
@@ -49,7 +50,7 @@ def score(
         pictures = pipe(captions, steps=count, seed=seed, guidance=guidance)
         if seen is not None:
             seen(count, pictures)
-        scores[str(count)] = judge.score(pictures, prompts)
+        scores[str(count)] = shapes.score(pictures, prompts)
         logging.info("%d steps: score %.3f", count, scores[str(count)]["score"])
     return scores
 

@@ -12,7 +12,12 @@ def binder(create: Callable[[], nnx.Module]) -> Callable[[dict], nnx.Module]:
     Args:
       create: makes the module; it is only traced, no parameter is allocated.
     """
-    graph, abstract = nnx.split(nnx.eval_shape(create))
+    return bound(nnx.eval_shape(create))
+
+
+def bound(shapes: nnx.Module) -> Callable[[dict], nnx.Module]:
+    """As `binder`, for a module of shapes, as `nnx.eval_shape` makes it."""
+    graph, abstract = nnx.split(shapes)
 
     def bind(params: dict) -> nnx.Module:
         state = jax.tree.map(lambda leaf: leaf, abstract)

@@ -17,7 +17,7 @@ from jax_distill.models.autoencoder import (
     sample_posterior,
     unpack,
 )
-from jax_distill.models.binding import binder
+from jax_distill.models.binding import bound
 from jax_distill.models.tiling import tiled
 
 
@@ -35,7 +35,8 @@ class LatentCodec:
 
     def __init__(self, config: AutoencoderConfig, params: dict, *, sliced: bool = False):
         self.config, self._params = config, params
-        bind = binder(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+        self._model = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
+        bind = bound(self._model)
 
         def through(apply, params, x):
             if not sliced:
@@ -44,7 +45,6 @@ class LatentCodec:
 
         self._moments = jax.jit(functools.partial(through, lambda model, x: model.encoder(x)))
         self._pictures = jax.jit(functools.partial(through, lambda model, z: model.decoder(z)))
-        self._model = nnx.eval_shape(lambda: Autoencoder(config, rngs=nnx.Rngs(0)))
 
     def encode(
         self, images: np.ndarray, *, key: jax.Array | None = None, tile: int | None = None
@@ -108,6 +108,11 @@ class LatentCodec:
         moved = copy.copy(self)
         moved._params = jax.device_put(self._params, device)
         return moved
+
+    def forget(self) -> None:
+        """Lets go of what is compiled for the sizes that were used."""
+        self._moments.clear_cache()
+        self._pictures.clear_cache()
 
     def check_tile(self, tile: int | None) -> None:
         """Raises ValueError for a size of tiles that `encode` and `decode` do not take."""

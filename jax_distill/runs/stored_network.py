@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from jax_distill.assembly import adapters, build
 from jax_distill.assembly.resolution import EMBEDDED, trained_config
+from jax_distill.data.identity import of_weights
 from jax_distill.interop import diffusers_folder, lora_weights, ported_folder
 from jax_distill.interop.orbax_tree import StoredLeaf, check_shapes, open_tree
 from jax_distill.objectives.objective import STUDENT
@@ -71,6 +72,16 @@ def open_network(source: str) -> StoredNetwork:
     tree = open_tree(folder / "network")
     _check_shapes(folder, config, tree)
     return StoredNetwork(config, tree, folder)
+
+
+def weights_of(source: str) -> str:
+    """A digest of the weights of a network, as of `open_network`; see `of_weights`."""
+    if source == EMBEDDED:
+        return of_weights(bundled.FOLDER)
+    if ported_folder.is_ported(paths.path(source)):
+        return of_weights(paths.path(source) / "network")
+    step = checkpoint.complete_steps(paths.path(source))[0]
+    return of_weights(paths.path(source) / "checkpoints" / str(step))
 
 
 def _open_run(folder: Path, config: ConfigDict) -> StoredNetwork:

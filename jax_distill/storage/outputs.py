@@ -97,21 +97,14 @@ def made_whole(folder: Path) -> Iterator[Path]:
     """
     check_new_folder(folder)
     check_absent(folder)
-    try:
+    what = f"--output: '{folder}'"
+    stopped = f"{what} was not made, by a signal; run the same command again"
+    with _told(stopped, what, "or choose another disk"):
         paths.make_folder(folder.parent)
         with _stopping(), lease.of_output(folder):
             check_absent(folder)  # which another process may have made meanwhile
             with _in_bucket(folder) if paths.is_bucket(folder) else _on_disk(folder) as partial:
                 yield partial
-    except Interrupted:
-        message = f"--output: '{folder}' was not made, by a signal; run the same command again"
-        raise Stopped(message) from None
-    except Exception as error:
-        if (found := disks.full(error)) is None:
-            raise
-        what, fix = found
-        message = f"--output: '{folder}': {what}; {fix} or choose another disk"
-        raise FileError(message) from error
 
 
 @contextlib.contextmanager
@@ -155,27 +148,42 @@ def made_in_tries(folder: Path, share: Share = ALONE) -> Iterator[Path]:
             _flush(unfinished)
             unfinished.rename(folder)
 
+    with _going_on(what), _stopping(each=True), contextlib.ExitStack() as held:
+        share.first(begin, what)
+        try:
+            yield unfinished
+            share.first(end, what)
+        finally:
+            if not bucket:
+                with contextlib.suppress(OSError):  # not empty, or not there
+                    unfinished.rmdir()
+            elif share.leads:
+                _forget_empty(folder)
+
+
+@contextlib.contextmanager
+def _told(stopped: str, what: str, then: str) -> Iterator[None]:
+    """Says in a sentence how making an output ended: by a signal, or by a disk that is full.
+
+    Args:
+      stopped: the sentence after a signal.
+      what: begins that of a full disk.
+      then: ends it, after how to make room.
+    """
     try:
-        with _stopping(each=True), contextlib.ExitStack() as held:
-            share.first(begin, what)
-            try:
-                yield unfinished
-                share.first(end, what)
-            finally:
-                if not bucket:
-                    with contextlib.suppress(OSError):  # not empty, or not there
-                        unfinished.rmdir()
-                elif share.leads:
-                    _forget_empty(folder)
+        yield
     except Interrupted:
-        message = f"{what} is not finished, by a signal; run the same command to go on"
-        raise Stopped(message) from None
+        raise Stopped(stopped) from None
     except Exception as error:
         if (found := disks.full(error)) is None:
             raise
         cause, fix = found
-        message = f"{what} is not finished: {cause}; {fix} and run the same command to go on"
-        raise FileError(message) from error
+        raise FileError(f"{what}: {cause}; {fix} {then}") from error
+
+
+def _going_on(what: str) -> contextlib.AbstractContextManager:
+    what, again = f"{what} is not finished", "run the same command to go on"
+    return _told(f"{what}, by a signal; {again}", what, f"and {again}")
 
 
 def _forget_empty(folder: Path) -> None:
@@ -183,6 +191,37 @@ def _forget_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         if [path.name for path in buckets.objects(folder)] == [UNFINISHED]:
             (folder / UNFINISHED).unlink()
+
+
+@contextlib.contextmanager
+def filled_in_tries(folder: Path, share: Share = ALONE) -> Iterator[None]:
+    """Fills a folder whose files are seen at once, each whole; what was done is kept.
+
+    Several processes may fill it together, in a place that all of them see.
+
+    Args:
+      folder: is made if it is missing, and removed again if nothing was put into it.
+      share: of this process.
+
+    Raises:
+      ValueError: others are filling it, it is a file, or the disk is full.
+      Stopped: by a signal.
+    """
+    what = f"--output: '{folder}'"
+
+    def begin() -> None:
+        if paths.is_bucket(folder):
+            try:
+                buckets.check_bucket(folder)
+            except FileNotFoundError as error:
+                raise FileError(f"{what}: {error}; make it or choose another") from None
+        elif os.path.lexists(folder) and not folder.is_dir():
+            raise FileError(f"{what} is a file; give a folder")
+        held.enter_context(lease.of_folder(folder, "--output"))
+
+    with _going_on(what), _stopping(each=True), contextlib.ExitStack() as held:
+        share.first(begin, what)
+        yield
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ flux/     FLUX: text encoders and autoencoder of a folder that `jax_distill.port
 `world.py` is their interface. A configuration names its own as `world`, which only this file reads.
 """
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_distill.worlds.flux.world import Flux
@@ -22,6 +23,11 @@ def name(config: ConfigDict) -> str:
     return config.get("world", "shapes")
 
 
-def of(config: ConfigDict) -> World:
-    """The world of a run; nothing is read from disk until it is needed."""
-    return WORLDS[name(config)](config)
+def of(config: ConfigDict, mesh: Mesh | None = None) -> World:
+    """The world of a run; nothing is read from disk until it is needed.
+
+    Args:
+      config: of the run.
+      mesh: where text encoders are placed that captions are drawn with; all devices by default.
+    """
+    return WORLDS[name(config)](config, mesh)

@@ -50,7 +50,7 @@ class Embedding(NamedTuple):
 
 
 class World(Protocol):
-    """Captions in, tokens in, pictures out; made from a configuration.
+    """Captions in, tokens in, pictures out; made from a configuration, and a mesh or None.
 
     Attributes:
       resolution: height and width of its pictures in pixels.

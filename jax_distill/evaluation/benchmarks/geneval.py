@@ -95,8 +95,9 @@ def kept(detections: Sequence[Detection], tag: str) -> dict[str, list[Detection]
     """
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     objects: dict[str, list[Detection]] = {}
-    for detection in sorted(reversed(detections), key=lambda each: -each.score):
-        if np.float32(detection.score) > np.float32(threshold):  # as detectors give them
+    # In float32, as detectors give them.
+    for detection in sorted(reversed(detections), key=lambda each: -np.float32(each.score)):
+        if np.float32(detection.score) > np.float32(threshold):
             objects.setdefault(detection.name, []).append(detection)
     return {name: surest[:MOST_OBJECTS] for name, surest in objects.items()}
 
@@ -133,6 +134,23 @@ def judge(detections: Sequence[Detection], prompt: Prompt) -> Verdict:
     Raises:
       ValueError: an object whose colour counts has no colour scores.
     """
+    _, reasons = _looked_at(detections, prompt)
+    return Verdict(not reasons, tuple(reasons))
+
+
+def chosen(detections: Sequence[Detection], prompt: Prompt) -> list[list[Detection]] | None:
+    """The objects that fulfil each clause of `include`; None where the picture is wrong.
+
+    Args and raises: as `judge`.
+    """
+    groups, reasons = _looked_at(detections, prompt)
+    return None if reasons else groups
+
+
+def _looked_at(
+    detections: Sequence[Detection], prompt: Prompt
+) -> tuple[list[list[Detection] | None], list[str]]:
+    """The objects of each clause, None where it does not hold, and why the picture is wrong."""
     objects = kept(detections, prompt.tag)
     groups: list[list[Detection] | None] = []
     reasons = []
@@ -142,8 +160,7 @@ def judge(detections: Sequence[Detection], prompt: Prompt) -> Verdict:
         groups.append(None if reason else group)
         if reason:
             reasons.append(reason)
-    reasons += _too_many(prompt.exclude, objects)
-    return Verdict(not reasons, tuple(reasons))
+    return groups, [*reasons, *_too_many(prompt.exclude, objects)]
 
 
 def _unmet(

@@ -26,10 +26,16 @@ Relation = Literal["left of", "right of", "above", "below"]
 Count = Annotated[int, msgspec.Meta(ge=1, le=1000)]
 ClassName = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
 
+OVERALL = "score"
+"""What the figure of a whole benchmark is called, beside those of its tasks or categories."""
+
 _COLUMNS = (
     *("item_id", "text", "proposition_id", "dependency", "tuple"),
     "question_natural_language",
 )
+
+
+_SHORT = {"question": "question_natural_language"}
 
 
 class Included(
@@ -121,6 +127,7 @@ def read_geneval(path: Path) -> list[Prompt]:
         where = f"'{path}', line {number}"
         prompt = msgspec.convert(entry, Prompt)
         check_caption(prompt.prompt, where)
+        _check_category(prompt.tag, f"{where}: tag")
         for place, clause in enumerate(prompt.include):
             if clause.position is not None and not 0 <= clause.position[1] < place:
                 raise FileError(
@@ -183,7 +190,7 @@ def _rows(path: Path):
     """The rows of a table by column, each with its place for messages; empty ones are skipped."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
-        head = [name.strip() for name in next(reader, [])]
+        head = [_SHORT.get(name.strip(), name.strip()) for name in next(reader, [])]
         if lacking := [name for name in _COLUMNS if name not in head]:
             raise FileError(
                 f"'{path}' has no column {lacking[0]}; give a table with {', '.join(_COLUMNS)}"
@@ -206,6 +213,8 @@ def _question(row: dict[str, str], where: str) -> Question:
     detailed = row["tuple"].partition("(")[0].strip(" -")
     if not detailed:
         raise FileError(f"{where}: tuple {shown(row['tuple'])} does not begin with a category")
+    for category in (detailed, detailed.partition("-")[0].strip()):
+        _check_category(category, f"{where}: category")
     if not row["question_natural_language"]:
         raise FileError(f"{where}: question_natural_language is empty; write the question")
     number = _number(row["proposition_id"], f"{where}: proposition_id")
@@ -219,6 +228,12 @@ def _question(row: dict[str, str], where: str) -> Question:
         detailed,
         row["question_natural_language"],
     )
+
+
+def _check_category(name: str, where: str) -> None:
+    """Raises FileError for a name that the mean of all categories has in results."""
+    if name == OVERALL:
+        raise FileError(f"{where} {shown(name)} is what the overall figure is called; rename it")
 
 
 def _number(text: str, where: str) -> int:

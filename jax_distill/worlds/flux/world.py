@@ -70,8 +70,8 @@ class Flux:
     distributed = True
     stores_text = True
 
-    def __init__(self, config: ConfigDict):
-        self._config = config
+    def __init__(self, config: ConfigDict, mesh: Mesh | None = None):
+        self._config, self._mesh = config, mesh
         self.resolution = tuple(config.data.resolution)
 
     @functools.cached_property
@@ -108,8 +108,8 @@ class Flux:
         return FluxTokenizer.load(self.folder, self._config.data.text_length)
 
     def text_encoders(self, mesh: Mesh | None = None) -> TextEncoders:
-        """The text encoders, by default on all devices; they take memory until released."""
-        mesh = sharding.make_mesh(sharding.ALL_FSDP) if mesh is None else mesh
+        """The text encoders, by default on the world's mesh; they take memory until released."""
+        mesh = mesh or self._mesh or sharding.make_mesh(sharding.ALL_FSDP)
         parts = [
             Part(config, load_stored(self.folder, name, shapes(config), mesh))
             for name, config in zip(("clip", "t5"), self._text_configs())

@@ -44,7 +44,8 @@ class Shapes:
     scheduler = None
     assumed = ()
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: ConfigDict, mesh: Any = None):
+        del mesh  # the caption encoder has no parameters
         self._config = config
         self._encoder = CaptionEncoder(config.data.text_length)
         self.null = self.encode([""])

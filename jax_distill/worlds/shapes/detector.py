@@ -1,15 +1,12 @@
-"""GenEval for the shapes world: finds the objects of a picture and judges the request.
+"""The detector of the shapes world: finds the objects of a picture, by segmentation and templates.
 
-The rules are those of GenEval (Ghosh et al., 2023, https://arxiv.org/abs/2310.11513,
-evaluation/evaluate_images.py); its detector is replaced by segmentation and template matching,
-which in this world is exact enough to need no learned model.
+It stands in for the learned detectors that GenEval needs (Ghosh et al., 2023,
+https://arxiv.org/abs/2310.11513); in this world it is exact enough to need no learned model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from scipy import ndimage
@@ -21,10 +18,8 @@ from jax_distill.worlds.shapes.renderer import (
     IMAGE_SIZE,
     SHAPES,
     Placed,
-    Prompt,
     coverage,
 )
-from jax_distill.worlds.shapes.requests import TASKS, Request
 
 # Segmentation, in RGB distance (0..442). The lightest contrast in the world is yellow's, 188.
 _FOREGROUND = 60.0
@@ -43,10 +38,6 @@ _RADIUS = (6.0, 17.0)  # px
 _MIN_IOU = 0.83
 _MIN_MARGIN = 0.03
 _SHARPNESS = 3.0
-
-# GenEval's constants: slack of the centre offset in object sizes, and the cone of a direction.
-_POSITION_SLACK = 0.1
-_POSITION_CONE = 0.5
 
 # Area and the centroid's offset below the box centre, in units of radius^2 and radius.
 _AREA = {
@@ -80,22 +71,6 @@ class Found:
     height: float
     area: float
     confidence: float
-
-
-class Located(Protocol):
-    """An object as the rules see it, found in a picture or placed in it."""
-
-    shape: str
-    color: str
-
-    @property
-    def x(self) -> float: ...
-    @property
-    def y(self) -> float: ...
-    @property
-    def width(self) -> float: ...
-    @property
-    def height(self) -> float: ...
 
 
 def _background(image: np.ndarray) -> np.ndarray | None:
@@ -198,83 +173,3 @@ def find_objects(image: np.ndarray) -> list[Found]:
         name = _COLOR_NAMES[nearest]
         found.append(Found(shape, name, template.x, template.y, size, size, area, overlap))
     return sorted(found, key=lambda obj: -obj.confidence)
-
-
-def _in_relation(first: Located, second: Located, relation: str) -> bool:
-    """GenEval's relative_position: whether `first` is <relation> of `second`."""
-    offset = np.array([first.x - second.x, first.y - second.y])
-    slack = _POSITION_SLACK * np.array([first.width + second.width, first.height + second.height])
-    revised = np.maximum(np.abs(offset) - slack, 0) * np.sign(offset)
-    if not revised.any():
-        return False
-    right, down = revised / np.linalg.norm(offset)
-    along = {"left": -right, "right": right, "above": -down, "below": down}[relation]
-    return bool(along > _POSITION_CONE)
-
-
-def chosen(objects: Sequence[Located], request: Request) -> list[list[Located]] | None:
-    """The objects that fulfil `request`, by GenEval's rules; None if they do not.
-
-    Of each shape only the surest objects, as many as asked, are looked at; more objects of a shape
-    are an error in counting only.
-
-    Args:
-        objects: in order of falling confidence.
-        request: of the caption.
-
-    Returns:
-        As many objects as asked for each entry of `request.objects`.
-    """
-    groups = []
-    for shape, color, count in request.objects:
-        asked = sum(n for s, _, n in request.objects if s == shape)
-        present = [obj for obj in objects if obj.shape == shape]
-        if request.task == "counting" and len(present) != asked:
-            return None
-        # Asking all objects of a shape to exist keeps two attributes off one object.
-        if len(present) < asked:
-            return None
-        group = [obj for obj in present[:asked] if color in (None, obj.color)]
-        if len(group) < count:
-            return None
-        groups.append(group)
-    if request.relation is not None:
-        first, second = groups
-        if not all(_in_relation(a, b, request.relation) for a in first for b in second):
-            return None
-    return [group[:count] for group, (_, _, count) in zip(groups, request.objects)]
-
-
-def satisfied(objects: Sequence[Located], request: Request) -> bool:
-    """Whether a picture with `objects` fulfils `request`, see `chosen`."""
-    return chosen(objects, request) is not None
-
-
-def judge(image: np.ndarray, request: Request) -> bool:
-    """Whether a picture, (64, 64, 3) uint8, fulfils `request`."""
-    return satisfied(find_objects(image), request)
-
-
-def score(images: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> dict:
-    """The GenEval score: the mean over tasks of the share of pictures judged right.
-
-    Args:
-        images: N pictures, (64, 64, 3) uint8 each, made for `prompts` in order.
-        prompts: N prompts; the mean is over the tasks among them, all six for the full benchmark.
-
-    Returns:
-        {"score": mean of the task scores, "tasks": {task: score}}, all in [0, 1].
-
-    Raises:
-        ValueError: if the numbers of images and prompts differ or are zero.
-    """
-    if len(images) != len(prompts) or not len(prompts):
-        raise ValueError(
-            f"images, prompts: expected one image per prompt, got {len(images)} images for "
-            f"{len(prompts)} prompts"
-        )
-    verdicts: dict[str, list[bool]] = {}
-    for image, prompt in zip(images, prompts, strict=True):
-        verdicts.setdefault(prompt.request.task, []).append(judge(image, prompt.request))
-    tasks = {task: float(np.mean(verdicts[task])) for task in TASKS if task in verdicts}
-    return {"score": float(np.mean(list(tasks.values()))), "tasks": tasks}

@@ -10,7 +10,9 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from jax_distill.worlds.shapes.judge import Located, chosen, find_objects
+from jax_distill.evaluation.benchmarks.geneval import Detection, chosen
+from jax_distill.evaluation.benchmarks.prompts import Prompt
+from jax_distill.evaluation.benchmarks.shapes import asked, detect
 from jax_distill.worlds.shapes.requests import Request
 
 
@@ -35,23 +37,32 @@ def leaves_color_open(request: Request) -> bool:
 
 
 def difference(
-    first: Sequence[Sequence[Located]], second: Sequence[Sequence[Located]], request: Request
+    first: Sequence[Sequence[Detection]], second: Sequence[Sequence[Detection]], prompt: Prompt
 ) -> Variety:
-    """The difference of two pictures whose objects `judge.chosen` gave for the same request.
+    """The difference of two pictures whose objects `geneval.chosen` gave for the same prompt.
 
     Alike objects, such as three circles, have no order: they are matched so that the sum of their
     distances is least.
     """
     places, sizes, colors = [], [], []
-    for ours, theirs, (_, named, _) in zip(first, second, request.objects, strict=True):
-        distances = cdist([(a.x, a.y) for a in ours], [(b.x, b.y) for b in theirs])
+    for ours, theirs, clause in zip(first, second, prompt.include, strict=True):
+        distances = cdist(list(map(_center, ours)), list(map(_center, theirs)))
         for i, j in zip(*linear_sum_assignment(distances)):
             places.append(distances[i, j])
-            sizes.append(abs(ours[i].width - theirs[j].width))
-            if named is None:
+            sizes.append(abs(_width(ours[i]) - _width(theirs[j])))
+            if clause.color is None:
                 colors.append(ours[i].color != theirs[j].color)
     color = float(np.mean(colors)) if colors else None
     return Variety(float(np.mean(places)), float(np.mean(sizes)), color)
+
+
+def _center(found: Detection) -> tuple[float, float]:
+    left, top, right, bottom = found.box
+    return (left + right) / 2, (top + bottom) / 2
+
+
+def _width(found: Detection) -> float:
+    return found.box[2] - found.box[0]
 
 
 def among(images: Sequence[np.ndarray], request: Request) -> Variety | None:
@@ -66,9 +77,10 @@ def among(images: Sequence[np.ndarray], request: Request) -> Variety | None:
     Returns:
       None if fewer than two of them are right.
     """
-    read = (chosen(find_objects(image), request) for image in images)
+    prompt = asked(request)
+    read = (chosen(detect(image), prompt) for image in images)
     right = [objects for objects in read if objects is not None]
-    pairs = [difference(a, b, request) for a, b in combinations(right, 2)]
+    pairs = [difference(a, b, prompt) for a, b in combinations(right, 2)]
     if not pairs:
         return None
     place, size, color = zip(*pairs)

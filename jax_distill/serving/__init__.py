@@ -1,0 +1,1 @@
+"""A page to try a student on, and pictures over HTTP."""
