@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 from types import SimpleNamespace
 from urllib.parse import urlencode
 
@@ -225,6 +226,34 @@ def test_programs_are_kept_up_to_a_number(student, monkeypatch):
     kept = {steps for _, steps, each in student._samplers if each}
     assert kept == {2, 4} and studio.ready(wanted(steps=4)) and not studio.ready(wanted(steps=1))
     assert studio.draw([wanted(steps=1)])[0].png == first
+
+
+@pytest.mark.parametrize(("lanes", "most"), [(1, 1), (2, 2)])
+def test_programs_run_one_at_a_time_where_there_is_one_lane(student, monkeypatch, lanes, most):
+    monkeypatch.setattr(drawing, "lanes", lambda: lanes)
+    studio, running, found = Studio({"student": student}), [], []
+    both = threading.Barrier(most)
+
+    def pictures(batch, texts):
+        running.append(batch)
+        found.append(len(running))
+        if most > 1:
+            both.wait(20)
+        time.sleep(0.05)
+        running.pop()
+        return np.zeros((1, 64, 64, 3), np.uint8)
+
+    monkeypatch.setattr(studio, "_pictures", pictures)
+    studio._used(wanted().program)
+    threads = [
+        threading.Thread(target=studio.draw, args=([wanted()],)),
+        threading.Thread(target=studio.compile, args=(wanted(steps=4),)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(found) == most and len(found) == 2
 
 
 def test_captions_are_embedded_with_the_settings_that_sample_has(student, monkeypatch):

@@ -57,6 +57,8 @@ class Studio:
             self._encoders[name] = _encoder(pipe) if other is None else self._encoders[other]
         self._compiled: dict[tuple, None] = {}  # programs, the one used last at the end
         self._changing = threading.Lock()
+        # Where batches are drawn one at a time, so is what the compiling thread draws.
+        self._turn = contextlib.nullcontext() if lanes() > 1 else threading.Lock()
 
     def prepare(self) -> None:
         """Reads the networks and compiles what is asked for by default."""
@@ -72,7 +74,7 @@ class Studio:
 
     def compile(self, wanted: Wanted) -> None:
         """Compiles the program that draws a picture; what fails is told to who has it drawn."""
-        with contextlib.suppress(Exception), streams.default_settings():
+        with contextlib.suppress(Exception), self._turn, streams.default_settings():
             self._pictures([wanted], [self._encoders[wanted.network]("")])
         self._used(wanted.program)
 
@@ -93,7 +95,7 @@ class Studio:
         Returns:
           A picture for each, or why there is none: `Refused` where the client can mend it.
         """
-        with streams.default_settings():  # which are a thread's own
+        with self._turn, streams.default_settings():  # which are a thread's own
             return self._found(batch)
 
     def _found(self, batch: Sequence[Wanted]) -> list[Drawn | Exception]:
