@@ -188,7 +188,7 @@ def _score() -> None:
     for count in steps:
         draw_settings.steps(count, pipe.config)
     draw_settings.guidance(_GUIDANCE.value, pipe.config)
-    kind = "teacher" if pipe.config.objective.name in build.TEACHERS else "student"
+    kind = build.role(pipe.config)
     if kind == "teacher" and teacher is not None:
         raise ValueError(
             f"--teacher: '{_CHECKPOINT.value}' is a teacher itself; leave --teacher out"

@@ -200,7 +200,7 @@ class Pipeline:
     def forget(self, steps: int, resolution: tuple[int, int]) -> None:
         """Lets go of the program by which `draw_each` draws in so many steps at a size."""
         self._samplers.pop((resolution, steps, True), None)
-        if not any(known == resolution for known, *_ in self._samplers):
+        if not any(known == resolution for known, *_ in list(self._samplers)):  # threads add
             self.world.codec.forget()
 
     def latents(

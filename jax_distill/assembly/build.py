@@ -191,6 +191,11 @@ def needs_null(config: ConfigDict) -> bool:
     return config.objective.name == "flow_matching" and guidance_of(config) == "cfg"
 
 
+def role(config: ConfigDict) -> str:
+    """What a configuration's network is: a "teacher" or a "student"."""
+    return "teacher" if config.objective.name in TEACHERS else "student"
+
+
 def takes_guidance(config: ConfigDict) -> bool:
     """Whether a guidance scale changes what a configuration's network draws."""
     return config.model.guidance_embeds or needs_null(config)

@@ -16,7 +16,7 @@ def load(checkpoint: str, teacher: str | None) -> dict[str, Pipeline]:
       ValueError: there is no such network, or the two do not fit.
     """
     first = pipeline.load(checkpoint)
-    kind = "teacher" if first.config.objective.name in build.TEACHERS else "student"
+    kind = build.role(first.config)
     if teacher is None:
         return {kind: first}
     second = pipeline.load(teacher)

@@ -139,14 +139,13 @@ def _facts(
     pipe: Pipeline, asked: Asked, settings: Settings, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All that tells a folder of pictures from others; see `drawn.Facts`."""
-    kind = "teacher" if pipe.config.objective.name in build.TEACHERS else "student"
     given = settings._asdict()
     given["guidance"] = _guidance(pipe, settings)
     return {
         "benchmark": asked.benchmark,
         "file": f"prompts{asked.ending}",
         "prompts": drawn.digest(asked.text),
-        "kind": kind,
+        "kind": build.role(pipe.config),
         **given,
         **facts,
     }
