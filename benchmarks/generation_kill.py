@@ -12,13 +12,13 @@ JAX_COMPILATION_CACHE_DIR set, restarts do not compile again.
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import starting
 from absl import app, flags
 
 ROOT = Path(__file__).parents[1]
@@ -59,30 +59,7 @@ def start(root: Path, name: str, log, count: int = 1) -> list[subprocess.Popen]:
     command = [sys.executable, "-m", "jax_distill.evaluate", "--benchmark=geneval", "--steps=2"]
     command += [f"--checkpoint={root}/ported", f"--prompts_file={root}/prompts.jsonl"]
     command += ["--height=32", "--width=48", f"--output={root / name}"]
-    if count > 1:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        command += [f"--num_processes={count}", f"--coordinator_address=localhost:{port}"]
-        command += ["--heartbeat_timeout_seconds=10"]
-    each = [f"--process_id={index}" for index in range(count)] if count > 1 else [""]
-    environment = {"PYTHONPATH": str(ROOT), **os.environ}
-    return [
-        subprocess.Popen(
-            [*command, *filter(None, [own])], cwd=ROOT, env=environment, stdout=log, stderr=log
-        )
-        for own in each
-    ]
-
-
-def wait(running: list[subprocess.Popen]) -> list[int]:
-    """Exit codes, when all have ended; within the limit."""
-    deadline = time.monotonic() + LIMIT
-    try:
-        return [process.wait(max(deadline - time.monotonic(), 1)) for process in running]
-    finally:
-        for process in running:
-            process.kill()
+    return starting.start(command, log, count)
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
@@ -123,7 +100,7 @@ def main(argv: list[str]) -> None:
 
         def finish(folder: str, count: int = 1) -> None:
             begun = time.monotonic()
-            if any(wait(start(root, folder, log, count))):
+            if any(starting.wait(start(root, folder, log, count), LIMIT)):
                 log.seek(0)
                 sys.exit(f"{folder} failed:\n{log.read()[-5000:]}")
             seconds[folder], made[folder] = time.monotonic() - begun, pictures(root / folder)
@@ -137,7 +114,7 @@ def main(argv: list[str]) -> None:
                 running = start(root, folder, log, count)
                 # Every third dies while it starts, before anything or between what was drawn.
                 died = kill(running, root / folder, rng, number % 3 == 2, part)
-                codes = wait(running)
+                codes = starting.wait(running, LIMIT)
                 kills += died
                 stuck += died and count > 1 and not all(codes)  # one that went on alone
                 drawn = count_of(root / folder)

@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import starting
 from absl import app, flags
 
 from jax_distill.data.manifest import DESCRIPTION
@@ -52,30 +52,7 @@ def start(output: Path, log, count: int = 1) -> list[subprocess.Popen]:
     """The processes of one command, which find each other on a free port."""
     command = [sys.executable, "-c", PROGRAM, f"--output={output}"]
     command += [f"--examples={_EXAMPLES.value}", *_FLAGS.value.split()]
-    if count > 1:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        command += [f"--num_processes={count}", f"--coordinator_address=localhost:{port}"]
-        command += ["--heartbeat_timeout_seconds=10"]
-    each = [f"--process_id={index}" for index in range(count)] if count > 1 else [""]
-    environment = {"PYTHONPATH": str(ROOT), **os.environ}
-    return [
-        subprocess.Popen(
-            [*command, *filter(None, [own])], cwd=ROOT, env=environment, stdout=log, stderr=log
-        )
-        for own in each
-    ]
-
-
-def wait(running: list[subprocess.Popen]) -> list[int]:
-    """Exit codes, when all have ended; within the limit."""
-    deadline = time.monotonic() + LIMIT
-    try:
-        return [process.wait(max(deadline - time.monotonic(), 1)) for process in running]
-    finally:
-        for process in running:
-            process.kill()
+    return starting.start(command, log, count)
 
 
 def shards_of(output: Path) -> int:
@@ -149,7 +126,7 @@ def measure(disk: Path, root: Path) -> dict:
 
         def finish(name: str, count: int = 1, root: Path = root) -> None:
             begun = time.monotonic()
-            if not whole(root / name) and any(wait(start(root / name, log, count))):
+            if not whole(root / name) and any(starting.wait(start(root / name, log, count), LIMIT)):
                 log.seek(0)
                 sys.exit(f"{name} failed:\n{log.read()}")
             seconds[name], made[name] = time.monotonic() - begun, content(root / name)
@@ -162,7 +139,7 @@ def measure(disk: Path, root: Path) -> dict:
             # Every third dies while it starts, before anything or between what was done.
             delay = rng.uniform(0, 8) if number % 3 == 0 else LIMIT
             kills += kill(running, output, delay, rng.randint(1, 3), rng.uniform(0, 0.2))
-            wait(running)
+            starting.wait(running, LIMIT)
             print(f"kill {number + 1}: {shards_of(output)} shards done", flush=True)
             if whole(output):
                 break
@@ -173,7 +150,7 @@ def measure(disk: Path, root: Path) -> dict:
             if count > 1:
                 running = start(root / name, log, count)
                 kills += kill(running, root / name, LIMIT, 3)
-                codes = wait(running)
+                codes = starting.wait(running, LIMIT)
                 if not all(codes):
                     sys.exit(f"a process went on without the one that was killed: {codes}")
             finish(name, count)
